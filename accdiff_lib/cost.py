@@ -1,0 +1,60 @@
+"""What a run costs, before it runs: the model evaluations of every stage, counted from plan and script."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from accdiff_lib.hosts.base import Solver
+from accdiff_lib.plan import Plan, Stage
+from accdiff_lib.schedule import make_script, rehearse
+from accdiff_lib.settings import Settings
+
+
+@dataclass(frozen=True)
+class PartCost:
+    """The base pass (stage None) or a stage. An evaluation is one latent through a network; CFG takes two of each."""
+
+    stage: Stage | None
+    #: (height, width) in pixels.
+    pixels: tuple[int, int]
+    #: Steps that are computed, and calls of the whole canvas by the sampler.
+    steps: int
+    calls: int
+    #: Latents evaluated: windows, dilated views (for the base pass the picture itself).
+    windows: int
+    views: int
+    #: UNet and ControlNet evaluations, with the unconditional ones.
+    unet: int
+    controlnet: int
+
+    @property
+    def name(self) -> str:
+        return self.stage.name if self.stage else "base"
+
+
+def estimate(plan: Plan, settings: Settings, *, solver: Solver, stage_solver: Solver,
+             timestep: Callable[[float], float], guidance: float, has_control: bool,
+             base_pass: bool = True) -> list[PartCost]:
+    """The cost of every part of one image's run, exactly as it will be counted (`Picture.rows`).
+
+    `base_pass` is False where the base picture is given.
+    """
+    parts = []
+    has_base = settings.base_pass or not plan.stages or not base_pass
+    if has_base and base_pass:
+        calls = len(rehearse(solver, solver.sigmas))
+        size = (plan.base[0] * 8, plan.base[1] * 8)
+        parts.append(PartCost(None, size, len(solver.sigmas) - 1, calls, calls, 0, calls * _rows(guidance), 0))
+    for stage in plan.stages:
+        script = make_script(stage_solver, settings, timestep, has_control=has_control and has_base, views=stage.views)
+        windows = sum(call.local for call in script.calls) * stage.window_count
+        views = sum(call.dilated for call in script.calls) * stage.views
+        local, dilated = (_rows(own or guidance) for own in (settings.local_guidance, settings.dilated_guidance))
+        parts.append(PartCost(stage, stage.pixels, len(script.sigmas) - 1, len(script.calls), windows, views,
+                              windows * local + views * dilated, script.control_rows(stage) * local))
+    return parts
+
+
+def _rows(guidance: float) -> int:
+    return 1 if guidance == 1 else 2

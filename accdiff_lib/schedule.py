@@ -1,0 +1,158 @@
+"""The weights c1, c2, c3 over the steps, and the script of a stage: every model call and the passes it needs.
+
+A sampler calls its model once or twice a step, each in its own order. Instead of knowing samplers by name, the engine
+rehearses the user's sampler on a single number with a trivial model and writes down what it did (`rehearse`). The
+script then says of every call to come which step it belongs to, whether it is the step's first (where the skip residual
+applies), what the weights are and which passes may be left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from accdiff_lib.hosts.base import Solver
+from accdiff_lib.plan import Stage
+from accdiff_lib.settings import Settings
+
+#: Timesteps the models were trained with.
+TRAINING_STEPS = 1000
+
+
+def cosine_factor(timestep: float) -> float:
+    """k = (1 + cos(pi (T - t) / T)) / 2: 1 where all is noise, 0 where none is (METHODS 1.1)."""
+    return 0.5 * (1 + math.cos(math.pi * (TRAINING_STEPS - timestep) / TRAINING_STEPS))
+
+
+@dataclass(frozen=True)
+class Call:
+    """One evaluation of the canvas by the sampler."""
+
+    step: int
+    #: The first call of its step: the sampler's own `x`, not a trial point.
+    first: bool
+    sigma: float
+    #: Weight of the skip residual, weight of the dilated pass, width of the gaussian filter relative to its largest.
+    c1: float = 0.0
+    c2: float = 0.0
+    c3: float = 1.0
+    #: The passes to compute.
+    local: bool = True
+    dilated: bool = True
+    #: The ControlNet takes part in the local pass.
+    control: bool = False
+
+
+@dataclass(frozen=True)
+class Script:
+    """A stage's sampling: its noise levels (a tail of the schedule) and all its calls in order."""
+
+    #: Index of the first step that is computed.
+    start: int
+    sigmas: torch.Tensor
+    calls: tuple[Call, ...]
+
+    def rows(self, stage: Stage) -> int:
+        """Latents the model evaluates: the windows and dilated views of all calls."""
+        return sum(call.local * stage.window_count + call.dilated * stage.views for call in self.calls)
+
+    def control_rows(self, stage: Stage) -> int:
+        """Latents the ControlNet evaluates."""
+        return sum(call.control * stage.window_count for call in self.calls)
+
+
+def rehearse(solver: Solver, sigmas: torch.Tensor) -> list[Call]:
+    """The calls `solver` makes of its model along `sigmas`; steps are counted from 0 at sigmas[0].
+
+    Raises RuntimeError for a sampler that doesn't report its steps through the callback.
+    """
+    levels: list[float] = []
+    firsts: dict[int, int] = {}  # step -> number of its first call
+
+    def model(x: torch.Tensor, sigma: torch.Tensor, **_: object) -> torch.Tensor:
+        levels.append(float(sigma.flatten()[0]))
+        return torch.zeros_like(x)
+
+    def callback(state) -> None:
+        firsts.setdefault(int(state["i"]), len(levels) - 1)
+
+    solver.integrate(model, torch.zeros(1, 1, 1, 1), sigmas, seed=0, callback=callback)
+    if sorted(firsts) != list(range(len(sigmas) - 1)):
+        raise RuntimeError(f"the sampler {solver.name} doesn't report its steps, so it cannot drive the stages")
+    calls, step = [], 0
+    for number, sigma in enumerate(levels):
+        if firsts.get(step + 1) == number:
+            step += 1
+        calls.append(Call(step, firsts[step] == number, sigma))
+    return calls
+
+
+def make_script(solver: Solver, settings: Settings, timestep: Callable[[float], float], *,
+                has_control: bool, views: int) -> Script:
+    """The script of a stage with `views` dilated views: where it starts, and what each call computes.
+
+    With a tolerance, leading steps are left out where the skip residual erases what they do, the windows where hardly
+    anything of them would remain, the dilated pass where its weight is negligible (METHODS 7, optimisations 1 to 3).
+    """
+    count = len(solver.sigmas) - 1
+    step_c1 = [_weights(timestep(float(sigma)), settings)[0] for sigma in solver.sigmas[:-1]]
+    start = max(round(settings.start * count), _erased_steps(step_c1, settings.tolerance / 3))
+    start = min(start, count - 1)
+    sigmas = solver.sigmas[start:]
+    calls = []
+    for call in rehearse(solver, sigmas):
+        step = call.step + start
+        c1, c2, c3 = _weights(timestep(call.sigma), settings)
+        control = has_control and settings.controlnet and _in_range(step, count, settings)
+        calls.append(replace(call, step=step, c1=c1, c2=c2, c3=c3, local=settings.windows,
+                             dilated=settings.dilated, control=control and settings.windows))
+    if settings.windows and settings.dilated and views > 1:
+        calls = _without_negligible(calls, step_c1, [float(sigma) for sigma in solver.sigmas], settings.tolerance)
+    return Script(start, sigmas, tuple(calls))
+
+
+def _weights(timestep: float, settings: Settings) -> tuple[float, float, float]:
+    k = cosine_factor(timestep)
+    c1 = k ** settings.cosine_scale_1 if settings.skip_residual else 0.0
+    if settings.windows and settings.dilated:
+        c2 = k ** settings.cosine_scale_2
+    else:
+        c2 = float(settings.dilated)
+    return c1, c2, 0.99 * k ** settings.cosine_scale_3 + 0.01
+
+
+def _in_range(step: int, count: int, settings: Settings) -> bool:
+    """The ControlNet's part of the steps, by the step's both edges (METHODS 1.6)."""
+    return (settings.control_strength > 0 and step / count >= settings.control_start
+            and (step + 1) / count <= settings.control_end)
+
+
+def carried(c1: Sequence[float]) -> list[float]:
+    """What remains of a deviation that enters step i: the product of (1 - c1) from there on; one more entry, 1."""
+    remains = [1.0]
+    for weight in reversed(c1):
+        remains.append(remains[-1] * (1 - weight))
+    return remains[::-1]
+
+
+def _erased_steps(c1: Sequence[float], budget: float) -> int:
+    """How many leading steps leave no more than `budget` of what they do."""
+    return sum(remains <= budget for remains in carried(c1)[:-1])
+
+
+def _without_negligible(calls: list[Call], step_c1: Sequence[float], sigmas: Sequence[float],
+                        tolerance: float) -> list[Call]:
+    """Leaves out windows while their summed effect is below a tenth of the tolerance, and the dilated pass from
+    where its weight stays below ten times the tolerance (which moves the result by a third of it, METHODS 7)."""
+    remains = carried(step_c1)
+    effect = 0.0
+    kept = []
+    for call in calls:
+        moved = 1 - sigmas[call.step + 1] / sigmas[call.step]
+        effect += moved * (1 - call.c2) * remains[call.step + 1]
+        without_local = effect <= tolerance / 10
+        kept.append(replace(call, local=not without_local, control=call.control and not without_local))
+    return [replace(call, dilated=not call.local or call.c2 > 10 * tolerance) for call in kept]

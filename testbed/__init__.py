@@ -1,0 +1,1 @@
+"""Commands that make what the tests and the embedded model need."""
