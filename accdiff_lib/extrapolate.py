@@ -22,7 +22,7 @@ from accdiff_lib.hosts.base import Host, Rows, Text
 from accdiff_lib.plan import CELL, Plan, Stage, Window
 from accdiff_lib.schedule import TRAINING_STEPS, make_script, rehearse
 from accdiff_lib.settings import Settings
-from accdiff_lib.structure import hint
+from accdiff_lib.structure import canny, hint
 from accdiff_lib.window_prompts import WindowPrompts, WordMask, window_prompts, word_masks
 
 #: Noise level (share of the training timesteps) at which an existing picture's attention is recorded.
@@ -248,7 +248,7 @@ class Extrapolation:
             upsampled = F.interpolate(last.latent, size, mode="bicubic", align_corners=False)
             if wants_hint:
                 assert last.image is not None
-                edges = hint(last.image, request.settings.canny_sigma, *stage.pixels)
+                edges = hint(canny(last.image, request.settings.canny_sigma), *stage.pixels)
         windows, texts = self._windows(request, result, stage)
         noise = seeds.normal((1, host.channels, *size), request.seed, "stage", stage.number).to(host.device)
         return Scene(upsampled, noise, self.texts([request.prompt])[0], windows, texts, request.plan.pixels,
@@ -260,7 +260,7 @@ class Extrapolation:
         settings, seed = request.settings, request.seed
         if result.explanation.words:
             windows = stage.windows(seeds.integers(seed, "windows", stage.number) if settings.jitter else None)
-            prompts = window_prompts(result.explanation.words, stage, windows, settings.c, _part(request.plan))
+            prompts = window_prompts(result.explanation.words, stage, windows, settings.c, request.plan.part)
             result.explanation.stages.append((stage, prompts))
             texts = self.texts(prompts.prompts)
             return lambda step: windows, lambda step: texts
@@ -269,9 +269,3 @@ class Extrapolation:
             fixed = stage.windows(None)
             return lambda step: fixed, lambda step: text
         return lambda step: stage.windows(seeds.integers(seed, "windows", stage.number, step)), lambda step: text
-
-
-def _part(plan: Plan) -> tuple[float, float, float, float]:
-    """The part of the base picture that the canvas shows: top, left, bottom, right in 0..1."""
-    (height, width), crop = plan.base, plan.crop
-    return (crop.top / height, crop.left / width, (crop.top + crop.height) / height, (crop.left + crop.width) / width)

@@ -118,6 +118,13 @@ class Plan:
         """(height, width) of the result in pixels."""
         return self.stages[-1].pixels if self.stages else (self.crop.height * CELL, self.crop.width * CELL)
 
+    @property
+    def part(self) -> tuple[float, float, float, float]:
+        """The part of the base picture that the canvas shows: top, left, bottom, right in 0..1."""
+        (height, width), crop = self.base, self.crop
+        return (crop.top / height, crop.left / width, (crop.top + crop.height) / height,
+                (crop.left + crop.width) / width)
+
 
 def starts(size: int, window: int, stride: int) -> list[int]:
     """Where the windows of one axis begin: every `stride`, the last moved back to end at `size` (METHODS 1.4)."""

@@ -15,7 +15,8 @@ from itertools import groupby
 CONTEXT = 77
 
 _ROUND, _SQUARE = 1.1, 1 / 1.1
-_LEXER = re.compile(r"\\\(|\\\)|\\\[|\\]|\\\\|\\|\(|\[|:\s*([+-]?[.\d]+)\s*\)|\)|]|[^\\()\[\]:]+|:")
+#: An escaped character or a lone backslash; a bracket; a weight with the bracket it closes; plain text; a colon.
+_LEXER = re.compile(r"\\[\\()\[\]]?|[()\[\]]|:\s*([+-]?[.\d]+)\s*\)|[^\\()\[\]:]+|:")
 _BREAK = re.compile(r"\s*\bBREAK\b\s*", re.DOTALL)
 
 
@@ -53,8 +54,9 @@ SplitWords = Callable[[str], Sequence[tuple[str, Sequence[int]]]]
 def parse(prompt: str) -> list[Fragment]:
     """Splits a prompt by its emphasis, as the WebUI does.
 
-    `(x)` weighs 1.1, `((x))` 1.21, `[x]` 1/1.1, `(x:1.3)` 1.3; `\\(` is a literal bracket; an unclosed bracket reaches
-    to the end; `BREAK` (a word of its own, in capitals) begins a new context.
+    `(x)` weighs 1.1, `((x))` 1.21, `[x]` 1/1.1, `(x:1.3)` 1.3; `\\(` is a literal bracket, `\\\\` a backslash, a lone
+    backslash nothing; an unclosed bracket reaches to the end; `BREAK` (a word of its own, in capitals) begins a new
+    context.
     """
     pieces: list[list] = []  # [text, weight]
     round_open: list[int] = []
@@ -67,7 +69,7 @@ def parse(prompt: str) -> list[Fragment]:
     for match in _LEXER.finditer(prompt):
         text, weight = match.group(0), match.group(1)
         if text.startswith("\\"):
-            pieces.append([text[1:] or "\\", 1.0])
+            pieces.append([text[1:], 1.0])
         elif text == "(":
             round_open.append(len(pieces))
         elif text == "[":
@@ -132,12 +134,20 @@ def lay_out(prompt: str, split: SplitWords) -> tuple[list[Chunk], list[Word]]:
 
 
 def compose(words: Iterable[Word]) -> str:
-    """A prompt of these words, in their order, with their weights and BREAKs; parse() reads it back."""
+    """A prompt of these words, in their order, with their weights and BREAKs; parse() reads it back.
+
+    Weights keep six decimals. Sections without words leave no trace.
+    """
     sections = []
     for _, in_section in groupby(words, key=lambda word: word.section):
         runs = []
-        for weight, run in groupby(in_section, key=lambda word: word.weight):
+        for weight, run in groupby(in_section, key=lambda word: _weight_text(word.weight)):
             text = " ".join(re.sub(r"([\\()\[\]])", r"\\\1", word.text) for word in run)
-            runs.append(text if weight == 1.0 else f"({text}:{weight:.4g})")
+            runs.append(text if weight == "1" else f"({text}:{weight})")
         sections.append(" ".join(runs))
     return " BREAK ".join(sections)
+
+
+def _weight_text(weight: float) -> str:
+    """A weight without exponent, which the grammar does not know: 1.1, 0.909091, 1."""
+    return f"{weight:.6f}".rstrip("0").rstrip(".")

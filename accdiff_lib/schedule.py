@@ -139,8 +139,8 @@ def carried(c1: Sequence[float]) -> list[float]:
 
 
 def _erased_steps(c1: Sequence[float], budget: float) -> int:
-    """How many leading steps leave no more than `budget` of what they do."""
-    return sum(remains <= budget for remains in carried(c1)[:-1])
+    """The last step that may begin from the trajectory itself, as no more than `budget` of a deviation remains."""
+    return max(0, sum(remains <= budget for remains in carried(c1)[:-1]) - 1)
 
 
 def _without_negligible(calls: list[Call], step_c1: Sequence[float], sigmas: Sequence[float],

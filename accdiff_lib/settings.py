@@ -48,7 +48,7 @@ class Option:
         if self.kind is str:
             return "any text"
         number = "a whole number" if self.kind is int else "a number"
-        return f"{number} from {self.minimum:g} to {self.maximum:g}"
+        return f"{number} from {self.minimum:.10g} to {self.maximum:.10g}"
 
     def parse(self, value: Any, name: str | None = None) -> Any:
         """`value` (text, number or bool) as this option's type.

@@ -21,10 +21,10 @@ def canny(image: np.ndarray, sigma: float) -> np.ndarray:
     return cv2.Canny(np.ascontiguousarray(image), low, high)
 
 
-def hint(image: np.ndarray, sigma: float, height: int, width: int) -> Tensor:
-    """The edges of a picture enlarged to height x width pixels: [1, 1, height, width], about 0..1.
+def hint(edges: np.ndarray, height: int, width: int) -> Tensor:
+    """Edges uint8 [H, W] of a picture, enlarged to height x width pixels: [1, 1, height, width], about 0..1.
 
     Bicubic, not clamped (it overshoots a little, as the reference's); ControlNets take it in 3 equal channels.
     """
-    edges = torch.from_numpy(canny(image, sigma))[None, None].float() / 255
-    return F.interpolate(edges, (height, width), mode="bicubic", align_corners=False)
+    levels = torch.from_numpy(edges)[None, None].float() / 255
+    return F.interpolate(levels, (height, width), mode="bicubic", align_corners=False)

@@ -219,6 +219,7 @@ def _sweep(sweep: Sweep, x: FeatureMap, skip: FeatureMap | None, tiles: Iterator
     """Runs one operation over all tiles of `x`: the new map, and the one set aside for a residual connection."""
     out = x if sweep.looks else FeatureMap(x.grid, x.cell * sweep.up // sweep.down, store)
     aside = None if sweep.fork is None else x if sweep.fork is as_is else FeatureMap(x.grid, x.cell, store)
+    spent = [m for m in {x, skip} - {out, aside} if m is not None]
     affine = x.moments.affine(sweep.norm, device) if sweep.norm is not None else None
     for tile in tiles:
         source = x.read(tile, sweep.halo).to(device)
@@ -228,13 +229,13 @@ def _sweep(sweep: Sweep, x: FeatureMap, skip: FeatureMap | None, tiles: Iterator
         if not sweep.looks:
             y = out.core(y, tile, sweep.halo * sweep.up // sweep.down)
             if sweep.join is not None and skip is not None:
-                y = (y + skip.read(tile).to(device)) / sweep.join
+                y = (y + skip.read(tile).to(device)).div_(sweep.join)
             out.write(tile, y)
         if sweep.fork is not None and aside is not None and aside is not x:
             aside.write(tile, aside.core(call(sweep.fork, source), tile, sweep.halo))
         if tile.column == x.grid.columns - 1:
-            for spent in {x, skip} - {out, aside, None}:
-                spent.free(tile.row - 1)  # not this row yet: it is the halo of the next
+            for m in spent:
+                m.free(tile.row - 1)  # not this row yet: it is the halo of the next
     return out, aside
 
 

@@ -44,17 +44,17 @@ SCHEDULER = {
 #: SDXL in miniature; group norms keep 32 groups because the original code has that number written in.
 UNET = {
     "sample_size": 32,
-    "block_out_channels": [32, 64, 96],
+    "block_out_channels": [32, 64, 64],
     "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
     "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-    "layers_per_block": 2,
-    "transformer_layers_per_block": [1, 1, 2],
-    "attention_head_dim": [2, 4, 6],
-    "cross_attention_dim": 64,
+    "layers_per_block": 1,
+    "transformer_layers_per_block": [1, 1, 1],
+    "attention_head_dim": [2, 4, 4],
+    "cross_attention_dim": 48,
     "use_linear_projection": True,
     "addition_embed_type": "text_time",
     "addition_time_embed_dim": 32,
-    "projection_class_embeddings_input_dim": 6 * 32 + 32,
+    "projection_class_embeddings_input_dim": 6 * 32 + 24,
 }
 CONTROLNET = {"conditioning_embedding_out_channels": [8, 16, 24, 32]}
 VAE = {
@@ -67,9 +67,9 @@ VAE = {
     "scaling_factor": 0.13025,
     "force_upcast": True,
 }
-TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 3}
-TEXT_1 = {**TEXT, "hidden_act": "quick_gelu", "projection_dim": 32}
-TEXT_2 = {**TEXT, "hidden_act": "gelu", "projection_dim": 32}
+TEXT = {"hidden_size": 24, "intermediate_size": 96, "num_attention_heads": 2, "num_hidden_layers": 3}
+TEXT_1 = {**TEXT, "hidden_act": "quick_gelu", "projection_dim": 24}
+TEXT_2 = {**TEXT, "hidden_act": "gelu", "projection_dim": 24}
 CLIP_VOCABULARY = {"vocab_size": 49408, "max_position_embeddings": 77, "bos_token_id": 49406, "eos_token_id": 49407}
 
 
@@ -131,6 +131,8 @@ def save(models: Models, folder: Path, *, dtype: torch.dtype = torch.float32) ->
         library = "transformers" if part.startswith("text") else "diffusers"
         index[part] = [library, type(module).__name__]
         _tidy_config(folder / part / "config.json")
+        for file in (folder / part).iterdir():
+            file.chmod(0o644)  # safetensors makes files that only their owner can read
     for part, tokenizer in zip(("tokenizer", "tokenizer_2"), models.tokenizers, strict=False):
         index[part] = ["transformers", "CLIPTokenizer"]
         _write_json(folder / part / "tokenizer_config.json", tokenizer_config(tokenizer))
@@ -202,10 +204,13 @@ def _tame_unet(unet: UNet2DConditionModel) -> None:
         layer.weight[:carried] = 0
         layer.bias[:carried] = 0
 
-    unet.conv_out.weight.normal_(std=STRUCTURE * (9 * (width - carried)) ** -0.5 / 0.6)  # 0.6: rms of silu(normal)
+    # Equal taps, and little from the outermost skip connection, make blobs out of what would be grain.
+    last.conv_shortcut.weight[carried:, skip_begins:] *= 0.2
+    taps = torch.randn(4, width, 1, 1) * STRUCTURE * (width - carried) ** -0.5 / 3
+    unet.conv_out.weight.copy_(taps.expand_as(unet.conv_out.weight))
     unet.conv_out.bias.zero_()
     unet.conv_out.weight[:, :carried] = 0
-    unet.conv_out.weight[:, :carried, 1, 1] = signs.T * 0.5
+    unet.conv_out.weight[:, :carried, 1, 1] = signs.T
 
 
 @torch.no_grad()

@@ -230,7 +230,7 @@ def _shape(shape: tuple[int, ...], place: Place, dimensions: int) -> tuple[int, 
 
 def _fit(tensor: Tensor, place: Place, shape: torch.Size) -> Tensor:
     if place.third is not None:
-        tensor = tensor.chunk(3)[place.third]
+        tensor = tensor.chunk(3)[place.third].clone()  # a view would keep all three in memory
     if place.transposed:
         tensor = tensor.T
     return tensor.reshape(shape)

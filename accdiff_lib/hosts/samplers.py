@@ -116,7 +116,7 @@ class NoiseLevels:
     """
 
     #: Smallest alpha-bar used. Models trained to zero terminal SNR have 0 there, which would be an infinite sigma.
-    SMALLEST_ALPHA = 4.9e-8
+    SMALLEST_ALPHA = 4.8973451890853435e-08
 
     def __init__(self, alphas_cumprod: Tensor) -> None:
         """`alphas_cumprod` [T]: alpha-bar per training timestep, falling."""

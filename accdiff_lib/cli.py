@@ -1,0 +1,384 @@
+"""The standalone command: from its arguments to pictures in a folder.
+
+Everything that can be checked without the model's weights is checked before they are loaded, and before anything is
+written. Exit codes: 0 all pictures are made, 1 less than that, 2 bad input, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accdiff_lib import __version__, arguments, infotext
+from accdiff_lib.errors import InputError, Interrupted, OutOfMemory
+from accdiff_lib.plan import CELL, Plan, base_size, make_plan
+from accdiff_lib.settings import SAME, Settings, make
+from accdiff_lib.settings import infotext as settings_infotext
+
+if TYPE_CHECKING:  # torch takes seconds to import; --help and typing mistakes are answered before
+    import numpy as np
+    import torch
+
+    from accdiff_lib.cost import PartCost
+    from accdiff_lib.extrapolate import Picture, Result
+    from accdiff_lib.hosts.loading import Models, ModelShape
+    from accdiff_lib.hosts.standalone import StandaloneHost
+    from accdiff_lib.output import Folder
+    from accdiff_lib.report import Terminal
+
+DONE, LESS, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    try:
+        job = prepare(argv)
+        return dry_run(job) if job.arguments.dry_run else run(job)
+    except InputError as error:
+        print(f"accdiff: {' '.join(str(error).split())}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("accdiff: aborted", file=sys.stderr)
+        return INTERRUPTED
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the user asked for, checked."""
+
+    arguments: argparse.Namespace
+    #: The general options: negative, seed, steps, cfg, ...
+    general: dict[str, Any]
+    settings: Settings
+    model: ModelShape
+    plan: Plan
+    parts: list[PartCost]
+    device: torch.device
+    dtype: torch.dtype
+    image: np.ndarray | None
+
+    @property
+    def stage_solver(self) -> tuple[str, str, int]:
+        """Sampler, schedule and steps of the stages."""
+        return _stage_solver(self.general, self.settings)
+
+    @property
+    def folder(self) -> Folder:
+        from accdiff_lib.output import Folder
+
+        return Folder(Path(self.arguments.out).expanduser())
+
+
+# --- checking --------------------------------------------------------------------------------------------------
+
+def prepare(argv: Sequence[str] | None) -> Job:
+    """Reads and checks everything but the weights. Raises InputError."""
+    namespace, general, chosen = arguments.read(argv)
+    settings = _in_flags(make, chosen)
+    # From here on with torch and PIL.
+    from accdiff_lib.hosts.loading import describe
+    from accdiff_lib.output import read_image
+
+    image = None
+    if namespace.image is not None:
+        fit = general["height"], general["width"]
+        if bool(fit[0]) != bool(fit[1]):
+            raise InputError("--width, --height: with --image give both, or neither to take the picture's own size")
+        image = read_image(namespace.image, fit if fit[0] else None)
+    general["sampler"], general["scheduler"] = _sampler(general["sampler"], general["scheduler"])
+    settings = _stage_names(settings)
+    device, dtype = _device(general["device"]), _dtype(general["dtype"], general["device"])
+    model = describe(namespace.model, vae=namespace.vae, controlnet=namespace.controlnet, config=namespace.config)
+    plan = _in_flags(make_plan, _base(general, settings, model, image), settings, native=model.sample_size)
+    parts = _cost(general, settings, model, plan, image is not None)
+    if general["seed"] == -1:
+        general["seed"] = random.SystemRandom().randrange(2**32 - general["batch"])
+    job = Job(namespace, general, settings, model, plan, parts, device, dtype, image)
+    if not namespace.dry_run:
+        pixels = sum(part.pixels[0] * part.pixels[1] for part in parts)
+        job.folder.check(3 * pixels * general["batch"])
+    return job
+
+
+def _in_flags(function: Any, *args: Any, **kwargs: Any) -> Any:
+    """Calls a function of the engine; its complaints name flags instead of options."""
+    try:
+        return function(*args, **kwargs)
+    except InputError as error:
+        raise InputError(arguments.in_flags(str(error))) from error
+
+
+def _sampler(sampler: str, scheduler: str, prefix: str = "--") -> tuple[str, str]:
+    """The names as the tables spell them."""
+    from accdiff_lib.hosts.samplers import SAMPLERS, SCHEDULERS, find_sampler, find_scheduler
+
+    try:
+        sampler = find_sampler(sampler).name
+    except InputError:
+        raise InputError(f"{prefix}sampler: {sampler!r} is not allowed; it takes {', '.join(SAMPLERS)}") from None
+    try:
+        return sampler, find_scheduler(scheduler)
+    except InputError:
+        raise InputError(f"{prefix}scheduler: {scheduler!r} is not allowed; it takes "
+                         f"{', '.join(SCHEDULERS)}") from None
+
+
+def _stage_names(settings: Settings) -> Settings:
+    """The stages' sampler and schedule, checked."""
+    names = {"stage_sampler": "Euler", "stage_scheduler": "Normal"}
+    own = {name: getattr(settings, name) for name in names if getattr(settings, name).strip().lower() != SAME.lower()}
+    found = _sampler(*({**names, **own}.values()), prefix="--stage-")
+    return replace(settings, **{name: value if name in own else SAME
+                                for name, value in zip(names, found, strict=True)})
+
+
+def _stage_solver(general: dict[str, Any], settings: Settings) -> tuple[str, str, int]:
+    sampler, scheduler = (general[name] if own == SAME else own for name, own in (
+        ("sampler", settings.stage_sampler), ("scheduler", settings.stage_scheduler)))
+    return sampler, scheduler, settings.stage_steps or general["steps"]
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    there = ["cpu"] + [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        there.append("mps")
+    if name == "auto":
+        return torch.device("cuda" if len(there) > 1 and there[1].startswith("cuda") else there[-1])
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or (str(device) not in there and not (str(device) == "cuda" and "cuda:0" in there)):
+        raise InputError(f"--device: {name!r} is not allowed; here are auto, {', '.join(there)}")
+    return device
+
+
+def _dtype(name: str, device: str) -> torch.dtype:
+    import torch
+
+    if name == "auto":
+        name = "float16" if _device(device).type == "cuda" else "float32"
+    return getattr(torch, name)
+
+
+def _base(general: dict[str, Any], settings: Settings, model: ModelShape, image: np.ndarray | None) -> tuple[int, int]:
+    """(height, width) of the base picture in pixels."""
+    native = model.sample_size * CELL
+    if image is not None:
+        return image.shape[0], image.shape[1]
+    if general["width"] or general["height"]:
+        return general["height"] or native, general["width"] or native
+    if settings.target_width:
+        return base_size(native, (settings.target_height, settings.target_width))
+    return native, native
+
+
+def _cost(general: dict[str, Any], settings: Settings, model: ModelShape, plan: Plan,
+          has_image: bool) -> list[PartCost]:
+    from accdiff_lib.cost import estimate
+    from accdiff_lib.hosts.samplers import NoiseLevels, solver
+
+    assert model.alphas_cumprod is not None
+    levels = NoiseLevels(model.alphas_cumprod)
+    return estimate(plan, settings, solver=solver(general["sampler"], general["scheduler"], general["steps"], levels),
+                    stage_solver=solver(*_stage_solver(general, settings), levels), timestep=levels.timestep,
+                    guidance=general["cfg"], has_control=model.controlnet is not None, base_pass=not has_image)
+
+
+# --- dry run ---------------------------------------------------------------------------------------------------
+
+def dry_run(job: Job) -> int:
+    """Prints what would be computed."""
+    from accdiff_lib import report
+
+    costs = [_teraflop(job, part) for part in job.parts]
+    if job.arguments.json:
+        parts = [{**report.as_json(part), "tflop": round(cost, 6)} for part, cost in zip(job.parts, costs, strict=True)]
+        total = {key: sum(part[key] for part in parts) for key in ("unet", "controlnet", "tflop")}
+        _print_json({**_described(job), "dry_run": True, "parts": parts, "total": total})
+        return DONE
+    (base_height, base_width), (height, width) = (tuple(CELL * side for side in job.plan.base), job.plan.pixels)
+    print(f"model {job.model.name}: {base_width}x{base_height} to {width}x{height}, {job.general['sampler']}, "
+          f"{job.general['scheduler']}, {job.settings.method}\n")
+    print(report.table(job.parts, costs, job.general["batch"]))
+    print("\nUNet and ControlNet: latents evaluated, with the unconditional ones. TFLOP: those and the VAE's decodes.")
+    return DONE
+
+
+def _teraflop(job: Job, part: PartCost) -> float:
+    """UNet, ControlNet and the VAE's decode of a part."""
+    from accdiff_lib.hosts import flops
+
+    def count(height: int, width: int) -> flops.Flops:
+        return flops.count(height, width, unet=job.model.unet, vae=job.model.vae, controlnet=job.model.controlnet)
+
+    decode = count(part.pixels[0] // CELL, part.pixels[1] // CELL).vae
+    if part.stage is None:
+        return decode + part.unet * count(part.pixels[0] // CELL, part.pixels[1] // CELL).unet
+    window, view = count(*part.stage.window), count(*part.stage.view_size)
+    in_views = part.views * (1 if (job.settings.dilated_guidance or job.general["cfg"]) == 1 else 2)
+    return decode + ((part.unet - in_views) * window.unet + part.controlnet * window.controlnet + in_views * view.unet)
+
+
+# --- the run ---------------------------------------------------------------------------------------------------
+
+def run(job: Job) -> int:
+    """Makes and writes the pictures."""
+    from accdiff_lib.extrapolate import Extrapolation
+    from accdiff_lib.hosts.loading import load
+    from accdiff_lib.report import Terminal
+
+    begin = time.perf_counter()
+    given = job.arguments
+    models = load(given.model, vae=given.vae, controlnet=given.controlnet, config=given.config, device=job.device,
+                  dtype=job.dtype)
+    # With --json the object is all that stdout gets.
+    lines = sys.stderr if given.json else sys.stdout
+    terminal = Terminal(job.parts, job.general["batch"], lines, sys.stderr)
+    try:
+        host = _host(job, models, terminal)
+        if job.settings.controlnet and job.settings.windows and job.plan.stages and not host.has_control:
+            terminal.comment("no ControlNet is loaded, so edges do not guide the windows (give --controlnet PATH, or "
+                             "--no-use-controlnet)")
+        extrapolation = Extrapolation(host, job.settings)
+        images: list[dict[str, Any]] = []
+        code = DONE
+        with terminal.stopped_by_ctrl_c():
+            for seed in range(job.general["seed"], job.general["seed"] + job.general["batch"]):
+                if terminal.interrupted:
+                    code = INTERRUPTED
+                if code != DONE:
+                    break
+                record, code = _one(job, terminal, host, extrapolation, seed)
+                images.append(record)
+    finally:
+        terminal.close()
+    if given.json:
+        _print_json({**_described(job), "images": images, "comments": terminal.comments,
+                     "seconds": round(time.perf_counter() - begin, 3)})
+    return code
+
+
+def _host(job: Job, models: Models, terminal: Terminal) -> StandaloneHost:
+    from accdiff_lib.hosts.standalone import StandaloneHost
+
+    general = job.general
+    sampler, scheduler, steps = job.stage_solver
+    return StandaloneHost(
+        models, prompt=job.arguments.prompt, negative=general["negative"], progress=terminal, sampler=general["sampler"],
+        scheduler=general["scheduler"], steps=general["steps"], stage_sampler=sampler, stage_scheduler=scheduler,
+        stage_steps=steps, vae_tile=job.settings.vae_tile, device=job.device, dtype=job.dtype)
+
+
+def _one(job: Job, terminal: Terminal, host: StandaloneHost, extrapolation: Any,
+         seed: int) -> tuple[dict[str, Any], int]:
+    """Makes one picture: what the JSON object says of it, and the exit code."""
+    from accdiff_lib.extrapolate import Request
+
+    files = Files(job, seed)
+    terminal.save = files.save
+    terminal.next_image()
+    if job.general["batch"] > 1:
+        terminal.say(f"seed {seed}")
+    request = Request(job.arguments.prompt, seed, job.general["cfg"], job.settings, job.plan,
+                      intermediate=job.arguments.intermediate, image=job.image)
+    record: dict[str, Any] = {"seed": seed, "stopped": ""}
+    try:
+        result = extrapolation.run(request)
+    except (Interrupted, OutOfMemory, ArithmeticError) as error:
+        record["stopped"] = "interrupted" if isinstance(error, Interrupted) else str(error)
+        print(f"accdiff: {record['stopped']}; no picture was finished", file=sys.stderr)
+    else:
+        record["stopped"] = result.stopped
+        if result.stopped:
+            files.keep(result.pictures[-1])
+        files.explain(result, host)
+        height, width = result.pictures[-1].image.shape[:2]
+        record |= {"width": width, "height": height}
+    record |= {"files": {name: str(path) for name, path in files.written.items()}, "parts": terminal.done}
+    if files.written:
+        terminal.say(f"wrote {', '.join(path.name for path in files.written.values())} in {job.folder.path}/")
+    if record["stopped"] == "interrupted":
+        return record, INTERRUPTED
+    return record, LESS if record["stopped"] else DONE
+
+
+class Files:
+    """The files of one picture."""
+
+    def __init__(self, job: Job, seed: int):
+        self.job = job
+        self.parameters = parameters(job, seed)
+        #: Paths by "base", "2x", ..., "final", "explain".
+        self.written: dict[str, Path] = {}
+        self._suffix = f"-{seed}" if job.general["batch"] > 1 else ""
+
+    def save(self, picture: Picture) -> None:
+        """Writes a finished picture if the user wants it: the last stage's as final.png, others as they are called."""
+        if self._is_last(picture) or self.job.arguments.intermediate:
+            self.keep(picture)
+
+    def keep(self, picture: Picture) -> None:
+        """Writes a picture, once."""
+        name = "final" if self._is_last(picture) else picture.name
+        if name not in self.written:
+            stem = name if name in ("base", "final") else f"stage-{name}"
+            self._write(name, stem, picture.image)
+
+    def _is_last(self, picture: Picture) -> bool:
+        return picture.stage == (self.job.plan.stages[-1] if self.job.plan.stages else None)
+
+    def _write(self, name: str, stem: str, image: np.ndarray | None) -> None:
+        assert image is not None
+        self.written[name] = self.job.folder.write(f"{stem}{self._suffix}.png", image, self.parameters)
+
+    def explain(self, result: Result, host: StandaloneHost) -> None:
+        """Writes explain.png if there are window prompts to explain."""
+        explanation, base = result.explanation, result.pictures[0]
+        if not (self.job.arguments.explain and explanation.words and base.stage is None):
+            return
+        from accdiff_lib.explain import sheet
+
+        image = base.image if base.image is not None else host.decode(base.latent, interruptible=False)
+        self._write("explain", "explain", sheet(image, explanation, self.job.plan.part))
+
+
+def parameters(job: Job, seed: int) -> str:
+    """The generation parameters of a picture, as the WebUI writes them."""
+    general, given = job.general, job.arguments
+    height, width = (CELL * side for side in job.plan.base)
+    values: dict[str, Any] = {
+        "Steps": general["steps"], "Sampler": general["sampler"], "Schedule type": general["scheduler"],
+        "CFG scale": f"{general['cfg']:g}", "Seed": seed, "Size": f"{width}x{height}", "Model": job.model.name}
+    if given.vae is not None:
+        values["VAE"] = given.vae.stem
+    if given.controlnet is not None:
+        values["AccDiffusion ControlNet model"] = given.controlnet.stem
+    if given.image is not None:
+        values["AccDiffusion image"] = given.image.name
+    values |= {"AccDiffusion": __version__, **settings_infotext(job.settings)}
+    return infotext.write(given.prompt, general["negative"], values)
+
+
+def _described(job: Job) -> dict[str, Any]:
+    """What the JSON object repeats of the input, with all defaults filled in."""
+    general, given = job.general, job.arguments
+    (base_height, base_width), (height, width) = (tuple(CELL * side for side in job.plan.base), job.plan.pixels)
+    return {"version": __version__, "prompt": given.prompt, **general, "device": str(job.device),
+            "dtype": str(job.dtype).removeprefix("torch."), "model": job.model.name, "family": job.model.family,
+            "seeds": list(range(general["seed"], general["seed"] + general["batch"])),
+            "base": {"width": base_width, "height": base_height}, "target": {"width": width, "height": height},
+            "settings": asdict(job.settings)}
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))

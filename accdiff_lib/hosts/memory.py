@@ -1,0 +1,65 @@
+"""How much fits: rows of one denoise call, and whether a VAE works on the whole picture at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+#: Peak activations of a UNet row in numbers per latent cell and channel of the first block, where not yet measured.
+ROW_NUMBERS = 64
+#: The same of a VAE decode, per pixel and channel of its last block: maps of twice its channels, some in float32.
+VAE_NUMBERS = 10
+#: Share of the free memory to plan with.
+SHARE = 0.8
+#: More rows at once make a GPU no faster.
+MOST_ROWS = 32
+#: On the CPU, more rows at once only take memory bandwidth; tiny models are fastest with these.
+MOST_CPU_ROWS = 8
+CPU_BUDGET = 4 * 2**30
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that a computation may fill; for devices that do not tell, a cautious constant."""
+    if device.type != "cuda":
+        return CPU_BUDGET
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int((torch.cuda.mem_get_info(device)[0] + cached) * SHARE)
+
+
+class RowMemory:
+    """Bytes that a UNet row takes at its peak: measured on CUDA, estimated elsewhere and at first."""
+
+    def __init__(self, device: torch.device, width: int, itemsize: int) -> None:
+        """`width`: channels of the UNet's first block; `itemsize`: bytes of a number."""
+        self._device = device
+        self._per_cell = ROW_NUMBERS * width * itemsize
+        self._measured: dict[tuple[int, int], float] = {}
+
+    def fit(self, height: int, width: int) -> int:
+        """How many rows of height x width cells fit now, each with its unconditional half; at least 1."""
+        each = self._measured.get((height, width), self._per_cell * height * width)
+        most = MOST_ROWS if self._device.type == "cuda" else MOST_CPU_ROWS
+        return max(1, min(most, int(free_bytes(self._device) / (2 * each))))
+
+    @contextmanager
+    def measured(self, rows: int, height: int, width: int) -> Iterator[None]:
+        """Measures the call inside, on `rows` rows; of all calls on latents of a size the largest need counts."""
+        if self._device.type != "cuda":
+            yield
+            return
+        torch.cuda.reset_peak_memory_stats(self._device)
+        before = torch.cuda.memory_allocated(self._device)
+        yield
+        each = (torch.cuda.max_memory_allocated(self._device) - before) / rows
+        self._measured[height, width] = max(each, self._measured.get((height, width), 0.0))
+
+
+def vae_tile(device: torch.device, height: int, width: int, channels: int, itemsize: int) -> int:
+    """The tile for a latent of height x width cells: 0 (all at once) where memory allows, else 64.
+
+    `channels`: of the VAE's outermost blocks; `itemsize`: bytes of a number.
+    """
+    needed = VAE_NUMBERS * channels * itemsize * 64 * height * width
+    return 0 if needed <= free_bytes(device) else 64

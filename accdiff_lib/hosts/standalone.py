@@ -1,0 +1,197 @@
+"""The standalone host: one generation on diffusers' and transformers' networks, without a WebUI."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from accdiff_lib import vae as tiled_vae
+from accdiff_lib.errors import InputError, Interrupted
+from accdiff_lib.hosts import flops, memory
+from accdiff_lib.hosts.base import Progress, Rows
+from accdiff_lib.hosts.samplers import KSolver, NoiseLevels, solver
+from accdiff_lib.hosts.text import TextEmbedding, TextEncoder
+from accdiff_lib.prompts import Word
+
+if TYPE_CHECKING:
+    from accdiff_lib.hosts.loading import Models
+
+T = TypeVar("T")
+
+
+class StandaloneHost:
+    """Implements base.Host. The networks must be on `device` already; nothing of them is changed."""
+
+    #: diffusers' UNet and ControlNet take latents of any side.
+    multiple = 1
+
+    def __init__(self, models: Models, *, prompt: str, negative: str, progress: Progress, sampler: str, scheduler: str,
+                 steps: int, stage_sampler: str | None = None, stage_scheduler: str | None = None,
+                 stage_steps: int | None = None, vae_tile: int = 0, device: str | torch.device = "cpu",
+                 dtype: torch.dtype = torch.float32) -> None:
+        """`prompt` and `negative` decide how many contexts of 77 tokens every text of the generation takes.
+
+        Stages use the base pass's sampler, schedule and steps unless told otherwise. `vae_tile` is in latent cells, 0
+        chooses by memory; `dtype` is that of UNet and ControlNet (latents are float32 throughout). Raises InputError.
+        """
+        self.models = models
+        self.progress = progress
+        self.device, self.dtype = torch.device(device), dtype
+        self.window = int(models.unet.config["sample_size"])
+        self.channels = int(models.unet.config["in_channels"])
+        self.has_control = models.controlnet is not None
+        self._levels = NoiseLevels(models.alphas_cumprod)
+        self.solver: KSolver = solver(sampler, scheduler, steps, self._levels)
+        self.stage_solver: KSolver = solver(stage_sampler or sampler, stage_scheduler or scheduler,
+                                            stage_steps or steps, self._levels)
+        self._negative = negative
+        self._encoder = TextEncoder(models)
+        self._contexts = max(self._encoder.contexts(text) for text in (prompt, negative))
+        self._vae_tile = vae_tile
+        self._memory = memory.RowMemory(self.device, models.unet.config["block_out_channels"][0], dtype.itemsize)
+        self._guided = True
+
+    # Text and noise levels
+
+    def timestep(self, sigma: float) -> float:
+        """See base.Host."""
+        return self._levels.timestep(sigma)
+
+    def words(self, prompt: str) -> list[Word]:
+        """See base.Host."""
+        return self._encoder.words(prompt)
+
+    def encode_texts(self, prompts: Sequence[str]) -> list[TextEmbedding]:
+        """See base.Host."""
+        return self._encoder.encode(prompts, self._negative, self._contexts)
+
+    # Model
+
+    @torch.no_grad()
+    def denoise(self, x: Tensor, sigma: Tensor, rows: Rows) -> Tensor:
+        """See base.Host. With CFG the UNet's batch is [uncond rows, cond rows]; at guidance 1 the cond rows only."""
+        self._guided = rows.guidance != 1
+        level = float(sigma)
+        batch = len(rows) * (2 if self._guided else 1)
+        latent = (x.float() / (level**2 + 1) ** 0.5).to(self.dtype)
+        with self._memory.measured(batch, *x.shape[-2:]):
+            output = self._unet(latent.repeat(batch // len(rows), 1, 1, 1), self._levels.timestep(level), rows).float()
+        if self._guided:
+            uncond, cond = output.chunk(2)
+            output = uncond + rows.guidance * (cond - uncond)
+            if rows.rescale > 0:
+                output = _rescale(output, cond, rows.rescale)
+        return self._denoised(x.float(), level, output).to(x.dtype)
+
+    def _unet(self, latent: Tensor, timestep: float, rows: Rows) -> Tensor:
+        """The UNet's output [B, C, h, w] for scaled latents [B, C, h, w], B being M or (with CFG) 2 M."""
+        inputs: dict[str, Any] = self._conditioning(rows)
+        t = torch.full((len(latent),), timestep, device=self.device)
+        if rows.hint is not None and rows.strength > 0:
+            if self.models.controlnet is None:
+                raise InputError("The window's structure was given, but no ControlNet is loaded.")
+            hint = rows.hint.to(self.device, self.dtype).repeat(len(latent) // len(rows), 1, 1, 1)
+            down, middle = self.models.controlnet(latent, t, controlnet_cond=hint, conditioning_scale=rows.strength,
+                                                  guess_mode=False, return_dict=False, **inputs)
+            inputs.update(down_block_additional_residuals=down, mid_block_additional_residual=middle)
+        return self.models.unet(latent, t, return_dict=False, **inputs)[0]
+
+    def _conditioning(self, rows: Rows) -> dict[str, Any]:
+        """Text and, for SDXL, pooled text and sizes: of the unconditional rows (with CFG), then the conditional."""
+        halves = ("uncond", "cond") if self._guided else ("cond",)
+        inputs: dict[str, Any] = {"encoder_hidden_states": self._stack(rows, halves)}
+        if self.models.family == "sdxl":
+            sizes = [(*rows.canvas, *origin, *rows.canvas) for origin in rows.origins] * len(halves)
+            pooled = [{"cond": "pooled", "uncond": "pooled_uncond"}[half] for half in halves]
+            # Not in half precision: it has no odd numbers above 2048.
+            time_ids = torch.tensor(sizes, dtype=torch.float32, device=self.device)
+            inputs["added_cond_kwargs"] = {"text_embeds": self._stack(rows, pooled), "time_ids": time_ids}
+        return inputs
+
+    def _stack(self, rows: Rows, parts: Sequence[str]) -> Tensor:
+        """These parts of the rows' texts, one part after the other."""
+        return torch.stack([getattr(text, part) for part in parts for text in rows.texts]).to(self.device, self.dtype)
+
+    def _denoised(self, x: Tensor, sigma: float, output: Tensor) -> Tensor:
+        """The x0 that the UNet's output means."""
+        if self.models.prediction == "v_prediction":  # Salimans & Ho (2022), appendix D, with x = x0 + sigma noise
+            return x / (sigma**2 + 1) - output * (sigma / (sigma**2 + 1) ** 0.5)
+        return x - sigma * output
+
+    def cross_attention(self) -> list[tuple[str, nn.Module]]:
+        """See base.Host."""
+        return [(name, module) for name, module in self.models.unet.named_modules()
+                if name.endswith(".attn2") and name.startswith(("down_blocks.", "up_blocks."))]
+
+    def cond_rows(self, batch: int) -> slice:
+        """See base.Host."""
+        return slice(batch // 2 if self._guided else 0, batch)
+
+    def rows_that_fit(self, height: int, width: int) -> int:
+        """See base.Host."""
+        return self._memory.fit(height, width)
+
+    def flops(self, height: int, width: int) -> flops.Flops:
+        """TFLOP of one latent of height x width cells through each network."""
+        models, control = self.models, self.models.controlnet
+        return flops.count(height, width, unet=models.unet.config, vae=models.vae.config,
+                           controlnet=control.config if control is not None else None,
+                           text_encoders=[encoder.config.to_dict() for encoder in models.text_encoders])
+
+    # VAE
+
+    def decode(self, latent: Tensor, *, interruptible: bool = True) -> np.ndarray:
+        """See base.Host."""
+        scaled = latent.float() / self._scaling
+        image = self._in_vae(lambda dtype: tiled_vae.decode(
+            self.models.vae, scaled.to(self.device, dtype), tile=self._tile(scaled),
+            check=self._check if interruptible else None))
+        pixels = image[0].add_(1).mul_(127.5).round_().clamp_(0, 255)
+        return np.ascontiguousarray(pixels.to(torch.uint8).permute(1, 2, 0).numpy())
+
+    def encode_image(self, image: np.ndarray) -> Tensor:
+        """See base.Host: the mean of the posterior, so that the same picture gives the same latent."""
+        pixels = torch.tensor(image).permute(2, 0, 1)[None] / 127.5 - 1
+        moments = self._in_vae(lambda dtype: tiled_vae.encode(
+            self.models.vae, pixels.to(self.device, dtype), tile=self._tile(pixels, cell=8), check=self._check))
+        return tiled_vae.sample(moments).to(self.device) * self._scaling
+
+    @property
+    def _scaling(self) -> float:
+        return float(self.models.vae.config["scaling_factor"])
+
+    def _in_vae(self, run: Callable[[torch.dtype], T]) -> T:
+        """`run(dtype)` in the VAE's precision and, when half precision makes NaN, once more in float32."""
+        vae, own = self.models.vae, self.models.vae.dtype
+        try:
+            return run(own)
+        except tiled_vae.NotFinite:
+            if own == torch.float32:
+                raise
+        self.progress.comment("The VAE made NaN in half precision; it was run again in float32")
+        try:
+            vae.to(torch.float32)
+            return run(torch.float32)
+        finally:
+            vae.to(own)  # exact: its weights came from this precision
+
+    def _tile(self, x: Tensor, cell: int = 1) -> int:
+        """The tile for a latent, or for an image of `cell` pixels per latent cell."""
+        vae = self.models.vae
+        return self._vae_tile or memory.vae_tile(self.device, x.shape[-2] // cell, x.shape[-1] // cell,
+                                                 vae.config["block_out_channels"][0], vae.dtype.itemsize)
+
+    def _check(self) -> None:
+        if self.progress.interrupted:
+            raise Interrupted
+
+
+def _rescale(output: Tensor, cond: Tensor, mix: float) -> Tensor:
+    """Guidance rescale (Lin et al. 2023, section 3.4): the deviation of `cond`, mixed in by `mix`; each row alone."""
+    dims = tuple(range(1, output.ndim))
+    factor = cond.std(dim=dims, keepdim=True) / output.std(dim=dims, keepdim=True)
+    return output * (mix * factor + 1 - mix)

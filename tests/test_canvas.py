@@ -1,0 +1,157 @@
+"""The canvas's parts, exactly; whole runs are in test_extrapolate and test_parity."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from accdiff_lib.batching import Batcher
+from accdiff_lib.canvas import Canvas, Scene, join_views, match_statistics, split_views
+from accdiff_lib.errors import Interrupted, OutOfMemory, Skipped
+from accdiff_lib.hosts.samplers import solver
+from accdiff_lib.plan import make_plan
+from accdiff_lib.schedule import make_script
+from accdiff_lib.settings import make
+from tests.silent import SilentProgress
+from tests.test_schedule import LEVELS
+
+
+class Toy:
+    """A host whose model knows the answer: `truth` of the window's own place on the canvas, whatever the noise."""
+
+    def __init__(self, fits: int = 8):
+        self.progress = SilentProgress()
+        self.fits = fits
+        self.batches: list[int] = []
+        self.origins: list[tuple[int, int]] = []
+
+    def rows_that_fit(self, height, width):
+        return self.fits
+
+    def denoise(self, x, sigma, rows):
+        self.batches.append(len(x))
+        self.origins += rows.origins
+        if len(x) > self.fits:
+            raise RuntimeError("CUDA out of memory. Tried to allocate a lot")
+        return torch.tanh(x) * 0.5
+
+
+@given(dilation=st.integers(1, 5), height=st.integers(1, 6), width=st.integers(1, 6))
+def test_views_split_and_join(dilation, height, width):
+    x = torch.randn(1, 3, dilation * height, dilation * width)
+    views = split_views(x, dilation)
+    assert torch.equal(join_views(views, dilation), x)
+    for number, view in enumerate(views):
+        row, column = divmod(number, dilation)
+        assert torch.equal(view, x[0, :, row::dilation, column::dilation])
+
+
+def made_canvas(host, *, settings=None, size=(96, 80), scale=2, seed=1, batch=0):
+    settings = settings or make({"tolerance": 0})
+    plan = make_plan((size[0] * 8 // scale, size[1] * 8 // scale), settings, native=32)
+    stage = make_plan((size[0] * 8 // scale, size[1] * 8 // scale), make({"scale": scale}), native=32).stages[-1]
+    assert plan
+    made = solver("Euler", "Leading", 4, LEVELS)
+    script = make_script(made, settings, LEVELS.timestep, has_control=False, views=stage.views)
+    windows = stage.windows(None)
+    scene = Scene(torch.zeros(1, 4, *size), torch.randn(1, 4, *size, generator=torch.Generator().manual_seed(0)), "text",
+                  lambda step: windows, lambda step: ["text"] * len(windows), stage.pixels, 7.5, seed)
+    return Canvas(host, stage, script, settings, scene, Batcher(host, batch)), made, scene, script
+
+
+def sample(host, **kwargs):
+    canvas, made, scene, script = made_canvas(host, **kwargs)
+    return made.integrate(canvas, scene.trajectory(float(script.sigmas[0])), script.sigmas, 0)
+
+
+@given(views=st.sampled_from([4, 9, 16]), seed=st.integers(0, 2 ** 62))
+def test_the_interaction_is_a_permutation_at_every_position(views, seed):
+    scale = int(views ** 0.5)
+    canvas, _, _, script = made_canvas(Toy(), scale=scale, size=(16 * scale, 16 * scale), seed=seed)
+    cells = torch.empty(views, 4, 16, 16)
+    drawn = canvas.interaction(script.calls[0], 0, cells)
+    assert torch.equal(drawn.sort(dim=0).values, torch.arange(views)[:, None, None, None].expand_as(cells))
+    values = torch.randn(cells.shape)
+    back = torch.empty_like(values).scatter_(0, drawn, values.gather(0, drawn))
+    assert torch.equal(back, values)
+    other = canvas.interaction(script.calls[1], 1, cells)
+    assert not torch.equal(drawn, other), "every step draws anew"
+    assert torch.equal(drawn, canvas.interaction(script.calls[0], 0, cells)), "by seed and step alone"
+
+
+@given(mean=st.floats(-3, 3), std=st.floats(0.1, 5))
+def test_match_statistics(mean, std):
+    x = torch.randn(1, 4, 9, 7, generator=torch.Generator().manual_seed(3)) * 2 + 1
+    matched = match_statistics(x, torch.tensor(mean), torch.tensor(std))
+    assert float(matched.mean()) == pytest.approx(mean, abs=1e-5)
+    assert float(matched.std()) == pytest.approx(std, rel=1e-5)
+
+
+def test_the_batch_changes_only_the_batches():
+    alone, together, learned = Toy(1), Toy(16), Toy(3)
+    reference = sample(alone)
+    assert torch.allclose(sample(together), reference, atol=1e-6)
+    assert max(together.batches) > 1
+    # Asked for 16 at once, out of memory, halved until it fits, remembered.
+    assert torch.allclose(sample(learned, batch=16), reference, atol=1e-6)
+    assert [size for size in learned.batches if size > 3] == [16, 8, 4]
+
+
+def test_out_of_memory_with_one_window_is_told():
+    with pytest.raises(OutOfMemory, match="256x256 pixels"):
+        sample(Toy(0), batch=2)
+
+
+def test_errors_of_the_model_are_not_taken_for_memory():
+    class Broken(Toy):
+        def denoise(self, x, sigma, rows):
+            raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="mat1"):
+        sample(Broken())
+
+
+@pytest.mark.parametrize(("flag", "error"), [("interrupted", Interrupted), ("skipped", Skipped)])
+def test_stops_within_one_batch(flag, error):
+    class Watched(Toy):
+        def denoise(self, x, sigma, rows):
+            if len(self.batches) == 5:
+                setattr(self.progress, flag, True)
+            return super().denoise(x, sigma, rows)
+
+    host = Watched(fits=2)
+    with pytest.raises(error):
+        sample(host)
+    assert len(host.batches) == 6, "nothing is computed after the batch in which the user stopped"
+
+
+def test_the_origin_of_a_window_is_its_place_in_the_padded_canvas():
+    host = Toy()
+    sample(host, size=(64, 64))
+    padding = (32 - 16) // 4
+    assert set(host.origins) >= {(8 * (padding + y), 8 * (padding + x)) for y in (0, 16, 32) for x in (0, 16, 32)}
+
+
+def test_the_skip_residual_rewrites_the_samplers_own_x():
+    canvas, _, scene, script = made_canvas(Toy())
+    x = torch.full((1, 4, 96, 80), 3.0)
+    kept = x
+    canvas(x, script.sigmas[:1])
+    c1 = script.calls[0].c1
+    assert torch.allclose(kept, 3 * (1 - c1) + c1 * scene.trajectory(script.calls[0].sigma), atol=1e-5)
+
+
+def test_a_sampler_off_its_script_is_stopped():
+    canvas, _, _, script = made_canvas(Toy())
+    with pytest.raises(RuntimeError, match="left its script"):
+        canvas(torch.zeros(1, 4, 96, 80), script.sigmas[1:2])
+
+
+def test_progress_counts_every_latent():
+    host = Toy()
+    canvas, made, scene, script = made_canvas(host)
+    made.integrate(canvas, scene.trajectory(float(script.sigmas[0])), script.sigmas, 0)
+    assert host.progress.rows == script.rows(canvas.stage) == sum(host.batches)
+    assert host.progress.previews == 4

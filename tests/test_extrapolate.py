@@ -1,0 +1,319 @@
+"""Whole runs of real models by real samplers: what must not change the picture, what must be returned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from accdiff_lib import cost
+from accdiff_lib.errors import Interrupted
+from accdiff_lib.extrapolate import Extrapolation, Request, Result
+from accdiff_lib.hosts.loading import Models, load
+from accdiff_lib.hosts.samplers import SAMPLERS, SCHEDULERS
+from accdiff_lib.hosts.standalone import StandaloneHost
+from accdiff_lib.plan import make_plan
+from accdiff_lib.settings import METHODS, make
+from tests import tiny
+from tests.silent import SilentProgress
+
+PROMPT = "a red ball and a (blue:1.2) star on the snow"
+
+
+@pytest.fixture(scope="module")
+def models() -> Models:
+    return load(None)
+
+
+class Watched(StandaloneHost):
+    """Calls `watch(number)` before every model call."""
+
+    watch: Callable[[int], None] | None = None
+    calls = 0
+    batches: tuple[int, ...] = ()
+
+    def denoise(self, x, sigma, rows):
+        self.calls += 1
+        self.batches = (*self.batches, len(x))
+        if self.watch:
+            self.watch(self.calls)
+        return super().denoise(x, sigma, rows)
+
+
+def make_host(models, *, sampler="Euler", scheduler="Leading", steps=3, prompt=PROMPT, negative="blurry", cls=Watched):
+    return cls(models, prompt=prompt, negative=negative, progress=SilentProgress(), sampler=sampler,
+               scheduler=scheduler, steps=steps, device="cpu", dtype=torch.float32)
+
+
+def request(host, values=None, *, seed=5, base=(128, 128), guidance=5.0, prompt=PROMPT, **kwargs) -> Request:
+    settings = make({"scale": 2, "tolerance": 0, **(values or {})})
+    plan = make_plan(base, settings, native=host.window, multiple=host.multiple)
+    return Request(prompt, seed, guidance, settings, plan, **kwargs)
+
+
+def run(models, values=None, *, watch=None, **kwargs) -> tuple[Result, Watched]:
+    names = ("sampler", "scheduler", "steps", "negative")
+    host = make_host(models, **{name: kwargs.pop(name) for name in names if name in kwargs},
+                     prompt=kwargs.get("prompt", PROMPT))
+    host.watch = watch
+    wanted = request(host, values, **kwargs)
+    return Extrapolation(host, wanted.settings).run(wanted), host
+
+
+def latent(result: Result) -> torch.Tensor:
+    return result.pictures[-1].latent
+
+
+def assert_same(ours: torch.Tensor, reference: torch.Tensor, tolerance: float = 1e-4) -> None:
+    assert ours.shape == reference.shape
+    assert float((ours - reference).norm() / reference.norm()) < tolerance
+
+
+# What must not change the picture ------------------------------------------------------------------------------
+
+def test_the_same_seed_gives_the_same_picture_alone_and_among_others(models):
+    host = make_host(models, sampler="Euler a")
+    wanted = request(host)
+    several = Extrapolation(host, wanted.settings)
+    pictures = {seed: latent(several.run(replace(wanted, seed=seed))) for seed in (4, 5, 6)}
+    alone, _ = run(models, sampler="Euler a")
+    assert torch.equal(latent(alone), pictures[5])
+    assert not torch.allclose(pictures[4], pictures[5], atol=0.1)
+
+
+def test_the_window_batch_does_not_change_the_picture(models):
+    one, host = run(models, {"window_batch": 1})
+    many, other = run(models, {"window_batch": 16})
+    assert set(host.batches) == {1} and max(other.batches) == 9
+    assert_same(latent(one), latent(many))
+
+
+def test_out_of_memory_does_not_change_the_picture(models):
+    def fail(number):
+        if number in (5, 6):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    whole, _ = run(models, {"window_batch": 9})
+    saved, host = run(models, {"window_batch": 9}, watch=fail)
+    assert saved.stopped == "" and 2 in host.batches
+    assert_same(latent(saved), latent(whole))
+
+
+@pytest.mark.parametrize("sampler", ["Euler", "DPM++ 2M", "DPM++ SDE"])
+def test_what_is_left_out_by_default_changes_the_picture_by_less_than_a_thousandth(models, sampler):
+    """The default tolerance against the full computation, with the paper's 50 steps (METHODS 7)."""
+    full, host = run(models, {"tolerance": 0}, sampler=sampler, steps=50, base=(256, 256))
+    default, saving = run(models, {"tolerance": 1e-3}, sampler=sampler, steps=50, base=(256, 256))
+    assert sum(saving.batches) < 0.85 * sum(host.batches)
+    assert_same(latent(default), latent(full), 1e-3)
+
+
+# Every part, every sampler, every shape -------------------------------------------------------------------------
+
+def test_methods_differ_and_count_what_the_plan_says(models):
+    results = {}
+    for method in METHODS:
+        result, host = run(models, {"method": method})
+        assert result.stopped == "" and torch.isfinite(latent(result)).all()
+        assert result.pictures[-1].image.shape == (256, 256, 3)
+        estimated = cost.estimate(request(host, {"method": method}).plan, make({"method": method, "tolerance": 0}),
+                                  solver=host.solver, stage_solver=host.stage_solver, timestep=host.timestep,
+                                  guidance=5.0, has_control=host.has_control)
+        assert sum(part.windows + part.views for part in estimated) == sum(host.batches) == host.progress.rows
+        assert [part.windows + part.views for part in estimated] == [picture.rows for picture in result.pictures]
+        results[method] = latent(result)
+    names = list(results)
+    for number, name in enumerate(names):
+        for other in names[number + 1:]:
+            assert not torch.allclose(results[name], results[other], atol=1e-3), f"{name} = {other}"
+
+
+@pytest.mark.parametrize("switch", ["progressive", "skip_residual", "window_prompts", "controlnet", "dilated", "gaussian",
+                                    "interaction", "jitter"])
+def test_every_ablation_has_an_effect(models, switch):
+    """Each part's switch changes the picture, so each part is really there."""
+    values = {"scale": 3, "c": 0.5}
+    with_it, _ = run(models, values, steps=2)
+    without, host = run(models, {**values, switch: False}, steps=2)
+    assert torch.isfinite(latent(without)).all()
+    assert not torch.allclose(latent(with_it), latent(without), atol=1e-3)
+    assert len(without.pictures) == (2 if switch == "progressive" else 3)
+
+
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
+def test_every_sampler_drives_the_canvas(models, sampler):
+    result, host = run(models, sampler=sampler, scheduler="Karras", steps=4)
+    assert torch.isfinite(latent(result)).all()
+    assert sum(host.batches) == sum(picture.rows for picture in result.pictures)
+    anchor, final = result.pictures[0].latent, latent(result)
+    assert float(final.mean()) == pytest.approx(float(anchor.mean()), abs=1e-4)
+    assert float(final.std()) == pytest.approx(float(anchor.std()), rel=1e-4)
+
+
+@pytest.mark.parametrize("scheduler", list(SCHEDULERS))
+def test_every_schedule_drives_the_canvas(models, scheduler):
+    result, _ = run(models, sampler="DPM++ 2M", scheduler=scheduler)
+    assert torch.isfinite(latent(result)).all()
+
+
+@pytest.mark.parametrize(("base", "values", "size"), [
+    ((128, 192), {"scale": 2}, (256, 384)),
+    ((160, 96), {"scale": 2.5}, (400, 240)),
+    ((128, 128), {"target_width": 200, "target_height": 344}, (344, 200)),
+    ((256, 64), {"scale": 3}, (768, 192)),
+    ((128, 128), {"scale": 1}, (128, 128)),
+    ((128, 128), {"scale": 1.1}, (144, 144)),
+    ((256, 256), {"scale": 2, "window": 16, "stride": 12}, (512, 512)),
+])
+def test_any_shape_and_scale(models, base, values, size):
+    result, _ = run(models, values, base=base, steps=2)
+    assert result.pictures[-1].image.shape == (*size, 3)
+
+
+def test_cfg_1_evaluates_no_unconditional_rows(models):
+    rows: list[int] = []
+    handle = models.unet.register_forward_pre_hook(lambda module, args, kwargs: rows.append(len(args[0])), with_kwargs=True)
+    result, host = run(models, guidance=1.0)
+    handle.remove()
+    assert torch.isfinite(latent(result)).all()
+    assert sum(rows) == sum(host.batches)
+
+
+def test_guidance_of_each_pass_is_its_own(models):
+    plain = latent(run(models)[0])
+    for values in ({"local_guidance": 2.0}, {"dilated_guidance": 2.0}, {"guidance_rescale": 0.7}):
+        assert not torch.allclose(latent(run(models, values)[0]), plain, atol=1e-3), values
+    same = latent(run(models, {"local_guidance": 5.0, "dilated_guidance": 5.0})[0])
+    assert_same(same, plain, 1e-6)
+
+
+def test_sd15_runs_too(models):
+    result, host = run(tiny.sd15(sample_size=32), {"scale": 2}, base=(256, 256), steps=2)
+    assert result.pictures[-1].image.shape == (512, 512, 3)
+    assert result.explanation.words
+    assert torch.isfinite(latent(result)).all()
+
+
+def test_long_prompts_keep_their_words(models):
+    prompt = ", ".join(f"word{number} thing" for number in range(60)) + " BREAK a (golden:1.3) end"
+    result, host = run(models, {"c": 0.2}, prompt=prompt, steps=2)
+    words = [mask.word for mask in result.explanation.words]
+    assert max(word.columns[-1] for word in words) > 77
+    assert words[-1].text == "end" and any(word.weight == 1.3 for word in words)
+    assert "(golden:1.3)" in "".join(result.explanation.stages[0][1].prompts)
+
+
+# Starting from a picture ----------------------------------------------------------------------------------------
+
+def test_an_existing_picture_is_enlarged(models):
+    image = np.zeros((128, 192, 3), np.uint8)
+    image[32:96, 48:144] = (200, 40, 30)
+    result, host = run(models, base=(128, 192), image=image, steps=3)
+    assert result.pictures[-1].image.shape == (256, 384, 3)
+    assert result.explanation.words and result.pictures[0].rows == 1
+    assert host.calls > 1
+    assert_same(result.pictures[0].latent, host.encode_image(image), 1e-6)
+
+
+def test_texts_are_encoded_once_each(models):
+    encoded: list[str] = []
+
+    class Counting(Watched):
+        def encode_texts(self, prompts):
+            encoded.extend(prompts)
+            return super().encode_texts(prompts)
+
+    host = make_host(models, cls=Counting)
+    wanted = request(host, {"scale": 3, "c": 0.5})
+    extrapolation = Extrapolation(host, wanted.settings)
+    result = extrapolation.run(wanted)
+    extrapolation.run(replace(wanted, seed=6))
+    prompts = {prompt for _, windows in result.explanation.stages for prompt in windows.prompts}
+    assert len(encoded) == len(set(encoded))
+    assert prompts <= set(encoded)
+
+
+# Stopping -------------------------------------------------------------------------------------------------------
+
+def state(models: Models) -> dict[str, torch.Tensor]:
+    parts = {"unet": models.unet, "vae": models.vae, "controlnet": models.controlnet}
+    return {f"{part}.{name}": value.clone() for part, module in parts.items() for name, value in module.state_dict().items()}
+
+
+def hooks(models: Models) -> int:
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks)
+               for part in (models.unet, models.vae, models.controlnet) for module in part.modules())
+
+
+def at(number: int, flag: str, host_box: list) -> Callable[[int], None]:
+    def watch(calls: int) -> None:
+        if calls == number:
+            setattr(host_box[0].progress, flag, True)
+    return watch
+
+
+def stopped_run(models, number, flag, values=None):
+    host = make_host(models)
+    host.watch = at(number, flag, [host])
+    wanted = request(host, {"window_batch": 4, **(values or {})}, intermediate=True)
+    return Extrapolation(host, wanted.settings).run(wanted), host
+
+
+def test_interrupt_returns_the_last_finished_picture_and_leaves_the_model_as_it_was(models):
+    before = state(models)
+    result, host = stopped_run(models, 6, "interrupted", {"scale": 3})
+    assert result.stopped == "interrupted" and host.calls == 6
+    assert [picture.name for picture in result.pictures] == ["base"]
+    assert result.pictures[0].image.shape == (128, 128, 3)
+    assert all(torch.equal(value, before[name]) for name, value in state(models).items())
+    assert hooks(models) == 0
+    later, _ = run(models)
+    assert torch.equal(latent(later), latent(run(models)[0]))
+
+
+def test_interrupt_in_the_base_pass_finds_nothing_finished(models):
+    with pytest.raises(Interrupted):
+        stopped_run(models, 2, "interrupted")
+    assert hooks(models) == 0
+
+
+def test_a_finished_stage_that_nobody_decoded_is_decoded_when_it_is_the_last(models):
+    """Interrupted in the second stage, without ControlNet and intermediate pictures: the first stage is returned."""
+    host = make_host(models)
+    host.watch = at(3 + 3 * 4 + 2, "interrupted", [host])
+    wanted = request(host, {"window_batch": 4, "scale": 3, "controlnet": False})
+    result = Extrapolation(host, wanted.settings).run(wanted)
+    assert [picture.name for picture in result.pictures] == ["base", "2x"]
+    assert result.pictures[-1].image.shape == (256, 256, 3)
+    assert host.progress.comments
+
+
+def test_skip_decodes_what_there_is(models):
+    result, host = stopped_run(models, 9, "skipped", {"scale": 3})
+    assert result.stopped == "skipped"
+    assert [picture.name for picture in result.pictures] == ["base", "2x"]
+    assert result.pictures[-1].image.shape == (256, 256, 3)
+
+
+def test_when_memory_does_not_suffice_the_last_stage_is_returned(models):
+    def fail(number):
+        if number > 14:
+            raise RuntimeError("CUDA out of memory.")
+
+    result, host = run(models, {"scale": 3, "window_batch": 2}, watch=fail, intermediate=True)
+    assert result.stopped.startswith("out of memory")
+    assert result.pictures[-1].image is not None and len(result.pictures) < 3
+    assert "out of memory" in host.progress.comments[0]
+
+
+def test_other_failures_rise_and_leave_no_hooks(models):
+    def fail(number):
+        if number == 2:
+            raise ValueError("broken model")
+
+    with pytest.raises(ValueError, match="broken model"):
+        run(models, watch=fail)
+    assert hooks(models) == 0

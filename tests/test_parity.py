@@ -1,0 +1,222 @@
+"""Step by step the same numbers as the recorded reference runs (METHODS.md 9): every case folder at hand."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from accdiff_lib.attention import AttentionRecorder, map_size
+from accdiff_lib.batching import Batcher
+from accdiff_lib.canvas import Canvas, Scene, gaussian_filter, gaussian_kernel, match_statistics, smooth
+from accdiff_lib.hosts.base import Rows, Text
+from accdiff_lib.hosts.samplers import KSolver, NoiseLevels, schedule
+from accdiff_lib.plan import CELL, Stage, Window, make_plan, starts
+from accdiff_lib.prompts import Word
+from accdiff_lib.schedule import Call, cosine_factor, make_script
+from accdiff_lib.settings import Settings, make
+from accdiff_lib.structure import canny, canny_thresholds, hint
+from accdiff_lib.window_prompts import WordMask, token_mask, window_prompts, window_shares, word_masks
+from tests.golden import Case, GoldenHost, case_folders, folder, host
+
+#: Relative to the largest magnitude; METHODS.md 9.
+STEP_TOLERANCE = 1e-5
+
+CASES = [Case(path) for path in case_folders()]
+
+
+def cases(*prefixes: str):
+    found = [case for case in CASES if case.name.startswith(prefixes)]
+    return pytest.mark.parametrize("case", found, ids=lambda case: case.name)
+
+
+def assert_close(ours: Tensor, recorded: Tensor, what: str, tolerance: float = STEP_TOLERANCE) -> None:
+    error = (ours - recorded).abs().max() / recorded.abs().max()
+    assert error <= tolerance, f"{what}: relative error {error:.2e}"
+
+
+def test_all_golden_cases_are_at_hand():
+    if folder() is None:
+        pytest.skip("no golden folder: set ACCDIFF_GOLDEN, or put it at ../shared/golden; only tests/golden_data is tested")
+    assert len(CASES) >= 20
+
+
+class RecordedCanvas(Canvas):
+    """The product's canvas, with the recorded permutations, fills and a log of each step's parts."""
+
+    def __init__(self, case: Case, scale: int, *args) -> None:
+        super().__init__(*args)
+        self.case, self.scale = case, scale
+        self.log: list[dict[str, Tensor]] = []
+
+    def __call__(self, x: Tensor, sigma: Tensor, **kwargs) -> Tensor:
+        self.log.append({"in_latents": x.clone(), "x": x})
+        denoised = super().__call__(x, sigma, **kwargs)
+        self.log[-1]["after_skip"] = x.clone()
+        self.log[-1]["fused"] = self.stepped(x, denoised, len(self.log) - 1)
+        return denoised
+
+    def local(self, x: Tensor, sigma: Tensor, call: Call) -> Tensor:
+        denoised = super().local(x, sigma, call)
+        self.log[-1]["local"] = self.stepped(x, denoised, call.step)
+        return denoised
+
+    def global_(self, x: Tensor, sigma: Tensor, call: Call, number: int) -> Tensor:
+        denoised = super().global_(x, sigma, call, number)
+        self.log[-1]["global"] = self.stepped(x, denoised, call.step)
+        return denoised
+
+    def stepped(self, x: Tensor, denoised: Tensor, step: int) -> Tensor:
+        """The reference keeps stepped latents: the Euler step of a prediction."""
+        sigma, sigma_next = self.script.sigmas[step], self.script.sigmas[step + 1]
+        return x + (x - denoised) / sigma * (sigma_next - sigma)
+
+    def interaction(self, call: Call, number: int, views: Tensor) -> Tensor:
+        """The recorded permutations; those of later mini-batches refer to the batch's own views."""
+        parts, offset = [], 0
+        for part in self.case.all(f"stage{self.scale}|step{call.step:02}|perm"):
+            parts.append(part.long() + offset)
+            offset += len(part)
+        return torch.cat(parts)
+
+    def uncovered(self, x: Tensor, call: Call) -> Tensor:
+        """The prediction whose step is the reference's fill, y of the next step (METHODS.md 5.10)."""
+        sigmas = self.script.sigmas
+        target = self.scene.trajectory(float(sigmas[min(call.step + 1, len(sigmas) - 2)]))
+        kept = sigmas[call.step + 1] / sigmas[call.step]
+        return (target - x * kept) / (1 - kept)
+
+
+def recorded_stage(case: Case, scale: int, settings: Settings, native: int) -> Stage:
+    """Our plan's stage, with the recorded size (the reference truncates some)."""
+    manifest = case.manifest
+    base = case.get("stage1|base_latents" if case.has("stage1|base_latents") else "stage1|init_latents").shape[-2:]
+    recorded = case.get(f"stage{scale}|noise").shape[-2:]
+    size = {"target_width": manifest["width"], "target_height": manifest["height"]}
+    plan = make_plan((CELL * base[0], CELL * base[1]), replace(settings, **size), native=native)
+    planned = [stage for stage in plan.stages if abs(stage.scale - scale) < 1e-6]
+    if planned and (planned[0].height, planned[0].width) == tuple(recorded):
+        assert planned[0].dilation == scale
+        return planned[0]
+    return Stage(scale, scale, *recorded, (native, native), settings.stride, (native - settings.stride) // 4, scale)
+
+
+def recorded_windows(case: Case, scale: int, steps: int) -> list[tuple[Window, ...]]:
+    """The windows of every step, in padded coordinates."""
+    found = []
+    for step in range(steps):
+        views = [event["views"] for event in case.events("views", stage=scale, step=step) if len(event["views"][0]) == 4]
+        found.append(tuple(Window(top, left, bottom - top, right - left) for top, bottom, left, right in
+                           (views[0] if views else [])))
+    return found
+
+
+def recorded_prompts(case: Case, scale: int) -> list[str] | None:
+    events = case.events("md", scale=scale)
+    return events[0]["prompts"] if events else None
+
+
+def recorded_hint(case: Case, scale: int, stage: Stage) -> Tensor | None:
+    """The recorded edges of the picture before this stage, enlarged by our code."""
+    earlier = [s for s in range(1, scale) if case.has(f"stage{s}|canny")]
+    if not earlier:
+        return None
+    return hint(case.tensors[f"stage{earlier[-1]}|canny"].astype(np.uint8), *stage.pixels)
+
+
+def stale_indices(case: Case, scale: int) -> Iterator[int]:
+    return iter([event["used_index"] for event in case.events("scale_model_input", stage=scale)])
+
+
+def run_stage(case: Case, scale: int, previous: Tensor, runner: GoldenHost) -> tuple[RecordedCanvas, Tensor]:
+    settings = case.settings()
+    stage = recorded_stage(case, scale, settings, runner.window)
+    steps = case.manifest["steps"]
+    script = make_script(runner.solver, settings, runner.timestep, has_control=settings.controlnet, views=stage.views)
+    windows = recorded_windows(case, scale, steps)
+    whole = runner.encode_texts([case.manifest["prompt"]])[0]
+    prompts = recorded_prompts(case, scale)
+    texts: Sequence[Text] = runner.encode_texts(prompts) if prompts and settings.window_prompts else (
+        [whole] * len(windows[0]))
+    upsampled = torch.nn.functional.interpolate(previous, (stage.height, stage.width), mode="bicubic")
+    if case.has(f"stage{scale}|upsampled"):
+        assert_close(upsampled, case.get(f"stage{scale}|upsampled"), "upsampled")
+    scene = Scene(upsampled, case.get(f"stage{scale}|noise"), whole, lambda step: windows[step], lambda step: texts,
+                  (case.manifest["height"], case.manifest["width"]), case.args["guidance_scale"], seed=0,
+                  hint=recorded_hint(case, scale, stage) if settings.controlnet else None)
+    if case.has(f"stage{scale}|cond_upsampled"):
+        assert_close(hint(case.tensors[f"stage{earlier_canny(case, scale)}|canny"].astype(np.uint8), *stage.pixels),
+                     case.get(f"stage{scale}|cond_upsampled"), "hint")
+    canvas = RecordedCanvas(case, scale, runner, stage, script, settings, scene,
+                            Batcher(runner, case.args["view_batch_size"]))
+    runner.stale = stale_indices(case, scale)
+    x = scene.trajectory(float(script.sigmas[0]))
+    latent = runner.solver.integrate(canvas, x, script.sigmas, seed=0)
+    assert next(runner.stale, None) is None, "the reference called its model more often"
+    runner.stale = None
+    return canvas, latent
+
+
+def earlier_canny(case: Case, scale: int) -> int:
+    return max(s for s in range(1, scale) if case.has(f"stage{s}|canny"))
+
+
+def check_stage(case: Case, scale: int, canvas: RecordedCanvas) -> int:
+    compared = 0
+    for step, log in enumerate(canvas.log):
+        for part in ("in_latents", "after_skip", "local", "global", "fused"):
+            name = f"stage{scale}|step{step:02}|{part}"
+            if case.has(name) and part in log:
+                assert_close(log[part], case.get(name), name)
+                compared += 1
+    return compared
+
+
+@cases("v1_", "v2_", "demo_", "fixedsigma_")
+def test_stages(case: Case):
+    """Every stage, sampled by real k-diffusion Euler from the recorded base: each step's parts and the result."""
+    runner = host(case)
+    previous = case.get("stage1|base_latents")
+    mean, std = case.get("stage1|anchor").flatten() if case.has("stage1|anchor") else (previous.mean(), previous.std())
+    assert case.stages, "a case without a stage"
+    for scale in case.stages:
+        canvas, latent = run_stage(case, scale, previous, runner)
+        assert check_stage(case, scale, canvas) >= case.manifest["steps"]
+        anchored = match_statistics(latent, mean, std)
+        assert_close(anchored, case.get(f"stage{scale}|stage_latents"), f"stage {scale}", 2 * STEP_TOLERANCE)
+        previous = anchored
+
+
+@cases("v1_", "v2_", "fixedsigma_", "demo_ns")
+def test_base_pass(case: Case):
+    """The base picture, and where window prompts are on, its attention maps."""
+    runner = host(case)
+    latent = case.get("stage1|init_latents")
+    size = latent.shape[-2:]
+    rows = Rows(runner.encode_texts([case.manifest["prompt"]]), [(0, 0)],
+                (case.manifest["height"], case.manifest["width"]), case.args["guidance_scale"],
+                case.args.get("guidance_rescale", 0.0))
+    runner.stale = stale_indices(case, 1)
+    steps: list[Tensor] = []
+    with AttentionRecorder(runner.cross_attention(), map_size(*size), runner.cond_rows) as recorder:
+        result = runner.solver.integrate(lambda x, sigma, **_: runner.denoise(x, sigma[0], rows), latent.clone(),
+                                         runner.solver.sigmas, 0, lambda state: steps.append(state["x"].clone()))
+    assert_close(result, case.get("stage1|base_latents"), "base", 1e-4)
+    for step, x in enumerate(steps[1:]):
+        name = f"stage1|step{step:02}|latents"
+        if case.has(name):
+            assert_close(x, case.get(name), name, 1e-4)
+    if case.has("stage1|attn"):
+        recorded = case.get("stage1|attn")  # the row-major queries, viewed as [columns][rows]
+        ours = recorder.maps[0, ..., :recorded.shape[-1]]
+        assert_close(ours, recorded.reshape(ours.shape), "attention", 1e-4)
+
+
+def test_no_case_is_forgotten():
+    known = ("v1_", "v2_", "demo_", "fixedsigma_", "multidiffusion_", "unit_", "elastic_", "sc_")
+    assert not [case.name for case in CASES if not case.name.startswith(known)]

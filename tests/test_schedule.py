@@ -1,0 +1,99 @@
+"""The script of a stage: what each sampler calls, and what is left out."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from accdiff_lib.hosts.samplers import SAMPLERS, SCHEDULERS, NoiseLevels, solver
+from accdiff_lib.schedule import carried, make_script, rehearse
+from accdiff_lib.settings import make
+
+ALPHAS = torch.cumprod(1 - torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2, 0)
+LEVELS = NoiseLevels(ALPHAS)
+
+#: Model calls of a step, and of the last step (to sigma 0), by k-diffusion's source.
+TWICE = ("Heun", "DPM2", "DPM2 a", "DPM++ 2S a", "DPM++ SDE")
+
+
+def script(sampler="Euler", scheduler="Leading", steps=50, views=4, has_control=True, **values):
+    return make_script(solver(sampler, scheduler, steps, LEVELS), make(values), LEVELS.timestep,
+                       has_control=has_control, views=views)
+
+
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_rehearsal_tells_steps_and_their_first_calls(sampler, steps):
+    made = solver(sampler, "Karras", steps, LEVELS)
+    calls = rehearse(made, made.sigmas)
+    firsts = [call for call in calls if call.first]
+    assert [call.step for call in firsts] == list(range(steps))
+    assert [call.sigma for call in firsts] == pytest.approx(made.sigmas[:-1].tolist())
+    assert len(calls) == (2 * steps - 1 if sampler in TWICE else steps)
+    assert [call.step for call in calls] == sorted(call.step for call in calls)
+
+
+@pytest.mark.parametrize("scheduler", list(SCHEDULERS))
+def test_a_start_keeps_the_rest_of_the_schedule(scheduler):
+    whole, late = script(scheduler=scheduler, tolerance=0), script(scheduler=scheduler, tolerance=0, start=0.5)
+    assert (whole.start, late.start) == (0, 25)
+    assert late.calls == whole.calls[25:]
+    assert torch.equal(late.sigmas, whole.sigmas[25:])
+
+
+def test_a_sampler_that_reports_no_steps_is_refused():
+    class Silent:
+        name = "Silent"
+        sigmas = torch.tensor([1.0, 0.0])
+
+        def integrate(self, model, x, sigmas, seed, callback=None):
+            return model(x, sigmas[:1])
+
+    with pytest.raises(RuntimeError, match="Silent doesn't report its steps"):
+        rehearse(Silent(), Silent.sigmas)
+
+
+def test_the_papers_run_at_the_default_tolerance():
+    """METHODS 7: start at 10 of 50, no windows while next to nothing of them remains, no dilated pass from 46 on."""
+    calls = script(tolerance=1e-3).calls
+    assert calls[0].step == 10
+    assert [call.step for call in calls if not call.dilated] == [46, 47, 48, 49]
+    assert [call.step for call in calls if not call.local] == [10, 11, 12]
+
+
+def test_tolerance_zero_computes_everything():
+    made = script(tolerance=0)
+    assert len(made.calls) == 50
+    assert all(call.local and call.dilated and call.control for call in made.calls)
+
+
+def test_without_a_skip_residual_no_step_is_left_out():
+    made = script(skip_residual=False)
+    assert made.start == 0
+    assert all(call.c1 == 0 for call in made.calls)
+
+
+def test_one_pass_alone_has_all_the_weight():
+    assert {call.c2 for call in script(windows=False, window_prompts=False, controlnet=False).calls} == {1.0}
+    only_local = script(dilated=False).calls
+    assert {(call.c2, call.local, call.dilated) for call in only_local} == {(0.0, True, False)}
+
+
+def test_the_controls_part_of_the_steps_goes_by_both_edges():
+    """METHODS 5.8: of 5 steps 0.2..0.7 are the steps 1 and 2."""
+    calls = script(steps=5, tolerance=0, control_start=0.2, control_end=0.7).calls
+    assert [call.step for call in calls if call.control] == [1, 2]
+    assert not any(call.control for call in script(control_strength=0).calls)
+    assert not any(call.control for call in script(controlnet=False).calls)
+    assert not any(call.control for call in script(has_control=False).calls)
+
+
+def test_carried_is_the_product_of_what_follows():
+    c1 = [0.9, 0.5, 0.1]
+    assert carried(c1) == pytest.approx([0.1 * 0.5 * 0.9, 0.5 * 0.9, 0.9, 1.0])
+    # METHODS 8, the carry column of 50 steps.
+    weights = [call.c1 for call in script(tolerance=0).calls]
+    assert carried(weights)[10] == pytest.approx(2.13e-4, rel=0.01)
+    assert math.isclose(carried(weights)[25], 0.620, rel_tol=0.01)

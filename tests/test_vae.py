@@ -1,0 +1,328 @@
+"""Tiled VAE passes equal the untiled ones, for every image and tile size, and never touch the model."""
+
+from __future__ import annotations
+
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ldm_vae import from_diffusers
+from torch import Tensor, nn
+
+from accdiff_lib import vae as tiled
+from accdiff_lib.errors import InputError, Interrupted
+from accdiff_lib.vae_layers import Attention, decoder_sweeps, encoder_sweeps
+
+GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden" / "weights"
+ATOL = 1e-4
+TILES = st.sampled_from([0, 1, 2, 3, 4, 5, 7, 8, 64])
+
+
+def make(seed: int = 0, channels: tuple[int, ...] = (8, 8, 12, 16), groups: int = 4,
+         **options: object) -> AutoencoderKL:
+    """A small random VAE with lively norms and biases, whose output neither vanishes nor explodes."""
+    torch.manual_seed(seed)
+    vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * len(channels),
+                        up_block_types=("UpDecoderBlock2D",) * len(channels),
+                        block_out_channels=channels, norm_num_groups=groups, **options)
+    for parameter in vae.eval().requires_grad_(False).parameters():
+        if parameter.ndim == 1:
+            parameter.add_(0.3 * torch.randn_like(parameter))
+        else:
+            parameter.mul_(1.5)
+    return vae
+
+
+@pytest.fixture(scope="module")
+def vae() -> AutoencoderKL:
+    return make()
+
+
+def latent(height: int, width: int, batch: int = 1, channels: int = 4) -> Tensor:
+    noise = torch.randn(batch, channels, height, width, generator=torch.Generator().manual_seed(height * 100 + width))
+    # A strong gradient: each tile's own statistics differ from the whole image's.
+    return noise + torch.linspace(-2, 2, width) + torch.linspace(-1, 3, height)[:, None]
+
+
+def picture(height: int, width: int, batch: int = 1) -> Tensor:
+    return latent(height, width, batch, 3).clamp(-1, 1)
+
+
+def close(actual: Tensor, expected: Tensor) -> bool:
+    assert actual.shape == expected.shape
+    assert actual.dtype == torch.float32
+    assert expected.std() > 0.1, "the test would pass on anything"
+    return torch.allclose(actual, expected, rtol=0, atol=ATOL)
+
+
+def moments(vae: AutoencoderKL, image: Tensor) -> Tensor:
+    return vae.encode(image).latent_dist.parameters
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.integers(1, 13), st.integers(1, 13), TILES)
+def test_decode_equals_untiled(height: int, width: int, tile: int) -> None:
+    vae, z = make(), latent(height, width)
+    assert close(tiled.decode(vae, z, tile=tile), vae.decode(z).sample)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(st.integers(1, 11), st.integers(1, 11), TILES)
+def test_encode_equals_untiled(height: int, width: int, tile: int) -> None:
+    vae, x = make(), picture(8 * height, 8 * width)
+    assert close(tiled.encode(vae, x, tile=tile), moments(vae, x))
+
+
+@pytest.mark.parametrize("options", [
+    {"mid_block_add_attention": False},
+    {"groups": 1},
+    {"channels": (8, 16, 24), "groups": 8, "layers_per_block": 2},
+    {"channels": (16, 8), "groups": 2, "latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False},
+], ids=["no-attention", "one-group", "three-levels", "sixteen-channels"])
+def test_other_shapes_of_the_family(options: dict[str, object]) -> None:
+    vae = make(1, **options)
+    z, x = latent(9, 7, channels=vae.config.latent_channels), picture(72, 56)
+    assert close(tiled.decode(vae, z, tile=4), vae.decode(z).sample)
+    assert close(tiled.encode(vae, x, tile=4), moments(vae, x))
+
+
+def test_a_batch_keeps_each_image_to_itself(vae: AutoencoderKL) -> None:
+    z, x = latent(6, 5, batch=3), picture(48, 40, batch=2)
+    z[1] *= 4
+    assert close(tiled.decode(vae, z, tile=3), vae.decode(z).sample)
+    assert close(tiled.decode(vae, z, tile=3)[1:2], tiled.decode(vae, z[1:2], tile=3))
+    assert close(tiled.encode(vae, x, tile=3), moments(vae, x))
+
+
+@pytest.mark.parametrize("attention", [True, False])
+@pytest.mark.parametrize("tile", [0, 3])
+def test_ldm_names(attention: bool, tile: int) -> None:
+    vae = make(2, mid_block_add_attention=attention, layers_per_block=2)
+    ldm, z, x = from_diffusers(vae), latent(7, 8), picture(56, 64)
+    with torch.no_grad():
+        assert close(ldm.decode(z), vae.decode(z).sample)
+        assert close(tiled.decode(ldm, z, tile=tile), ldm.decode(z))
+        assert close(tiled.encode(ldm, x, tile=tile), ldm.encode(x))
+
+
+def test_several_attention_heads_and_small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    vae, z = make(3), latent(7, 9)
+    vae.decoder.mid_block.attentions[0].heads = 4
+    monkeypatch.setattr("accdiff_lib.vae_layers._SCORES", 63 * 5)
+    assert close(tiled.decode(vae, z, tile=4), vae.decode(z).sample)
+
+
+def test_levels_with_attention() -> None:
+    torch.manual_seed(4)
+    vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D"), norm_num_groups=4,
+                        up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D"), block_out_channels=(8, 16)).eval()
+    z, x = latent(8, 6), picture(32, 24)
+    with torch.no_grad():
+        assert close(tiled.decode(vae, z, tile=3), vae.decode(z).sample)
+        assert close(tiled.encode(vae, x, tile=5), moments(vae, x))
+
+
+def test_symmetric_downsampling_and_scaled_residuals() -> None:
+    vae, x, z = make(5), picture(64, 48), latent(8, 6)
+    for name, module in vae.named_modules():
+        if name.endswith("downsamplers.0"):
+            module.padding, module.conv.padding = 1, (1, 1)
+        if hasattr(module, "output_scale_factor"):
+            module.output_scale_factor = 2.0
+    assert close(tiled.encode(vae, x, tile=3), moments(vae, x))
+    assert close(tiled.decode(vae, z, tile=3), vae.decode(z).sample)
+
+
+def test_golden_vae() -> None:
+    if not (GOLDEN / "vae.fp16.safetensors").exists():
+        pytest.skip("no golden data here")
+    from safetensors.torch import load_file
+    vae = AutoencoderKL.from_config(AutoencoderKL.load_config(GOLDEN / "vae.config.json")).eval()
+    vae.load_state_dict({name: weight.float() for name, weight in load_file(GOLDEN / "vae.fp16.safetensors").items()})
+    z = 5 * latent(20, 12)
+    with torch.no_grad():
+        assert close(tiled.decode(vae, z, tile=8), vae.decode(z).sample)
+
+
+def test_statistics_survive_a_mean_far_from_zero() -> None:
+    x, norm = 1000 + torch.randn(2, 6, 40, 30, generator=torch.Generator().manual_seed(0)), nn.GroupNorm(3, 6)
+    nn.init.normal_(norm.weight)
+    gathered = tiled.Moments()
+    for strip in x.split((1, 20, 19), dim=2):
+        gathered.add(strip)
+    scale, shift = gathered.affine(norm, x.device)
+    expected = nn.functional.group_norm(x.double(), 3, norm.weight.double(), norm.bias.double())
+    assert torch.allclose(x.double() * scale + shift, expected, atol=2e-4)
+
+
+def test_bfloat16_stays_bfloat16_inside_and_close(vae: AutoencoderKL) -> None:
+    half, z, seen = make().to(torch.bfloat16), latent(8, 8), set()
+    for module in half.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(lambda _, args, out: seen.update((args[0].dtype, out.dtype)))
+    image = tiled.decode(half, z, tile=4)
+    assert seen == {torch.bfloat16}
+    assert image.dtype == torch.float32
+    expected = vae.decode(z).sample
+    assert (image - expected).abs().mean() < 0.05 * expected.std()
+
+
+def test_parts_of_different_dtypes(vae: AutoencoderKL) -> None:
+    """As diffusers' SDXL pipeline leaves them: up to the middle in half precision, the rest in float32."""
+    mixed, z = make(), latent(8, 8)
+    for part in (mixed.post_quant_conv, mixed.decoder.conv_in, mixed.decoder.mid_block):
+        part.to(torch.bfloat16)
+    expected = mixed.decode(z.to(torch.bfloat16)).sample
+    assert (tiled.decode(mixed, z, tile=4) - expected).abs().mean() < 0.02 * expected.std()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_not_finite(vae: AutoencoderKL, value: float) -> None:
+    z, x = latent(8, 8), picture(64, 64)
+    z[0, 0, 7, 7] = x[0, 0, 63, 63] = value
+    with pytest.raises(tiled.NotFinite, match="float32"):
+        tiled.decode(vae, z, tile=4)
+    with pytest.raises(tiled.NotFinite):
+        tiled.encode(vae, x, tile=4)
+
+
+def test_overflow_in_the_last_layer_is_seen() -> None:
+    vae = make()
+    vae.decoder.conv_out.weight.fill_(3e38)
+    with pytest.raises(tiled.NotFinite):
+        tiled.decode(vae, latent(4, 4), tile=2)
+
+
+def test_interrupt_stops_at_once_and_leaves_no_trace(vae: AutoencoderKL) -> None:
+    weights = {name: weight.clone() for name, weight in vae.state_dict().items()}
+    attributes = {name: set(vars(module)) for name, module in vae.named_modules()}
+    calls, computed = 0, []
+
+    def check() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 11:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        tiled.decode(vae, latent(8, 8), tile=4, check=check, on_tile=lambda done, total: computed.append(done))
+    assert computed == list(range(1, 11))
+    assert all(torch.equal(weight, weights[name]) for name, weight in vae.state_dict().items())
+    assert attributes == {name: set(vars(module)) for name, module in vae.named_modules()}
+    assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in vae.modules())
+
+
+@pytest.mark.parametrize("direction", ["decode", "encode"])
+def test_progress_counts_every_tile_of_every_operation(vae: AutoencoderKL, direction: str) -> None:
+    seen: list[tuple[int, int]] = []
+    checks: list[None] = []
+    run, x, sweeps = {"decode": (tiled.decode, latent(9, 5), decoder_sweeps(vae)[1]),
+                      "encode": (tiled.encode, picture(72, 40), encoder_sweeps(vae)[1])}[direction]
+    run(vae, x, tile=4, check=lambda: checks.append(None), on_tile=lambda *step: seen.append(step))
+    total = 3 * 2 * len(sweeps)
+    assert seen == [(done, total) for done in range(1, total + 1)]
+    assert len(checks) == total
+
+
+@pytest.mark.parametrize("side", [16, 40])
+def test_no_layer_sees_more_than_a_tile_with_its_halo(side: int) -> None:
+    vae, tile, largest = make(), 4, {8: 0, 1: 0}
+    for name, module in vae.named_modules():
+        if isinstance(module, nn.Conv2d):
+            def record(module: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
+                largest[8] = max(largest[8], *args[0].shape[2:])
+            module.register_forward_pre_hook(record)
+        elif name.endswith(("to_q", "to_k", "to_v", "to_out.0")):
+            def record_tokens(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+                largest[1] = max(largest[1], args[0].shape[1])
+            module.register_forward_pre_hook(record_tokens)
+    tiled.decode(vae, latent(side, side), tile=tile)
+    # The upsampler sees one cell around its tile before it doubles: 2 px after.
+    assert largest == {8: 8 * tile + 4, 1: tile * tile}
+    largest[8] = largest[1] = 0
+    tiled.encode(vae, picture(8 * side, 8 * side), tile=tile)
+    assert largest == {8: 8 * tile + 5, 1: tile * tile}  # 2 px around the strided layer's, and its own zero
+
+
+@pytest.mark.parametrize("direction", ["decode", "encode"])
+def test_activations_of_two_full_maps_at_most(direction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: weakref.WeakSet[tiled.FeatureMap] = weakref.WeakSet()
+    channels, height, width, tile = 8, 24, 8, 2
+
+    class Watched(tiled.FeatureMap):
+        def __init__(self, *args: object) -> None:
+            super().__init__(*args)  # type: ignore[arg-type]
+            alive.add(self)
+
+    peak = 0
+
+    def measure(*_: int) -> None:
+        nonlocal peak
+        rows = {t.data_ptr(): t.numel() for m in alive for t in m._rows.values() if t.shape[1] > 3}
+        peak = max(peak, sum(rows.values()))
+
+    monkeypatch.setattr(tiled, "FeatureMap", Watched)
+    vae = make(6, channels=(channels, 2 * channels, 2 * channels, 2 * channels))
+    if direction == "decode":
+        tiled.decode(vae, latent(height, width), tile=tile, on_tile=measure)
+    else:
+        tiled.encode(vae, picture(8 * height, 8 * width), tile=tile, on_tile=measure)
+    full, row = channels * 64 * height * width, channels * 64 * tile * width
+    assert 2 * full <= peak <= 2 * full + 3 * 2 * row
+
+
+def test_store_may_be_chosen(vae: AutoencoderKL) -> None:
+    z = latent(6, 6)
+    assert torch.equal(tiled.decode(vae, z, tile=4, store=torch.device("cpu")), tiled.decode(vae, z, tile=4))
+
+
+def test_input_is_untouched(vae: AutoencoderKL) -> None:
+    for run, x in ((tiled.decode, latent(6, 6)), (tiled.encode, picture(48, 48))):
+        before = x.clone()
+        run(vae, x, tile=4)
+        assert torch.equal(x, before)
+
+
+def test_sample() -> None:
+    m = torch.randn(2, 8, 3, 3, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(tiled.sample(m), m[:, :4])
+    drawn = tiled.sample(m, torch.Generator().manual_seed(2))
+    noise = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(2))
+    assert torch.allclose((drawn - m[:, :4]) / (m[:, 4:] / 2).exp(), noise, atol=1e-5)
+    assert torch.equal(drawn, tiled.sample(m, torch.Generator().manual_seed(2)))
+
+
+def test_what_cannot_be_tiled_is_refused(vae: AutoencoderKL) -> None:
+    with pytest.raises(InputError, match="multiples of 8 px, not 20 x 16"):
+        tiled.encode(vae, picture(16, 20))
+    with pytest.raises(InputError, match="-1"):
+        tiled.decode(vae, latent(4, 4), tile=-1)
+    with pytest.raises(InputError, match=r"\[4, 8, 8\]"):
+        tiled.decode(vae, latent(8, 8)[0])
+    for model in (nn.Linear(2, 2), SimpleNamespace(decoder=nn.Linear(2, 2))):
+        with pytest.raises(InputError, match="cannot be tiled"):
+            tiled.decode(model, latent(4, 4))
+    strange = make()
+    strange.decoder.up_blocks[1].resnets[0].norm2 = nn.LayerNorm(16)
+    with pytest.raises(InputError, match="norm2 is no GroupNorm"):
+        tiled.decode(strange, latent(4, 4))
+    with pytest.raises(InputError, match="no plain self-attention"):
+        strange.encoder.mid_block.attentions[0].residual_connection = False
+        Attention(strange.encoder.mid_block.attentions[0])
+
+
+def test_seamless_tiling_needs_one_tile() -> None:
+    vae, z = make(), latent(5, 6)
+    for module in vae.modules():
+        if isinstance(module, nn.Conv2d):
+            module.padding_mode, module._reversed_padding_repeated_twice = "circular", [1, 1, 1, 1]
+    for module in (vae.post_quant_conv, *(m for n, m in vae.named_modules() if n.endswith("conv_shortcut"))):
+        module._reversed_padding_repeated_twice = [0, 0, 0, 0]
+    with pytest.raises(InputError, match="one tile"):
+        tiled.decode(vae, z, tile=3)
+    assert close(tiled.decode(vae, z, tile=0), vae.decode(z).sample)

@@ -1,0 +1,92 @@
+"""Masks and the words of each window."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from accdiff_lib.plan import Stage, Window, make_plan
+from accdiff_lib.prompts import Word
+from accdiff_lib.settings import make
+from accdiff_lib.window_prompts import WordMask, token_mask, window_prompts, window_shares, word_masks
+
+
+def blob(rows, columns, where):
+    attention = torch.zeros(rows, columns)
+    attention[where] = 1.0
+    return attention
+
+
+def test_a_word_is_the_union_of_its_tokens():
+    left, right = blob(16, 16, np.s_[4:10, 0:5]), blob(16, 16, np.s_[4:10, 11:16])
+    maps = torch.stack([torch.zeros(16, 16), left, right, left + right], dim=-1)
+    split, whole, one = word_masks(maps, [Word("tiramisu", (1, 2)), Word("cake", (3,)), Word("ti", (1,))])
+    np.testing.assert_array_equal(split.mask, whole.mask)
+    assert split.mask.sum() > one.mask.sum() > 0
+    np.testing.assert_allclose(split.attention, (left + right) / 2)
+
+
+def test_the_opening_removes_specks_and_keeps_areas():
+    attention = blob(32, 32, np.s_[8:20, 8:20])
+    attention[28, 3] = 1.0
+    assert token_mask(attention, 0).sum() == 12 * 12 + 1
+    opened = token_mask(attention, 2)
+    assert opened.sum() == 12 * 12 and not opened[28, 3]
+
+
+@given(rows=st.integers(2, 20), columns=st.integers(2, 20), height=st.integers(8, 90), width=st.integers(8, 90),
+       seed=st.integers(0, 1000))
+def test_shares_are_the_counted_cells(rows, columns, height, width, seed):
+    """The summed-area table counts what a loop over the enlarged, padded mask counts."""
+    random = np.random.default_rng(seed)
+    mask = random.random((rows, columns)) > 0.5
+    padding = int(random.integers(0, 8))
+    windows = [Window(int(y), int(x), int(h), int(w)) for y, x, h, w in random.integers(1, 40, (5, 4))]
+    part = tuple(sorted(random.random(2)) for _ in range(2))
+    part = (part[0][0], part[1][0], part[0][1], part[1][1])
+    canvas = np.zeros((height, width), bool)
+    for y in range(height):
+        for x in range(width):
+            row = int((part[0] + y / height * (part[2] - part[0])) * rows + 1e-9)
+            column = int((part[1] + x / width * (part[3] - part[1])) * columns + 1e-9)
+            canvas[y, x] = mask[min(row, rows - 1), min(column, columns - 1)]
+    padded = np.pad(canvas, ((padding, padding + 80), (padding, padding + 80)))
+    expected = [padded[w.rows, w.columns].sum() / (w.height * w.width) for w in windows]
+    np.testing.assert_allclose(window_shares(mask, windows, (height, width), padding, part), expected)
+
+
+@pytest.mark.parametrize(("base", "native"), [((128, 128), 32), ((96, 128), 32), ((160, 96), 32)])
+def test_words_go_where_they_are_for_any_shape(base, native):
+    """An object in the left half is in the left windows' prompts only: rows and columns aren't mixed up."""
+    plan = make_plan((base[0] * 4, base[1] * 4), make({"scale": 2}), native=native)
+    rows, columns = base[0] // 8, base[1] // 8
+    mask = np.zeros((rows, columns), bool)
+    mask[:, :columns // 2] = True
+    cat = WordMask(Word("cat", (1,)), mask.astype(np.float32), mask)
+    stage = plan.stages[0]
+    windows = stage.windows(None)
+    prompts = window_prompts([cat], stage, windows, 0.5).prompts
+    centre = stage.width / 2
+    for window, prompt in zip(windows, prompts, strict=True):
+        middle = window.left - stage.padding + window.width / 2
+        assert prompt == ("cat" if middle <= centre else "")
+
+
+def test_the_threshold_is_inclusive():
+    mask = np.zeros((4, 4), bool)
+    mask[:, :2] = True
+    stage = Stage(1, 1, 4, 4, (4, 4), 2, 0, 1)
+    word = WordMask(Word("cat", (1,)), mask.astype(np.float32), mask)
+    assert window_prompts([word], stage, stage.windows(None), 0.5).prompts == ("cat",)
+    assert window_prompts([word], stage, stage.windows(None), 0.51).prompts == ("",)
+
+
+def test_weights_and_order_are_kept():
+    mask = np.ones((4, 4), bool)
+    words = [WordMask(word, mask.astype(np.float32), mask) for word in (
+        Word("red", (1,), 1.3), Word("ball", (2,), 1.3), Word("(on)", (3,)), Word("snow", (4,), 1.0, 1))]
+    stage = Stage(1, 1, 4, 4, (4, 4), 2, 0, 1)
+    assert window_prompts(words, stage, stage.windows(None), 0.3).prompts == (r"(red ball:1.3) \(on\) BREAK snow",)
