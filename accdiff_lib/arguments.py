@@ -81,7 +81,8 @@ def parser() -> Parser:
     result = Parser(prog=PROGRAM, usage=f"{PROGRAM} PROMPT [options]", formatter_class=_Formatter, allow_abbrev=False,
                     description="Makes a picture larger than the model was trained for, with AccDiffusion v2.",
                     epilog=_EXAMPLES, argument_default=argparse.SUPPRESS)
-    result.add_argument("prompt", metavar="PROMPT", nargs="?", default="", help="What the picture shows; (word:1.3) and BREAK as in the WebUI.")
+    result.add_argument("prompt", metavar="PROMPT", nargs="?", default="",
+                        help="What the picture shows; (word:1.3) and BREAK as in the WebUI.")
 
     picture = result.add_argument_group("picture")
     _add(picture, (row for row in GENERAL.values() if row.group == "picture"), prefix="general")
@@ -169,10 +170,10 @@ def values(namespace: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any
 
 
 def _size(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d{1,6})\s*[xX×*]\s*(\d{1,6})", text.strip())
+    match = re.fullmatch(r"(\d{1,6})\s*[xX*]\s*(\d{1,6})", text.strip())
     sides = tuple(map(int, match.groups())) if match else ()
     if len(sides) != 2 or any(side % 8 or not 64 <= side <= 16384 for side in sides):
-        raise InputError(f"--target: {text!r} is not allowed; it takes WIDTHxHEIGHT in pixels, both multiples of 8 from "
+        raise InputError(f"--target: {text!r} is not allowed; it takes WIDTHxHEIGHT in pixels, multiples of 8 from "
                          "64 to 16384, like 2048x1536")
     return sides[0], sides[1]
 

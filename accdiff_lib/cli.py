@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         job = prepare(argv)
         return dry_run(job) if job.arguments.dry_run else run(job)
     except InputError as error:
-        print(f"accdiff: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"accdiff: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
         print("accdiff: aborted", file=sys.stderr)
@@ -132,11 +132,12 @@ def _sampler(sampler: str, scheduler: str, prefix: str = "--") -> tuple[str, str
 
 def _stage_names(settings: Settings) -> Settings:
     """The stages' sampler and schedule, checked."""
-    names = {"stage_sampler": "Euler", "stage_scheduler": "Normal"}
-    own = {name: getattr(settings, name) for name in names if getattr(settings, name).strip().lower() != SAME.lower()}
-    found = _sampler(*({**names, **own}.values()), prefix="--stage-")
-    return replace(settings, **{name: value if name in own else SAME
-                                for name, value in zip(names, found, strict=True)})
+    same_sampler, same_scheduler = (name.strip().lower() == SAME.lower() for name in (
+        settings.stage_sampler, settings.stage_scheduler))
+    sampler, scheduler = _sampler("Euler" if same_sampler else settings.stage_sampler,
+                                  "Normal" if same_scheduler else settings.stage_scheduler, prefix="--stage-")
+    return replace(settings, stage_sampler=SAME if same_sampler else sampler,
+                   stage_scheduler=SAME if same_scheduler else scheduler)
 
 
 def _stage_solver(general: dict[str, Any], settings: Settings) -> tuple[str, str, int]:
@@ -223,7 +224,7 @@ def _teraflop(job: Job, part: PartCost) -> float:
 
     decode = count(part.pixels[0] // CELL, part.pixels[1] // CELL).vae
     if part.stage is None:
-        return decode + part.unet * count(part.pixels[0] // CELL, part.pixels[1] // CELL).unet
+        return decode + part.unet * count(*(job.plan.base if job.image is None else job.plan.coherent)).unet
     window, view = count(*part.stage.window), count(*part.stage.view_size)
     in_views = part.views * (1 if (job.settings.dilated_guidance or job.general["cfg"]) == 1 else 2)
     return decode + ((part.unet - in_views) * window.unet + part.controlnet * window.controlnet + in_views * view.unet)
@@ -274,9 +275,10 @@ def _host(job: Job, models: Models, terminal: Terminal) -> StandaloneHost:
     general = job.general
     sampler, scheduler, steps = job.stage_solver
     return StandaloneHost(
-        models, prompt=job.arguments.prompt, negative=general["negative"], progress=terminal, sampler=general["sampler"],
-        scheduler=general["scheduler"], steps=general["steps"], stage_sampler=sampler, stage_scheduler=scheduler,
-        stage_steps=steps, vae_tile=job.settings.vae_tile, device=job.device, dtype=job.dtype)
+        models, prompt=job.arguments.prompt, negative=general["negative"], progress=terminal,
+        sampler=general["sampler"], scheduler=general["scheduler"], steps=general["steps"],
+        stage_sampler=sampler, stage_scheduler=scheduler, stage_steps=steps, vae_tile=job.settings.vae_tile,
+        device=job.device, dtype=job.dtype)
 
 
 def _one(job: Job, terminal: Terminal, host: StandaloneHost, extrapolation: Any,

@@ -38,14 +38,17 @@ def estimate(plan: Plan, settings: Settings, *, solver: Solver, stage_solver: So
              base_pass: bool = True) -> list[PartCost]:
     """The cost of every part of one image's run, exactly as it will be counted (`Picture.rows`).
 
-    `base_pass` is False where the base picture is given.
+    `base_pass` is False where the base picture is given: then one evaluation records its attention, if that is used.
     """
     parts = []
     has_base = settings.base_pass or not plan.stages or not base_pass
-    if has_base and base_pass:
-        calls = len(rehearse(solver, solver.sigmas))
+    if has_base:
+        if base_pass:
+            steps, calls = len(solver.sigmas) - 1, len(rehearse(solver, solver.sigmas))
+        else:
+            steps = calls = int(settings.window_prompts and settings.windows and bool(plan.stages))
         size = (plan.base[0] * 8, plan.base[1] * 8)
-        parts.append(PartCost(None, size, len(solver.sigmas) - 1, calls, calls, 0, calls * _rows(guidance), 0))
+        parts.append(PartCost(None, size, steps, calls, calls, 0, calls * _rows(guidance), 0))
     for stage in plan.stages:
         script = make_script(stage_solver, settings, timestep, has_control=has_control and has_base, views=stage.views)
         windows = sum(call.local for call in script.calls) * stage.window_count

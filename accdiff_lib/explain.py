@@ -1,4 +1,4 @@
-"""One picture that explains a run: the windows of each stage with their prompts, and every word's attention and mask."""
+"""One picture that explains a run: each stage's windows with their prompts, every word's attention and mask."""
 
 from __future__ import annotations
 
@@ -104,6 +104,7 @@ def draw_windows(picture: Image.Image, stage: Stage, windows: Sequence[Window]) 
 
 def _stage_block(base: np.ndarray, stage: Stage, prompts: WindowPrompts) -> Image.Image:
     picture = _enlarged(base, PICTURE)
+    picture = Image.blend(picture, Image.new("RGB", picture.size, "white"), 0.5)  # so that lines stand out
     draw_windows(picture, stage, prompts.windows)
     window, (height, width) = stage.window, stage.pixels
     title = (f"Stage {stage.name}: {width}x{height} pixels, {len(prompts.windows)} windows of "
@@ -158,7 +159,8 @@ def _draw_entries(page: Image.Image, rows: Sequence[Entry], left: int, top: int)
         top += entry.height
 
 
-def _chip(draw: ImageDraw.ImageDraw, corner: tuple[int, int], text: str, face: Font, fill: tuple[int, int, int]) -> None:
+def _chip(draw: ImageDraw.ImageDraw, corner: tuple[int, int], text: str, face: Font,
+          fill: tuple[int, int, int]) -> None:
     """White text on a coloured ground."""
     left, top = corner
     _, _, right, bottom = (round(side) for side in draw.textbbox((left + 3, top + 1), text, face))
@@ -179,7 +181,8 @@ def _word_blocks(base: np.ndarray, words: Sequence[WordMask], part: tuple[float,
         block = Image.new("RGB", (PAGE - 2 * MARGIN, max(tile.height for tile in row)), "white")
         for number, tile in enumerate(row):
             block.paste(tile, (number * (width + GAP), 0))
-        yield block if first else _titled("Every word: its attention (left), its mask (right), and how much of the picture the mask covers", [block])
+        title = "Every word: its attention (left), its mask (right), and how much of the picture the mask covers"
+        yield block if first else _titled(title, [block])
 
 
 def _word_tile(base: np.ndarray, word: WordMask, part: tuple[float, float, float, float], width: int) -> Image.Image:

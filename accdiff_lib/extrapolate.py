@@ -95,15 +95,15 @@ class Extrapolation:
 
         Interrupt returns the last finished picture; Skip the current prediction, decoded; when memory or the VAE's
         precision don't suffice, the last finished picture is returned and the reason commented. What is finished is
-        also reported to the host at once. Raises Interrupted, OutOfMemory or NotFinite when nothing was finished, and
-        whatever the model raises.
+        also reported to the host at once. Raises Interrupted, Skipped, OutOfMemory or NotFinite when nothing was
+        finished, and whatever the model raises.
         """
         result = Result(request.seed, [], Explanation())
         try:
             with torch.no_grad():
                 self._run(request, result)
-        except Interrupted as error:
-            self._give_up(result, "interrupted", error)
+        except (Interrupted, Skipped) as error:
+            self._give_up(result, type(error).__name__.lower(), error)
         except ArithmeticError as error:  # NaN in the VAE
             self._give_up(result, str(error), error)
         except Exception as error:
@@ -161,7 +161,9 @@ class Extrapolation:
         if request.image is not None:
             latent = host.encode_image(request.image)
             if record:
+                host.progress.begin(None, 1)
                 maps, rows = self._record_image(request), 1
+                host.progress.advance(1)
         else:
             latent, maps, rows = self._sample_base(request, result, record)
         crop = request.plan.crop
@@ -191,7 +193,7 @@ class Extrapolation:
                 latent = solver.integrate(model, x, solver.sigmas, seeds.derive(request.seed, "base sampler"))
         except Skipped:
             if denoised is None:
-                raise Interrupted from None
+                raise
             result.stopped, latent = "skipped", denoised
         return latent, recorder.maps[0] if record and not result.stopped else None, calls
 
@@ -233,7 +235,7 @@ class Extrapolation:
             latent = host.stage_solver.integrate(canvas, scene.trajectory(float(script.sigmas[0])), script.sigmas, seed)
         except Skipped:
             if canvas.denoised is None:
-                raise Interrupted from None
+                raise
             result.stopped, latent = "skipped", canvas.denoised
         if base is not None:
             latent = match_statistics(latent, base.latent.mean(), base.latent.std())

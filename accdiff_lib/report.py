@@ -127,7 +127,7 @@ def as_json(part: PartCost) -> dict[str, Any]:
 def table(parts: Sequence[PartCost], teraflop: Sequence[float], images: int) -> str:
     """The dry run's table: a row for each part, the sum, and the sum for all images."""
     head = ("part", "size", "windows", "views", "steps", "UNet", "ControlNet", "TFLOP")
-    rows = [head]
+    rows: list[tuple[str, ...]] = [head]
     for part, cost in zip(parts, teraflop, strict=True):
         record = as_json(part)
         rows.append((part.name, _size(part), *(f"{record[key] or '-'}" for key in ("windows", "views", "steps")),

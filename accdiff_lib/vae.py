@@ -125,10 +125,9 @@ class Moments:
 
     def affine(self, norm: Any, device: torch.device) -> tuple[Tensor, Tensor]:
         """The GroupNorm of everything added so far as scale and shift [B, C, 1, 1], float32."""
-        groups = (norm.num_groups, -1)
-        means = self.mean.unflatten(1, groups)
+        means, deviations = (m.reshape(len(m), norm.num_groups, -1) for m in (self.mean, self.deviations))
         mean = means.mean(2, keepdim=True)
-        variance = (self.deviations.unflatten(1, groups) / self.count + (means - mean) ** 2).mean(2, keepdim=True)
+        variance = (deviations / self.count + (means - mean) ** 2).mean(2, keepdim=True)
         scale = (variance + norm.eps).rsqrt().expand_as(means).flatten(1)
         shift = -mean.expand_as(means).flatten(1) * scale
         if norm.weight is not None:
@@ -170,8 +169,7 @@ class FeatureMap:
         return y[:, :, top:top + height, left:left + width]
 
     def write(self, tile: Tile, core: Tensor) -> None:
-        """Stores the tile without its halo. Raises NotFinite."""
-        self.moments.add(core)
+        """Stores the tile without its halo."""
         if self.grid.columns == 1:
             self._rows[tile.row] = core.to(self.device)
             return
@@ -229,8 +227,10 @@ def _sweep(sweep: Sweep, x: FeatureMap, skip: FeatureMap | None, tiles: Iterator
         if not sweep.looks:
             y = out.core(y, tile, sweep.halo * sweep.up // sweep.down)
             if sweep.join is not None and skip is not None:
-                y = (y + skip.read(tile).to(device)).div_(sweep.join)
+                y = y + skip.read(tile).to(device)
+                y = y if sweep.join == 1 else y / sweep.join
             out.write(tile, y)
+            out.moments.add(y)
         if sweep.fork is not None and aside is not None and aside is not x:
             aside.write(tile, aside.core(call(sweep.fork, source), tile, sweep.halo))
         if tile.column == x.grid.columns - 1:

@@ -92,12 +92,14 @@ class Attention:
         queries = self._project(self.q, x)
         # CUDA's fused kernels hold no score matrix, and need many queries at once to fill the device.
         chunk = queries.shape[2] if x.is_cuda else max(1, _SCORES // keys[..., 0].numel())
-        y = torch.cat([F.scaled_dot_product_attention(q, keys, values) for q in queries.split(chunk, dim=2)], dim=2)
-        return _pointwise(self.out, y.transpose(1, 2).flatten(2)).transpose(1, 2).unflatten(2, x.shape[2:])
+        chunks = torch.split(queries, chunk, dim=2)
+        y = torch.cat([F.scaled_dot_product_attention(q, keys, values) for q in chunks], dim=2)
+        return _pointwise(self.out, y.transpose(1, 2).flatten(2)).transpose(1, 2).reshape(x.shape)
 
     def _project(self, layer: nn.Module, x: Tensor) -> Tensor:
         """[B, C, h, w] -> [B, heads, h * w, C / heads]."""
-        return _pointwise(layer, x.flatten(2).transpose(1, 2)).unflatten(2, (self.heads, -1)).transpose(1, 2)
+        tokens = _pointwise(layer, x.flatten(2).transpose(1, 2))
+        return tokens.reshape(*tokens.shape[:2], self.heads, -1).transpose(1, 2)
 
 
 def _pointwise(layer: Any, tokens: Tensor) -> Tensor:

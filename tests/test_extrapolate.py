@@ -16,7 +16,8 @@ from accdiff_lib.hosts.loading import Models, load
 from accdiff_lib.hosts.samplers import SAMPLERS, SCHEDULERS
 from accdiff_lib.hosts.standalone import StandaloneHost
 from accdiff_lib.plan import make_plan
-from accdiff_lib.settings import METHODS, make
+from accdiff_lib.settings import METHODS, OPTIONS, make
+
 from tests import tiny
 from tests.silent import SilentProgress
 
@@ -49,7 +50,8 @@ def make_host(models, *, sampler="Euler", scheduler="Leading", steps=3, prompt=P
 
 
 def request(host, values=None, *, seed=5, base=(128, 128), guidance=5.0, prompt=PROMPT, **kwargs) -> Request:
-    settings = make({"scale": 2, "tolerance": 0, **(values or {})})
+    # Windows of half the native size make a stage of nine windows from a small, fast base picture.
+    settings = make({"scale": 2, "tolerance": 0, "window": 16, **(values or {})})
     plan = make_plan(base, settings, native=host.window, multiple=host.multiple)
     return Request(prompt, seed, guidance, settings, plan, **kwargs)
 
@@ -105,8 +107,8 @@ def test_out_of_memory_does_not_change_the_picture(models):
 @pytest.mark.parametrize("sampler", ["Euler", "DPM++ 2M", "DPM++ SDE"])
 def test_what_is_left_out_by_default_changes_the_picture_by_less_than_a_thousandth(models, sampler):
     """The default tolerance against the full computation, with the paper's 50 steps (METHODS 7)."""
-    full, host = run(models, {"tolerance": 0}, sampler=sampler, steps=50, base=(256, 256))
-    default, saving = run(models, {"tolerance": 1e-3}, sampler=sampler, steps=50, base=(256, 256))
+    full, host = run(models, {"tolerance": 0}, sampler=sampler, steps=50)
+    default, saving = run(models, {"tolerance": OPTIONS["tolerance"].default}, sampler=sampler, steps=50)
     assert sum(saving.batches) < 0.85 * sum(host.batches)
     assert_same(latent(default), latent(full), 1e-3)
 
@@ -136,8 +138,8 @@ def test_methods_differ_and_count_what_the_plan_says(models):
 def test_every_ablation_has_an_effect(models, switch):
     """Each part's switch changes the picture, so each part is really there."""
     values = {"scale": 3, "c": 0.5}
-    with_it, _ = run(models, values, steps=2)
-    without, host = run(models, {**values, switch: False}, steps=2)
+    with_it, _ = run(models, values)
+    without, _ = run(models, {**values, switch: False})
     assert torch.isfinite(latent(without)).all()
     assert not torch.allclose(latent(with_it), latent(without), atol=1e-3)
     assert len(without.pictures) == (2 if switch == "progressive" else 3)
@@ -166,7 +168,8 @@ def test_every_schedule_drives_the_canvas(models, scheduler):
     ((256, 64), {"scale": 3}, (768, 192)),
     ((128, 128), {"scale": 1}, (128, 128)),
     ((128, 128), {"scale": 1.1}, (144, 144)),
-    ((256, 256), {"scale": 2, "window": 16, "stride": 12}, (512, 512)),
+    ((128, 128), {"scale": 2, "window": 24, "stride": 8}, (256, 256)),
+    ((128, 128), {"scale": 2, "window": 0}, (256, 256)),
 ])
 def test_any_shape_and_scale(models, base, values, size):
     result, _ = run(models, values, base=base, steps=2)
@@ -191,7 +194,7 @@ def test_guidance_of_each_pass_is_its_own(models):
 
 
 def test_sd15_runs_too(models):
-    result, host = run(tiny.sd15(sample_size=32), {"scale": 2}, base=(256, 256), steps=2)
+    result, _ = run(tiny.sd15(sample_size=32), {"scale": 2}, base=(256, 256), steps=2)
     assert result.pictures[-1].image.shape == (512, 512, 3)
     assert result.explanation.words
     assert torch.isfinite(latent(result)).all()
@@ -199,7 +202,7 @@ def test_sd15_runs_too(models):
 
 def test_long_prompts_keep_their_words(models):
     prompt = ", ".join(f"word{number} thing" for number in range(60)) + " BREAK a (golden:1.3) end"
-    result, host = run(models, {"c": 0.2}, prompt=prompt, steps=2)
+    result, _ = run(models, {"c": 0.2}, prompt=prompt, steps=2)
     words = [mask.word for mask in result.explanation.words]
     assert max(word.columns[-1] for word in words) > 77
     assert words[-1].text == "end" and any(word.weight == 1.3 for word in words)
@@ -283,7 +286,7 @@ def test_interrupt_in_the_base_pass_finds_nothing_finished(models):
 def test_a_finished_stage_that_nobody_decoded_is_decoded_when_it_is_the_last(models):
     """Interrupted in the second stage, without ControlNet and intermediate pictures: the first stage is returned."""
     host = make_host(models)
-    host.watch = at(3 + 3 * 4 + 2, "interrupted", [host])
+    host.watch = at(3 + 3 * (3 + 1) + 2, "interrupted", [host])
     wanted = request(host, {"window_batch": 4, "scale": 3, "controlnet": False})
     result = Extrapolation(host, wanted.settings).run(wanted)
     assert [picture.name for picture in result.pictures] == ["base", "2x"]
@@ -292,10 +295,16 @@ def test_a_finished_stage_that_nobody_decoded_is_decoded_when_it_is_the_last(mod
 
 
 def test_skip_decodes_what_there_is(models):
-    result, host = stopped_run(models, 9, "skipped", {"scale": 3})
+    result, _ = stopped_run(models, 3 + 4 + 2, "skipped", {"scale": 3})
     assert result.stopped == "skipped"
     assert [picture.name for picture in result.pictures] == ["base", "2x"]
     assert result.pictures[-1].image.shape == (256, 256, 3)
+
+
+def test_skip_before_there_is_anything_new_returns_what_is_finished(models):
+    result, _ = stopped_run(models, 3 + 2, "skipped")
+    assert result.stopped == "skipped"
+    assert [picture.name for picture in result.pictures] == ["base"]
 
 
 def test_when_memory_does_not_suffice_the_last_stage_is_returned(models):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,14 +12,15 @@ import torch
 from diffusers import AutoencoderKL
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ldm_vae import from_diffusers
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from accdiff_lib import vae as tiled
 from accdiff_lib.errors import InputError, Interrupted
 from accdiff_lib.vae_layers import Attention, decoder_sweeps, encoder_sweeps
+from tests.ldm_vae import from_diffusers
 
-GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden" / "weights"
+GOLDEN = Path(__file__).parent / "golden_data" / "weights"
 ATOL = 1e-4
 TILES = st.sampled_from([0, 1, 2, 3, 4, 5, 7, 8, 64])
 
@@ -36,6 +38,15 @@ def make(seed: int = 0, channels: tuple[int, ...] = (8, 8, 12, 16), groups: int 
         else:
             parameter.mul_(1.5)
     return vae
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Layers this small are slower on several threads, and very slow where cores are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -64,15 +75,15 @@ def moments(vae: AutoencoderKL, image: Tensor) -> Tensor:
     return vae.encode(image).latent_dist.parameters
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
-@given(st.integers(1, 13), st.integers(1, 13), TILES)
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(st.integers(1, 9), st.integers(1, 9), TILES)
 def test_decode_equals_untiled(height: int, width: int, tile: int) -> None:
     vae, z = make(), latent(height, width)
     assert close(tiled.decode(vae, z, tile=tile), vae.decode(z).sample)
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
-@given(st.integers(1, 11), st.integers(1, 11), TILES)
+@given(st.integers(1, 9), st.integers(1, 9), TILES)
 def test_encode_equals_untiled(height: int, width: int, tile: int) -> None:
     vae, x = make(), picture(8 * height, 8 * width)
     assert close(tiled.encode(vae, x, tile=tile), moments(vae, x))
@@ -139,9 +150,6 @@ def test_symmetric_downsampling_and_scaled_residuals() -> None:
 
 
 def test_golden_vae() -> None:
-    if not (GOLDEN / "vae.fp16.safetensors").exists():
-        pytest.skip("no golden data here")
-    from safetensors.torch import load_file
     vae = AutoencoderKL.from_config(AutoencoderKL.load_config(GOLDEN / "vae.config.json")).eval()
     vae.load_state_dict({name: weight.float() for name, weight in load_file(GOLDEN / "vae.fp16.safetensors").items()})
     z = 5 * latent(20, 12)

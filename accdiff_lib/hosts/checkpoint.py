@@ -132,7 +132,7 @@ def _read_header(given: Given, file: Path) -> dict[str, Any]:
 _KINDS = [
     (r"(^|\.)lora_controlnet$", "a control-LoRA"),
     (r"(^|\.)lllite_", "a ControlNet-LLLite"),
-    (r"lora_(unet|te\d?)_|\.lora_(up|down|A|B)\.|\.lora\.(up|down)\.|hada_w1_|lokr_w|oft_blocks", "a LoRA"),
+    (r"^lycoris_|lora_(unet|te\d?)_|\.lora_(up|down|A|B)\.|\.lora\.(up|down)\.|hada_w1_|lokr_w|oft_blocks", "a LoRA"),
     (r"^(ip_adapter|image_proj)\.", "an IP-Adapter"),
     (r"^(control_model\.)?(task_embedding|control_add_embedding\.|control_type_proj|spatial_ch_projs|"
      r"transformer_layes\.|controlnet_mode_embedder)",
@@ -159,7 +159,7 @@ def kind(file: TensorFile) -> str:
         return _kind_without_unet(file)
     channels = first[1] if len(first) == 4 else 0
     if channels != 4:
-        return {9: "an inpainting model", 8: "an image-editing model (InstructPix2Pix)"}.get(
+        return {9: "an inpainting model", 8: "an image-editing or video model"}.get(
             channels, f"a UNet of {channels} input channels")
     if "edm_mean" in file:
         return "Playground v2.5 (EDM noise levels)"
@@ -195,14 +195,16 @@ def fill(module: nn.Module, file: TensorFile, places: Mapping[str, Place], prefi
     then the network is another one, even if all that is wanted is there.
     """
     wanted = module.state_dict()
+    hint = " (--config can name other configs)" if file.given.option == "--model" else ""
     missing = [key for key in wanted if prefix + places[key].name not in file]
     if missing:
-        raise file.given.error(f"{_count(missing, 'tensor')} of {what} missing, like {prefix}{places[missing[0]].name}")
+        raise file.given.error(f"{_count(missing, 'tensor')} of {what} missing, like "
+                               f"{prefix}{places[missing[0]].name}{hint}")
     for key, empty in wanted.items():
         name = prefix + places[key].name
         if _shape(file.shapes[name], places[key], len(empty.shape)) != tuple(empty.shape):
             raise file.given.error(f"{name} has another size than in the configs of {what}: "
-                                   f"{list(file.shapes[name])}, for {list(empty.shape)} (--config can name others)")
+                                   f"{list(file.shapes[name])}, for {list(empty.shape)}{hint}")
     if closed:
         known = {prefix + place.name for place in places.values()}
         extra = [name for name in file.shapes if name.startswith(prefix) and name not in known]
@@ -211,10 +213,14 @@ def fill(module: nn.Module, file: TensorFile, places: Mapping[str, Place], prefi
     state = {}
     for key, empty in wanted.items():
         tensor = file.read(prefix + places[key].name)
-        state[key] = _fit(tensor, places[key], empty.shape).to(device, dtype).contiguous()
+        # A copy even where nothing changes: tensors that stay in a mapped file die when it is rewritten, and lie at
+        # odd addresses, for which the CPU's kernels round in another order.
+        state[key] = _fit(tensor, places[key], empty.shape).contiguous().to(device, dtype, copy=True)
     module.load_state_dict(state, strict=True, assign=True)
     module.to(device)  # what is no weight: position ids
     module.eval().requires_grad_(False)
+    if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
+        raise AssertionError(f"{what} has tensors that are in no file")  # a new release of the library brought them
 
 
 def _shape(shape: tuple[int, ...], place: Place, dimensions: int) -> tuple[int, ...]:
@@ -230,7 +236,7 @@ def _shape(shape: tuple[int, ...], place: Place, dimensions: int) -> tuple[int, 
 
 def _fit(tensor: Tensor, place: Place, shape: torch.Size) -> Tensor:
     if place.third is not None:
-        tensor = tensor.chunk(3)[place.third].clone()  # a view would keep all three in memory
+        tensor = tensor.chunk(3)[place.third]
     if place.transposed:
         tensor = tensor.T
     return tensor.reshape(shape)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from accdiff_lib import vae as tiled_vae
-from accdiff_lib.errors import InputError, Interrupted
+from accdiff_lib.errors import InputError, Interrupted, is_out_of_memory
 from accdiff_lib.hosts import flops, memory
-from accdiff_lib.hosts.base import Progress, Rows
-from accdiff_lib.hosts.samplers import KSolver, NoiseLevels, solver
+from accdiff_lib.hosts.base import Progress, Rows, Solver
+from accdiff_lib.hosts.samplers import NoiseLevels, solver
 from accdiff_lib.hosts.text import TextEmbedding, TextEncoder
 from accdiff_lib.prompts import Word
 
@@ -22,9 +22,15 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+#: Latent cells of the smallest VAE tile to try when memory runs out.
+SMALLEST_TILE = 16
+
 
 class StandaloneHost:
-    """Implements base.Host. The networks must be on `device` already; nothing of them is changed."""
+    """Implements base.Host. The networks must be on `device` already and stay as they are.
+
+    Only a half-precision VAE that makes NaN is in float32 while it is run again.
+    """
 
     #: diffusers' UNet and ControlNet take latents of any side.
     multiple = 1
@@ -39,20 +45,24 @@ class StandaloneHost:
         chooses by memory; `dtype` is that of UNet and ControlNet (latents are float32 throughout). Raises InputError.
         """
         self.models = models
+        # Their classes' attributes are dynamic.
+        self._unet = cast(Any, models.unet)
+        self._vae = cast(Any, models.vae)
+        self._controlnet = cast(Any, models.controlnet)
         self.progress = progress
         self.device, self.dtype = torch.device(device), dtype
-        self.window = int(models.unet.config["sample_size"])
-        self.channels = int(models.unet.config["in_channels"])
+        self.window = int(self._unet.config["sample_size"])
+        self.channels = int(self._unet.config["in_channels"])
         self.has_control = models.controlnet is not None
         self._levels = NoiseLevels(models.alphas_cumprod)
-        self.solver: KSolver = solver(sampler, scheduler, steps, self._levels)
-        self.stage_solver: KSolver = solver(stage_sampler or sampler, stage_scheduler or scheduler,
-                                            stage_steps or steps, self._levels)
+        self.solver: Solver = solver(sampler, scheduler, steps, self._levels)
+        self.stage_solver: Solver = solver(stage_sampler or sampler, stage_scheduler or scheduler,
+                                           stage_steps or steps, self._levels)
         self._negative = negative
         self._encoder = TextEncoder(models)
         self._contexts = max(self._encoder.contexts(text) for text in (prompt, negative))
         self._vae_tile = vae_tile
-        self._memory = memory.RowMemory(self.device, models.unet.config["block_out_channels"][0], dtype.itemsize)
+        self._memory = memory.RowMemory(self.device, self._unet.config["block_out_channels"][0], dtype.itemsize)
         self._guided = True
 
     # Text and noise levels
@@ -77,9 +87,9 @@ class StandaloneHost:
         self._guided = rows.guidance != 1
         level = float(sigma)
         batch = len(rows) * (2 if self._guided else 1)
-        latent = (x.float() / (level**2 + 1) ** 0.5).to(self.dtype)
+        latent = (x.float() / (level**2 + 1) ** 0.5).to(self.dtype).repeat(batch // len(rows), 1, 1, 1)
         with self._memory.measured(batch, *x.shape[-2:]):
-            output = self._unet(latent.repeat(batch // len(rows), 1, 1, 1), self._levels.timestep(level), rows).float()
+            output = self._predict(latent, self._levels.timestep(level), rows).float()
         if self._guided:
             uncond, cond = output.chunk(2)
             output = uncond + rows.guidance * (cond - uncond)
@@ -87,18 +97,18 @@ class StandaloneHost:
                 output = _rescale(output, cond, rows.rescale)
         return self._denoised(x.float(), level, output).to(x.dtype)
 
-    def _unet(self, latent: Tensor, timestep: float, rows: Rows) -> Tensor:
+    def _predict(self, latent: Tensor, timestep: float, rows: Rows) -> Tensor:
         """The UNet's output [B, C, h, w] for scaled latents [B, C, h, w], B being M or (with CFG) 2 M."""
         inputs: dict[str, Any] = self._conditioning(rows)
         t = torch.full((len(latent),), timestep, device=self.device)
         if rows.hint is not None and rows.strength > 0:
-            if self.models.controlnet is None:
+            if self._controlnet is None:
                 raise InputError("The window's structure was given, but no ControlNet is loaded.")
             hint = rows.hint.to(self.device, self.dtype).repeat(len(latent) // len(rows), 1, 1, 1)
-            down, middle = self.models.controlnet(latent, t, controlnet_cond=hint, conditioning_scale=rows.strength,
-                                                  guess_mode=False, return_dict=False, **inputs)
+            down, middle = self._controlnet(latent, t, controlnet_cond=hint, conditioning_scale=rows.strength,
+                                            guess_mode=False, return_dict=False, **inputs)
             inputs.update(down_block_additional_residuals=down, mid_block_additional_residual=middle)
-        return self.models.unet(latent, t, return_dict=False, **inputs)[0]
+        return self._unet(latent, t, return_dict=False, **inputs)[0]
 
     def _conditioning(self, rows: Rows) -> dict[str, Any]:
         """Text and, for SDXL, pooled text and sizes: of the unconditional rows (with CFG), then the conditional."""
@@ -124,7 +134,7 @@ class StandaloneHost:
 
     def cross_attention(self) -> list[tuple[str, nn.Module]]:
         """See base.Host."""
-        return [(name, module) for name, module in self.models.unet.named_modules()
+        return [(name, module) for name, module in self._unet.named_modules()
                 if name.endswith(".attn2") and name.startswith(("down_blocks.", "up_blocks."))]
 
     def cond_rows(self, batch: int) -> slice:
@@ -137,57 +147,63 @@ class StandaloneHost:
 
     def flops(self, height: int, width: int) -> flops.Flops:
         """TFLOP of one latent of height x width cells through each network."""
-        models, control = self.models, self.models.controlnet
-        return flops.count(height, width, unet=models.unet.config, vae=models.vae.config,
-                           controlnet=control.config if control is not None else None,
-                           text_encoders=[encoder.config.to_dict() for encoder in models.text_encoders])
+        return flops.count(height, width, unet=self._unet.config, vae=self._vae.config,
+                           controlnet=self._controlnet.config if self.has_control else None,
+                           text_encoders=[encoder.config.to_dict() for encoder in self.models.text_encoders])
 
     # VAE
 
     def decode(self, latent: Tensor, *, interruptible: bool = True) -> np.ndarray:
         """See base.Host."""
         scaled = latent.float() / self._scaling
-        image = self._in_vae(lambda dtype: tiled_vae.decode(
-            self.models.vae, scaled.to(self.device, dtype), tile=self._tile(scaled),
-            check=self._check if interruptible else None))
+        image = self._in_vae(scaled.shape[-2:], lambda dtype, tile: tiled_vae.decode(
+            self._vae, scaled.to(self.device, dtype), tile=tile, check=self._check if interruptible else None))
         pixels = image[0].add_(1).mul_(127.5).round_().clamp_(0, 255)
         return np.ascontiguousarray(pixels.to(torch.uint8).permute(1, 2, 0).numpy())
 
     def encode_image(self, image: np.ndarray) -> Tensor:
         """See base.Host: the mean of the posterior, so that the same picture gives the same latent."""
         pixels = torch.tensor(image).permute(2, 0, 1)[None] / 127.5 - 1
-        moments = self._in_vae(lambda dtype: tiled_vae.encode(
-            self.models.vae, pixels.to(self.device, dtype), tile=self._tile(pixels, cell=8), check=self._check))
+        moments = self._in_vae([side // 8 for side in image.shape[:2]], lambda dtype, tile: tiled_vae.encode(
+            self._vae, pixels.to(self.device, dtype), tile=tile, check=self._check))
         return tiled_vae.sample(moments).to(self.device) * self._scaling
 
     @property
     def _scaling(self) -> float:
-        return float(self.models.vae.config["scaling_factor"])
+        return float(self._vae.config["scaling_factor"])
 
-    def _in_vae(self, run: Callable[[torch.dtype], T]) -> T:
-        """`run(dtype)` in the VAE's precision and, when half precision makes NaN, once more in float32."""
-        vae, own = self.models.vae, self.models.vae.dtype
+    def _in_vae(self, size: Sequence[int], run: Callable[[torch.dtype, int], T]) -> T:
+        """`run(dtype, tile)` for a latent of this size: in the VAE's precision or, when that makes NaN, in float32."""
+        vae, own = self._vae, self._vae.dtype
+        width = vae.config["block_out_channels"][0]
+        tile = self._vae_tile or memory.vae_tile(self.device, size[0], size[1], width, own.itemsize)
         try:
-            return run(own)
+            return _in_tiles(tile, lambda tile: run(own, tile))
         except tiled_vae.NotFinite:
             if own == torch.float32:
                 raise
         self.progress.comment("The VAE made NaN in half precision; it was run again in float32")
         try:
             vae.to(torch.float32)
-            return run(torch.float32)
+            return _in_tiles(tile, lambda tile: run(torch.float32, tile))
         finally:
             vae.to(own)  # exact: its weights came from this precision
-
-    def _tile(self, x: Tensor, cell: int = 1) -> int:
-        """The tile for a latent, or for an image of `cell` pixels per latent cell."""
-        vae = self.models.vae
-        return self._vae_tile or memory.vae_tile(self.device, x.shape[-2] // cell, x.shape[-1] // cell,
-                                                 vae.config["block_out_channels"][0], vae.dtype.itemsize)
 
     def _check(self) -> None:
         if self.progress.interrupted:
             raise Interrupted
+
+
+def _in_tiles(tile: int, run: Callable[[int], T]) -> T:
+    """`run(tile)`, with smaller tiles (the result is the same) when memory runs out."""
+    while True:
+        try:
+            return run(tile)
+        except Exception as error:
+            if not is_out_of_memory(error) or 0 < tile <= SMALLEST_TILE:
+                raise
+        tile = tile // 2 if tile else 64  # here, where the exception that keeps tensors alive is gone
+        memory.release()
 
 
 def _rescale(output: Tensor, cond: Tensor, mix: float) -> Tensor:

@@ -1,0 +1,50 @@
+# make help lists what there is. Variables: PYTHON (3.10 or newer), TORCH (another build, like
+# make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cu130").
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+K_DIFFUSION := k-diffusion==0.1.1.post1
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install --disable-pip-version-check --quiet
+PROMPT := a cat and a corgi, playing on the lawn
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench clean
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
+
+demo: $(VENV)/installed ## a 4x picture with the built-in model, in out/demo
+	$(RUN) -m accdiff_lib "$(PROMPT)" --scale 4 --steps 20 --preset balanced --stage-steps 10 --out out/demo
+
+test: $(VENV)/installed-dev ## all tests
+	$(RUN) -m pytest -q
+
+lint: $(VENV)/installed-dev ## ruff and mypy
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+
+bench: $(VENV)/installed ## speed and memory: a table, then one JSON object
+	$(RUN) -m benchmarks
+
+clean: ## forgets the virtual environment and what was made with it
+	rm -rf $(VENV) out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# A stamp file for each installation, so that a second call has nothing to do. torch comes first and its version is a
+# constraint for all that follows: nothing can bring another one.
+$(VENV)/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "Python 3.10 or newer is needed; name it with PYTHON=..., like make PYTHON=python3.11"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' || \
+	  { echo "Python's venv module is missing; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	@test -x $(RUN) || { echo "Setting up $(VENV) (torch and others: some minutes, 1 GB)"; $(PYTHON) -m venv $(VENV); }
+	$(PIP) $(TORCH)
+	@$(RUN) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(VENV)/constraints.txt
+	$(PIP) --constraint $(VENV)/constraints.txt --requirement requirements.txt
+	$(PIP) --no-deps $(K_DIFFUSION)
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
+	$(PIP) --constraint $(VENV)/constraints.txt --requirement requirements-dev.txt
+	@touch $@

@@ -1,0 +1,36 @@
+"""The noise levels a model was trained with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+#: The last alpha_bar of a zero-terminal-SNR schedule: not zero, so that sigma stays finite (4518); the WebUI's number.
+_ZERO_SNR_LAST = 4.8973451890853435e-08
+
+
+def alphas_cumprod(scheduler: Mapping[str, Any], *, zero_snr: bool = False) -> Tensor:
+    """The alpha_bars of a diffusers scheduler config, float64 [1000].
+
+    `zero_snr` shifts and scales them so that the last step is pure noise (Lin et al. 2023, algorithm 1).
+    Raises ValueError for a beta schedule that SD1.5 and SDXL models do not have.
+    """
+    start, end = scheduler.get("beta_start", 0.00085), scheduler.get("beta_end", 0.012)
+    kind = scheduler.get("beta_schedule", "scaled_linear")
+    solver = scheduler.get("_class_name", "")
+    if solver.startswith("EDM") or "Flow" in solver:
+        raise ValueError(f"{solver} has other noise levels than SD1.5 and SDXL")
+    if (kind not in ("linear", "scaled_linear") or scheduler.get("num_train_timesteps", 1000) != 1000
+            or scheduler.get("trained_betas") is not None):
+        raise ValueError(f"beta schedule '{kind}' is not known; linear and scaled_linear of 1000 steps are")
+    betas = np.linspace(start**0.5, end**0.5, 1000) ** 2 if kind == "scaled_linear" else np.linspace(start, end, 1000)
+    bars = np.cumprod(1 - betas)
+    if zero_snr:
+        root = np.sqrt(bars)
+        bars = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+        bars[-1] = _ZERO_SNR_LAST
+    return torch.from_numpy(bars)

@@ -1,0 +1,103 @@
+"""The table of options: consistent with itself, and every value survives text, infotext and methods."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from accdiff_lib import infotext as parameters
+from accdiff_lib.errors import InputError
+from accdiff_lib.settings import METHODS, OPTIONS, PRESETS, Settings, changed, from_infotext, infotext, make
+
+
+def some_value(option):
+    """Any allowed value, as precise as an infotext keeps it."""
+    if option.kind is bool:
+        return st.booleans()
+    if option.choices:
+        return st.sampled_from(option.choices)
+    if option.kind is str:
+        return st.sampled_from(["Same", "Euler a", "DPM++ 2M", "Karras"])
+    if option.kind is int:
+        return st.integers(int(option.minimum), int(option.maximum))
+    return st.floats(option.minimum, option.maximum).map(lambda value: float(f"{value:.10g}")).filter(
+        lambda value: option.minimum <= value <= option.maximum)
+
+
+given_options = st.lists(st.sampled_from(list(OPTIONS)), unique=True).flatmap(
+    lambda names: st.fixed_dictionaries({name: some_value(OPTIONS[name]) for name in names}))
+
+
+def test_the_table_is_consistent():
+    for option in OPTIONS.values():
+        assert option.parse(option.default) == option.default, option.name
+        assert option.help.endswith("."), option.name
+        if option.kind in (int, float):
+            assert option.minimum is not None and option.maximum is not None and option.step is not None, option.name
+            assert option.minimum <= option.default <= option.maximum
+        else:
+            assert option.minimum is None and option.maximum is None
+    for unique in ("label", "infotext"):
+        assert len({getattr(option, unique).lower() for option in OPTIONS.values()}) == len(OPTIONS)
+    assert [field.name for field in dataclasses.fields(Settings)] == list(OPTIONS)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_method_and_preset_is_valid(method, preset):
+    settings = make({"method": method, "preset": preset})
+    for name, value in {**PRESETS[preset], **METHODS[method]}.items():
+        assert getattr(settings, name) == OPTIONS[name].parse(value)
+    assert not set(changed(settings)) - {"method", "preset"}
+    assert from_infotext(infotext(settings)) == settings
+
+
+def test_given_options_win_over_method_and_preset():
+    settings = make({"method": "demofusion", "preset": "fast", "window_prompts": True, "start": 0.1})
+    assert settings.window_prompts and settings.start == 0.1
+    assert not settings.interaction and settings.stage_steps == 24
+
+
+@given(given_options)
+def test_round_trip_through_infotext(values):
+    try:
+        settings = make(values)
+    except InputError:
+        assume(False)
+    text = parameters.write("a cat", "", {"Steps": 1, "Seed": 2, "Size": "8x8", **infotext(settings)})
+    assert from_infotext(parameters.parse(text).values) == settings
+    assert make(changed(settings)) == settings
+
+
+@given(st.sampled_from(list(OPTIONS.values())), st.data())
+def test_values_as_text(option, data):
+    value = data.draw(some_value(option))
+    assert option.parse(str(value)) == value
+
+
+BAD = [("scale", 9), ("scale", 0.5), ("scale", "nan"), ("scale", "big"), ("scale", True), ("scale", None),
+       ("window_batch", 1.5), ("window_batch", -1), ("method", "hires"), ("method", 3), ("dilated", "maybe"),
+       ("c", float("inf")), ("target_width", 20000)]
+
+
+@pytest.mark.parametrize(("name", "value"), BAD)
+def test_bad_values_name_option_value_and_what_is_allowed(name, value):
+    with pytest.raises(InputError) as caught:
+        make({name: value})
+    message = str(caught.value)
+    assert message.startswith(f"{name}: ") and repr(value) in message and OPTIONS[name].allowed in message
+
+
+@pytest.mark.parametrize(("values", "named"), [
+    ({"windows": False, "dilated": False}, "windows, dilated"),
+    ({"control_start": 0.6, "control_end": 0.4}, "control_start"),
+    ({"target_width": 512}, "target_width, target_height"),
+    ({"target_width": 513, "target_height": 512}, "target_width"),
+    ({"base_pass": False}, "skip_residual"),
+    ({"color": 3}, "color")])
+def test_contradictions(values, named):
+    with pytest.raises(InputError, match=f"^{named}: "):
+        make(values)

@@ -1,0 +1,395 @@
+"""The standalone host: the recorded base pass, guidance, ControlNet, VAE and costs on tiny models."""
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from accdiff_lib import vae as tiled_vae
+from accdiff_lib.errors import InputError, Interrupted
+from accdiff_lib.hosts import flops, memory
+from accdiff_lib.hosts.base import Rows
+from accdiff_lib.hosts.standalone import StandaloneHost
+from tests import golden, tiny
+from tests.silent import SilentProgress
+
+SIGMA = torch.tensor(2.5)
+
+
+def make_host(models=None, prompt="a cat", negative="ugly", **options):
+    options = {"progress": SilentProgress(), "sampler": "Euler", "scheduler": "Leading", "steps": 4} | options
+    return StandaloneHost(models or tiny.sdxl(), prompt=prompt, negative=negative, **options)
+
+
+@pytest.fixture(scope="module", params=["sdxl", "sd15"])
+def host(request):
+    return make_host(getattr(tiny, request.param)())
+
+
+def latents(count=2, height=16, width=24, seed=0):
+    return 2.5 * torch.randn(count, 4, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def make_rows(host, count=2, guidance=5.0, **options):
+    texts = host.encode_texts(["a cat", "a dog on the grass", ""][:count])
+    return Rows(texts, [(0, 64 * i) for i in range(count)], (512, 768), guidance, **options)
+
+
+def hints(x):
+    return torch.rand(len(x), 3, 8 * x.shape[2], 8 * x.shape[3], generator=torch.Generator().manual_seed(3))
+
+
+def close(actual, expected, tolerance=2e-5):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
+
+
+# The recorded base pass
+
+@pytest.mark.parametrize("name", ["v2_abl_shuffle", "v2_full_ns2"])
+def test_base_pass_equals_the_reference(name):
+    path = next((path for path in golden.case_folders() if path.name == name), None)
+    if path is None:
+        pytest.skip(f"no golden case {name}: set ACCDIFF_GOLDEN")
+    case = golden.Case(path)
+    host = golden.host(case)
+    text = host.encode_texts([case.manifest["prompt"]])
+    _, _, top, left, height, width = case.get("stage1|add_time_ids")[1].int().tolist()
+    rows = Rows(text, [(top, left)], (height, width), case.args["guidance_scale"])
+    states = []
+    end = host.solver.integrate(lambda x, sigma: host.denoise(x, sigma[0], rows), case.get("stage1|init_latents"),
+                                host.solver.sigmas, 0, lambda step: states.append(step["x"]))
+    for i, state in enumerate([*states[1:], end]):
+        close(state, case.get(f"stage1|step{i:02}|latents"), 1e-4)
+
+
+# Conditioning and guidance
+
+def test_guidance_mixes_the_two_halves(host):
+    x = latents()
+    at = {guidance: host.denoise(x, SIGMA, make_rows(host, guidance=guidance)) for guidance in (0.0, 1.0, 2.0, 7.5)}
+    close(at[2.0], at[0.0] + 2 * (at[1.0] - at[0.0]), 1e-4)
+    close(at[7.5], at[0.0] + 7.5 * (at[1.0] - at[0.0]), 1e-4)
+    assert (at[0.0] - at[1.0]).abs().max() > 1e-3
+
+
+def test_guidance_1_evaluates_the_conditional_rows_only(host):
+    batches = []
+    hook = host.models.unet.register_forward_pre_hook(lambda _, args: batches.append(len(args[0])))
+    try:
+        rows = make_rows(host, guidance=1.0)
+        alone = host.denoise(latents(), SIGMA, rows)
+        assert host.cond_rows(2) == slice(0, 2)
+        host.denoise(latents(), SIGMA, replace(rows, guidance=1.5))
+        assert host.cond_rows(4) == slice(2, 4)
+    finally:
+        hook.remove()
+    assert batches == [2, 4]
+    as_negative = [replace(text, uncond=text.cond, pooled_uncond=text.pooled) for text in rows.texts]
+    close(alone, host.denoise(latents(), SIGMA, replace(rows, texts=as_negative, guidance=4.0)), 1e-4)
+
+
+def test_rows_do_not_influence_each_other(host):
+    x, rows = latents(3), make_rows(host, 3, rescale=0.5)
+    rows = replace(rows, hint=hints(x))
+    together = host.denoise(x, SIGMA, rows)
+    for i in range(3):
+        one = slice(i, i + 1)
+        close(together[one], host.denoise(x[one], SIGMA, rows.part(one)))
+
+
+def test_attention_gets_the_rows_texts(host):
+    seen = []
+    layers = host.cross_attention()
+    assert layers
+    assert all(name.endswith(".attn2") and "mid_block" not in name and hasattr(layer, "to_q") for name, layer in layers)
+    hook = layers[0][1].register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["encoder_hidden_states"]), with_kwargs=True)
+    rows = make_rows(host)
+    try:
+        host.denoise(latents(), SIGMA, rows)
+    finally:
+        hook.remove()
+    assert torch.equal(seen[0][host.cond_rows(4)], torch.stack([text.cond for text in rows.texts]))
+    assert torch.equal(seen[0][:2], torch.stack([text.uncond for text in rows.texts]))
+
+
+def test_time_ids():
+    host = make_host()
+    seen = []
+    hook = host.models.unet.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["added_cond_kwargs"]), with_kwargs=True)
+    try:
+        rows = make_rows(host)
+        host.denoise(latents(), SIGMA, rows)
+    finally:
+        hook.remove()
+    assert seen[0]["time_ids"].tolist() == [[512, 768, 0, 0, 512, 768], [512, 768, 0, 64, 512, 768]] * 2
+    assert seen[0]["time_ids"].dtype == torch.float32
+    pooled = [rows.texts[0].pooled_uncond] * 2 + [text.pooled for text in rows.texts]
+    assert torch.equal(seen[0]["text_embeds"], torch.stack(pooled))
+
+
+def test_long_prompts_and_window_prompts_go_into_one_batch():
+    host = make_host(prompt="cat " * 80, negative="ugly")
+    texts = host.encode_texts(["cat " * 80, "a dog", ""])
+    assert {text.cond.shape for text in texts} == {(154, 32)}
+    assert host.denoise(latents(3), SIGMA, Rows(texts, [(0, 0)] * 3, (64, 64), 5.0)).isfinite().all()
+    assert make_host(prompt="a", negative="a BREAK b").encode_texts(["x"])[0].cond.shape == (154, 32)
+
+
+def test_rescale_is_diffusers(host):
+    from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import rescale_noise_cfg
+
+    x = latents()
+    noise = {g: (x - host.denoise(x, SIGMA, make_rows(host, guidance=g))) / SIGMA for g in (1.0, 7.5)}
+    for mix in (0.3, 1.0):
+        expected = x - SIGMA * rescale_noise_cfg(noise[7.5], noise[1.0], mix)
+        close(host.denoise(x, SIGMA, make_rows(host, guidance=7.5, rescale=mix)), expected, 1e-4)
+    close(host.denoise(x, SIGMA, make_rows(host, guidance=1.0, rescale=1.0)), x - SIGMA * noise[1.0], 1e-4)
+
+
+def test_v_prediction(host):
+    """The same network read as v; and v of a known picture and noise gives the picture back."""
+    x, rows = latents(), make_rows(host)
+    v_host = make_host(replace(host.models, prediction="v_prediction"))
+    output = (x - host.denoise(x, SIGMA, rows)) / SIGMA
+    alpha = 1 / (SIGMA**2 + 1) ** 0.5
+    close(v_host.denoise(x, SIGMA, rows), alpha**2 * x - SIGMA * alpha * output, 1e-4)
+    picture, noise = latents(seed=1), latents(seed=2)
+    v = alpha * noise - SIGMA * alpha * picture
+    close(v_host._denoised(picture + SIGMA * noise, float(SIGMA), v), picture)
+
+
+def test_model_sees_the_scaled_latent_at_the_right_timestep(host):
+    seen = []
+    hook = host.models.unet.register_forward_pre_hook(lambda _, args: seen.append(args[:2]))
+    x = latents()
+    try:
+        for sigma in host.solver.sigmas[:-1]:
+            host.denoise(x, sigma, make_rows(host, guidance=1.0))
+    finally:
+        hook.remove()
+    assert [t.tolist() for _, t in seen] == [[t, t] for t in (751.0, 501.0, 251.0, 1.0)]
+    close(seen[0][0], x / (host.solver.sigmas[0] ** 2 + 1) ** 0.5, 1e-6)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (13, 21), (32, 17)])
+def test_any_latent_size(host, size):
+    x = latents(1, *size)
+    rows = make_rows(host, 1, hint=hints(x))
+    assert host.denoise(x, SIGMA, rows).shape == x.shape
+
+
+def test_half_precision_network_with_float32_latents():
+    models = copy.deepcopy(tiny.sdxl())
+    for module in models.modules():
+        module.to(torch.bfloat16)
+    host = make_host(models, dtype=torch.bfloat16)
+    x = latents()
+    result = host.denoise(x, SIGMA, make_rows(host, hint=hints(x)))
+    assert result.dtype == torch.float32
+    full = make_host()
+    close(result, full.denoise(x, SIGMA, make_rows(full, hint=hints(x))), 0.5)
+
+
+# ControlNet
+
+def test_controlnet(host):
+    x = latents()
+    assert host.has_control
+    none = host.denoise(x, SIGMA, make_rows(host))
+    hint = hints(x)
+    at = {s: host.denoise(x, SIGMA, make_rows(host, hint=hint, strength=s)) for s in (0.0, 0.5, 1.0)}
+    assert torch.equal(at[0.0], none)
+    assert (at[0.5] - none).abs().max() > 1e-4
+    assert (at[1.0] - at[0.5]).abs().max() > 1e-4
+
+
+def test_controlnet_runs_on_both_halves_with_the_models_inputs():
+    host = make_host()
+    calls = {}
+
+    def note(name):
+        return lambda _, args, kwargs: calls.update({name: (args, kwargs)})
+
+    hooks = [module.register_forward_pre_hook(note(name), with_kwargs=True)
+             for name, module in (("unet", host.models.unet), ("control", host.models.controlnet))]
+    x = latents()
+    try:
+        host.denoise(x, SIGMA, make_rows(host, hint=hints(x), strength=0.7))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    (latent, t), options = calls["control"]
+    assert torch.equal(latent, calls["unet"][0][0])
+    assert torch.equal(t, calls["unet"][0][1])
+    assert torch.equal(options["controlnet_cond"], hints(x).repeat(2, 1, 1, 1))
+    assert options["conditioning_scale"] == 0.7
+    assert options["guess_mode"] is False
+    assert options["added_cond_kwargs"] is calls["unet"][1]["added_cond_kwargs"]
+
+
+def test_a_hint_without_a_controlnet_is_an_error():
+    host = make_host(replace(tiny.sdxl(), controlnet=None))
+    assert not host.has_control
+    with pytest.raises(InputError, match="no ControlNet"):
+        host.denoise(latents(), SIGMA, make_rows(host, hint=hints(latents())))
+
+
+# VAE
+
+def test_decode_and_encode_equal_diffusers(host):
+    vae, latent = host.models.vae, latents(1, 12, 16) / 2.5
+    with torch.no_grad():
+        expected = vae.decode(latent / vae.config.scaling_factor).sample[0]
+    image = host.decode(latent)
+    assert image.shape == (96, 128, 3)
+    assert image.dtype == np.uint8
+    assert image.flags["C_CONTIGUOUS"]
+    expected = ((expected / 2 + 0.5).clamp(0, 1) * 255).permute(1, 2, 0).numpy()
+    assert np.abs(image - expected).max() <= 0.51
+    with torch.no_grad():
+        mean = vae.encode(torch.from_numpy(image).permute(2, 0, 1)[None] / 127.5 - 1).latent_dist.mean
+    again = host.encode_image(image)
+    close(again, mean * vae.config.scaling_factor, 1e-4)
+    assert torch.equal(again, host.encode_image(image))
+
+
+def test_tiles_change_nothing():
+    latent = latents(1, 20, 12) / 2.5
+    image = make_host().decode(latent)
+    tiled = make_host(vae_tile=8)
+    assert np.abs(tiled.decode(latent).astype(int) - image).max() <= 1
+    close(tiled.encode_image(image), make_host().encode_image(image), 1e-4)
+
+
+def test_interrupt_in_the_vae():
+    progress = SilentProgress()
+    progress.interrupted = True
+    host = make_host(progress=progress)
+    with pytest.raises(Interrupted):
+        host.decode(latents(1, 8, 8))
+    assert host.decode(latents(1, 8, 8), interruptible=False).shape == (64, 64, 3)
+    with pytest.raises(Interrupted):
+        host.encode_image(np.zeros((64, 64, 3), np.uint8))
+
+
+def test_nan_of_a_half_precision_vae_is_retried_in_float32():
+    models = copy.deepcopy(tiny.sdxl())
+    with torch.no_grad():
+        # Beyond fp16 inside, as SDXL's own VAE: the next layer's scale undoes it.
+        models.vae.decoder.conv_in.weight *= 3e4
+        models.vae.decoder.conv_in.bias *= 3e4
+    models.vae.to(torch.float16)
+    before = {name: tensor.clone() for name, tensor in models.vae.state_dict().items()}
+    progress = SilentProgress()
+    image = make_host(models, progress=progress).decode(latents(1, 8, 8))
+    assert image.shape == (64, 64, 3)
+    assert len(progress.comments) == 1
+    assert models.vae.dtype == torch.float16
+    assert all(torch.equal(tensor, before[name]) for name, tensor in models.vae.state_dict().items())
+
+
+def test_out_of_memory_in_the_vae_takes_smaller_tiles(monkeypatch):
+    real, tried = tiled_vae.decode, []
+
+    def decode(vae, latent, *, tile, check):
+        tried.append(tile)
+        if tile not in range(1, 33):
+            raise RuntimeError("CUDA out of memory")
+        return real(vae, latent, tile=tile, check=check)
+
+    host, latent = make_host(), latents(1, 8, 8)
+    expected = host.decode(latent)
+    monkeypatch.setattr(tiled_vae, "decode", decode)
+    assert np.array_equal(host.decode(latent), expected)
+    assert tried == [0, 64, 32]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        make_host(vae_tile=1000)._in_vae((8, 8), lambda dtype, tile: decode(None, None, tile=99, check=None))
+
+
+def test_nan_in_float32_is_an_error():
+    with pytest.raises(tiled_vae.NotFinite):
+        make_host().decode(torch.full((1, 4, 8, 8), float("nan")))
+
+
+# The whole
+
+def test_leaves_the_model_as_it_was():
+    models = tiny.sdxl()
+    before = {f"{i}.{name}": tensor.clone() for i, module in enumerate(models.modules())
+              for name, tensor in module.state_dict().items()}
+    processors = dict(models.unet.attn_processors)
+    host = make_host(models)
+    x = latents()
+    host.denoise(x, SIGMA, make_rows(host, hint=hints(x)))
+    host.decode(latents(1))
+    after = {f"{i}.{name}": tensor for i, module in enumerate(models.modules())
+             for name, tensor in module.state_dict().items()}
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert processors == models.unet.attn_processors
+    assert not any(m._forward_hooks or m._forward_pre_hooks for module in models.modules() for m in module.modules())
+
+
+def test_result_can_be_changed_in_place_and_the_input_is_not():
+    host = make_host()
+    x = latents()
+    kept = x.clone()
+    host.denoise(x, SIGMA, make_rows(host)).mul_(2)
+    assert torch.equal(x, kept)
+
+
+def test_stage_solver():
+    host = make_host()
+    assert host.stage_solver.name == "Euler"
+    assert torch.equal(host.stage_solver.sigmas, host.solver.sigmas)
+    host = make_host(stage_sampler="dpm++ 2m", stage_scheduler="karras", stage_steps=7)
+    assert (host.solver.name, len(host.solver.sigmas)) == ("Euler", 5)
+    assert (host.stage_solver.name, len(host.stage_solver.sigmas)) == ("DPM++ 2M", 8)
+    assert (host.window, host.channels, host.multiple) == (32, 4, 1)
+    with pytest.raises(InputError):
+        make_host(steps=0)
+
+
+# Memory and cost
+
+def test_memory():
+    host = make_host()
+    assert host.rows_that_fit(32, 32) == memory.MOST_CPU_ROWS
+    assert host.rows_that_fit(10**5, 10**5) == 1
+    real = memory.RowMemory(torch.device("cpu"), 320, 4)
+    assert real.fit(128, 128) == 1
+    assert memory.vae_tile(torch.device("cpu"), 64, 64, 128, 4) == 0
+    assert memory.vae_tile(torch.device("cpu"), 512, 512, 128, 4) == 64
+
+
+SDXL_UNET = {
+    "in_channels": 4, "block_out_channels": [320, 640, 1280], "layers_per_block": 2, "cross_attention_dim": 2048,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "transformer_layers_per_block": [1, 2, 10], "attention_head_dim": [5, 10, 20], "use_linear_projection": True,
+    "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816}
+SDXL_CONTROL = {key: value for key, value in SDXL_UNET.items() if key != "up_block_types"}
+SD15_UNET = {"block_out_channels": [320, 640, 1280, 1280], "layers_per_block": 2, "cross_attention_dim": 768,
+             "attention_head_dim": 8}
+VAE = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4,
+       "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
+
+
+def test_flops_of_the_real_models():
+    """METHODS.md, section 7."""
+    large = flops.count(128, 128, unet=SDXL_UNET, vae=VAE, controlnet=SDXL_CONTROL, text_encoders=[CLIP_L, CLIP_G])
+    assert large == pytest.approx((6.76, 3.02, 10.5, 0.111), rel=5e-3)
+    assert flops.count(64, 64, unet=SDXL_UNET, vae=VAE).unet == pytest.approx(1.59, abs=0.005)
+    small = flops.count(64, 64, unet=SD15_UNET, vae=VAE)
+    assert (small.unet, small.controlnet, small.text) == (pytest.approx(0.80, abs=0.005), 0, 0)
+
+
+def test_flops_of_a_host(host):
+    ours = host.flops(16, 24)
+    assert all(value > 0 for value in ours)
+    assert host.flops(32, 48).unet > 3.5 * ours.unet

@@ -1,0 +1,85 @@
+"""Tiny random models for the tests, in memory, as diffusers folders and as single files.
+
+    models = tiny.sdxl()                       the same object in the whole session: do not change its weights
+    tiny.save_folder(models, path)             diffusers layout
+    tiny.export_single_file(models, path)      original names (ldm, sgm, open_clip)
+    tiny.export_controlnet(models, path)       cldm's names, or diffusers'
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import save_file
+
+from accdiff_lib.hosts.export import controlnet_to_checkpoint, to_checkpoint
+from accdiff_lib.hosts.loading import Models
+from testbed import random_model
+
+_TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2,
+         "projection_dim": 16}
+_HINT = {"conditioning_embedding_out_channels": [4, 8, 8, 16]}
+#: Like the real one in every level, with one layer less in each.
+_VAE = {**random_model.VAE, "block_out_channels": [32, 32, 32, 32]}
+
+
+@cache
+def sdxl(*, sample_size: int = 32, prediction: str = "epsilon", seed: int = 1) -> Models:
+    """SDXL-shaped (three levels, two text encoders, time ids) with a ControlNet, float32."""
+    unet = {**random_model.UNET, "sample_size": sample_size, "block_out_channels": [32, 32, 64],
+            "attention_head_dim": [1, 2, 4], "transformer_layers_per_block": [1, 1, 2], "cross_attention_dim": 32,
+            "projection_class_embeddings_input_dim": 6 * 32 + 16}
+    vae = {**_VAE, "sample_size": 8 * sample_size}
+    texts: list[Any] = [{**_TEXT, "hidden_act": "quick_gelu"}, {**_TEXT, "hidden_act": "gelu"}]
+    return random_model.build("sdxl", seed, unet=unet, vae=vae, texts=texts, controlnet=_HINT, name="tiny-sdxl",
+                              prediction=prediction)
+
+
+@cache
+def sd15(*, sample_size: int = 64, prediction: str = "epsilon", seed: int = 2) -> Models:
+    """SD1.5-shaped (four levels, one text encoder, no time ids) with a ControlNet, float32."""
+    unet = {
+        "sample_size": sample_size,
+        "block_out_channels": [32, 32, 32, 64],
+        "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+        "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+        "layers_per_block": 2,
+        "attention_head_dim": 4,
+        "cross_attention_dim": 16,
+    }
+    vae = {**_VAE, "sample_size": 8 * sample_size, "scaling_factor": 0.18215}
+    texts: list[Any] = [{**_TEXT, "hidden_act": "quick_gelu"}]
+    return random_model.build("sd15", seed, unet=unet, vae=vae, texts=texts, controlnet=_HINT, name="tiny-sd15",
+                              prediction=prediction)
+
+
+@cache
+def other_vae(scaling_factor: float = 0.13025, latent_channels: int = 4) -> AutoencoderKL:
+    """A VAE with other weights than the models'."""
+    torch.manual_seed(77)
+    config = {**_VAE, "scaling_factor": scaling_factor, "latent_channels": latent_channels}
+    vae: Any = AutoencoderKL.from_config(config)
+    return vae.eval().requires_grad_(False)
+
+
+def save_folder(models: Models, path: Path) -> Path:
+    """A diffusers folder; the ControlNet lies in it too (`controlnet/`). Returns the path."""
+    random_model.save(models, path)
+    return path
+
+
+def export_single_file(models: Models, path: Path) -> Path:
+    """A checkpoint in original names. Returns the path."""
+    save_file({name: tensor.contiguous() for name, tensor in to_checkpoint(models).items()}, path)
+    return path
+
+
+def export_controlnet(models: Models, path: Path, names: str = "cldm") -> Path:
+    """The ControlNet in one file, in "cldm" or "diffusers" names. Returns the path."""
+    controlnet: Any = models.controlnet
+    save_file(controlnet_to_checkpoint(controlnet) if names == "cldm" else controlnet.state_dict(), path)
+    return path
