@@ -258,6 +258,8 @@ def _check(settings: Settings) -> None:
         raise InputError("windows, dilated: both are off, so nothing would make the picture; switch one on")
     if settings.control_start > settings.control_end:
         raise InputError(f"control_start: {settings.control_start:g} is after control_end ({settings.control_end:g})")
+    if 0 < settings.window < 8:
+        raise InputError(f"window: {settings.window} is not allowed; it takes 0 or a number of cells from 8")
     if bool(settings.target_width) != bool(settings.target_height):
         raise InputError("target_width, target_height: give both, or neither to use the scale")
     for name in ("target_width", "target_height"):

@@ -112,6 +112,7 @@ BAD = {
     "nothing on": (["a", "--no-windows", "--no-dilated"], ["--windows, --dilated", "off"]),
     "residual of nothing": (["a", "--no-base-pass"], ["--skip-residual", "--base-pass"]),
     "control range": (["a", "--control-start", "0.8", "--control-end", "0.2"], ["--control-start", "--control-end"]),
+    "tiny window": (["a", "--window", "1"], ["--window", "1", "from 8"]),
     "missing model": (["a", "--model", "none/such"], ["--model", "none/such", "allowed"]),
     "no path": (["a", "--model", ""], ["--model", "''"]),
     "text as model": (["a", "--model", "text.safetensors"], ["--model", "text.safetensors", "SDXL or SD1.5"]),

@@ -96,6 +96,7 @@ def test_bad_values_name_option_value_and_what_is_allowed(name, value):
     ({"control_start": 0.6, "control_end": 0.4}, "control_start"),
     ({"target_width": 512}, "target_width, target_height"),
     ({"target_width": 513, "target_height": 512}, "target_width"),
+    ({"window": 7}, "window"),
     ({"base_pass": False}, "skip_residual"),
     ({"color": 3}, "color")])
 def test_contradictions(values, named):
