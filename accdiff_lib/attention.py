@@ -14,7 +14,7 @@ CELLS_PER_MAP_CELL = 4
 
 def map_size(height: int, width: int) -> tuple[int, int]:
     """(rows, columns) of the maps of a latent of height x width cells; each halving in the UNet rounds up."""
-    rows, columns = (-(-(-(-side // 2)) // 2) for side in (height, width))
+    rows, columns = ((side + 3) // 4 for side in (height, width))  # ceil(ceil(side / 2) / 2) = ceil(side / 4)
     return rows, columns
 
 

@@ -78,11 +78,11 @@ class Canvas:
         if call.first and call.c1 > 0:
             x.lerp_(self.scene.trajectory(call.sigma).to(x), call.c1)
         if call.local and call.dilated:
-            denoised = self.local(x, sigma, call).lerp(self.global_(x, sigma, call, number), call.c2)
+            denoised = self.local_pass(x, sigma, call).lerp(self.dilated_pass(x, sigma, call, number), call.c2)
         elif call.local:
-            denoised = self.local(x, sigma, call)
+            denoised = self.local_pass(x, sigma, call)
         else:
-            denoised = self.global_(x, sigma, call, number)
+            denoised = self.dilated_pass(x, sigma, call, number)
         self.denoised = denoised
         if call.first:
             self.host.progress.preview(denoised)
@@ -90,7 +90,7 @@ class Canvas:
 
     # --- the local pass ----------------------------------------------------------------------------------------
 
-    def local(self, x: Tensor, sigma: Tensor, call: Call) -> Tensor:
+    def local_pass(self, x: Tensor, sigma: Tensor, call: Call) -> Tensor:
         """The mean of the overlapping windows' predictions (MultiDiffusion with window prompts, METHODS 1.6)."""
         windows = self.scene.windows(call.step)
         texts = self.scene.window_texts(call.step)
@@ -140,7 +140,7 @@ class Canvas:
 
     # --- the dilated pass --------------------------------------------------------------------------------------
 
-    def global_(self, x: Tensor, sigma: Tensor, call: Call, number: int) -> Tensor:
+    def dilated_pass(self, x: Tensor, sigma: Tensor, call: Call, number: int) -> Tensor:
         """Dilated sampling with window interaction (METHODS 1.7): every view sees the whole picture, coarsely."""
         stage = self.stage
         above, left = stage.dilated_padding

@@ -224,8 +224,8 @@ class Extrapolation:
                last: Picture | None) -> Picture:
         """Samples the canvas of a stage from the last picture; its statistics are those of the base latent."""
         host, settings, begin = self.host, request.settings, time.perf_counter()
-        script = make_script(host.stage_solver, settings, host.timestep, has_control=host.has_control and base is not None,
-                             views=stage.views)
+        script = make_script(host.stage_solver, settings, host.timestep, views=stage.views,
+                             has_control=host.has_control and base is not None)
         rows = script.rows(stage)
         host.progress.begin(stage, rows)
         scene = self._scene(request, result, stage, last, wants_hint=any(call.control for call in script.calls))

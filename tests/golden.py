@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ import accdiff_lib
 from accdiff_lib.hosts.base import Rows
 from accdiff_lib.hosts.loading import Models
 from accdiff_lib.hosts.standalone import StandaloneHost
+from accdiff_lib.hosts.text import TextEmbedding
 from accdiff_lib.settings import Settings, make
 from tests.silent import SilentProgress
 
@@ -159,6 +160,16 @@ class GoldenHost(StandaloneHost):
     """
 
     stale: Iterator[int] | None = None
+    #: The reference's "no negative prompt": zeros instead of an encoded text (METHODS.md 1.1).
+    zero_negative = False
+
+    def encode_texts(self, prompts: Sequence[str]) -> list[TextEmbedding]:
+        texts = super().encode_texts(prompts)
+        if not self.zero_negative:
+            return texts
+        return [replace(text, uncond=torch.zeros_like(text.uncond),
+                        pooled_uncond=None if text.pooled_uncond is None else torch.zeros_like(text.pooled_uncond))
+                for text in texts]
 
     def denoise(self, x: Tensor, sigma: Tensor, rows: Rows) -> Tensor:
         if self.stale is None:
@@ -171,6 +182,9 @@ class GoldenHost(StandaloneHost):
 
 def host(case: Case, *, family: str = "sdxl") -> GoldenHost:
     manifest = case.manifest
-    return GoldenHost(models(manifest.get("sample_size", 64), family), prompt=manifest["prompt"],
-                      negative=case.manifest.get("negative") or case.args["negative_prompt"], progress=SilentProgress(),
-                      sampler="Euler", scheduler="Leading", steps=manifest["steps"], device="cpu", dtype=torch.float32)
+    negative = manifest["negative"] if "negative" in manifest else case.args.get("negative_prompt")
+    made = GoldenHost(models(manifest.get("sample_size", 64), family), prompt=manifest["prompt"],
+                      negative=negative or "", progress=SilentProgress(), sampler="Euler", scheduler="Leading",
+                      steps=manifest["steps"], device="cpu", dtype=torch.float32)
+    made.zero_negative = negative is None
+    return made

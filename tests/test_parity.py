@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -13,15 +12,14 @@ from torch import Tensor
 
 from accdiff_lib.attention import AttentionRecorder, map_size
 from accdiff_lib.batching import Batcher
-from accdiff_lib.canvas import Canvas, Scene, gaussian_filter, gaussian_kernel, match_statistics, smooth
+from accdiff_lib.canvas import Canvas, Scene, match_statistics
 from accdiff_lib.hosts.base import Rows, Text
-from accdiff_lib.hosts.samplers import KSolver, NoiseLevels, schedule
-from accdiff_lib.plan import CELL, Stage, Window, make_plan, starts
+from accdiff_lib.plan import CELL, Stage, Window, make_plan
 from accdiff_lib.prompts import Word
-from accdiff_lib.schedule import Call, cosine_factor, make_script
-from accdiff_lib.settings import Settings, make
-from accdiff_lib.structure import canny, canny_thresholds, hint
-from accdiff_lib.window_prompts import WordMask, token_mask, window_prompts, window_shares, word_masks
+from accdiff_lib.schedule import Call, make_script
+from accdiff_lib.settings import Settings
+from accdiff_lib.structure import hint
+from accdiff_lib.window_prompts import WordMask, token_mask, window_prompts
 from tests.golden import Case, GoldenHost, case_folders, folder, host
 
 #: Relative to the largest magnitude; METHODS.md 9.
@@ -61,13 +59,13 @@ class RecordedCanvas(Canvas):
         self.log[-1]["fused"] = self.stepped(x, denoised, len(self.log) - 1)
         return denoised
 
-    def local(self, x: Tensor, sigma: Tensor, call: Call) -> Tensor:
-        denoised = super().local(x, sigma, call)
+    def local_pass(self, x: Tensor, sigma: Tensor, call: Call) -> Tensor:
+        denoised = super().local_pass(x, sigma, call)
         self.log[-1]["local"] = self.stepped(x, denoised, call.step)
         return denoised
 
-    def global_(self, x: Tensor, sigma: Tensor, call: Call, number: int) -> Tensor:
-        denoised = super().global_(x, sigma, call, number)
+    def dilated_pass(self, x: Tensor, sigma: Tensor, call: Call, number: int) -> Tensor:
+        denoised = super().dilated_pass(x, sigma, call, number)
         self.log[-1]["global"] = self.stepped(x, denoised, call.step)
         return denoised
 
@@ -215,6 +213,30 @@ def test_base_pass(case: Case):
         recorded = case.get("stage1|attn")  # the row-major queries, viewed as [columns][rows]
         ours = recorder.maps[0, ..., :recorded.shape[-1]]
         assert_close(ours, recorded.reshape(ours.shape), "attention", 1e-4)
+
+
+@cases("v1_", "v2_", "fixedsigma_")
+def test_window_prompts(case: Case):
+    """From the recorded attention to the recorded masks and window prompts; single tokens stand for words.
+
+    In cells of the attention map, where the reference draws its windows; square bases only (METHODS.md 5.3).
+    """
+    if not case.has("stage1|attn"):
+        pytest.skip("recorded without window prompts")
+    if case.manifest["width"] != case.manifest["height"]:
+        pytest.skip("the reference's non-square window prompts are wrong (METHODS.md 5.3); ours are not like them")
+    attention, texts = case.get("stage1|attn"), case.events("tokens")[0]["text"]
+    side = attention.shape[0]
+    words = []
+    for token in range(1, len(texts) - 1):
+        mask = token_mask(attention[..., token], side // 16)
+        np.testing.assert_array_equal(mask, case.all("stage1|mask")[token].numpy() > 0)
+        words.append(WordMask(Word(texts[token], (token,)), attention[..., token].numpy(), mask))
+    for event in case.events("md"):
+        scale = event["scale"]
+        stage = Stage(1, scale, side * scale, side * scale, (side, side), side // 2, (side - side // 2) // 4, scale)
+        windows = [Window(top, left, bottom - top, right - left) for top, bottom, left, right in event["views"]]
+        assert list(window_prompts(words, stage, windows, case.settings().c).prompts) == event["prompts"]
 
 
 def test_no_case_is_forgotten():

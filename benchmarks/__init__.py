@@ -1,0 +1,1 @@
+"""Measurements; they print, they assert nothing."""

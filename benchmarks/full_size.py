@@ -1,0 +1,61 @@
+"""Full-size SDXL networks with random weights: as fast and as large as the real ones, without a download."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+import accdiff_lib
+from accdiff_lib.hosts.loading import EMBEDDED, Models, alphas_cumprod, load_tokenizer
+
+CONFIGS = Path(accdiff_lib.__file__).parent / "configs" / "sdxl"
+
+
+def random_sdxl(device: torch.device, dtype: torch.dtype, *, controlnet: bool = True) -> Models:
+    """SDXL's UNet, VAE, text encoders and a ControlNet of the UNet's shape; N(0, 0.02) weights, fixed seed."""
+    unet_config = _config("unet")
+    parts: dict[str, Any] = {
+        "unet": (UNet2DConditionModel, unet_config), "vae": (AutoencoderKL, _config("vae")),
+        "text_encoder": (CLIPTextModel, CLIPTextConfig(**_config("text_encoder"))),
+        "text_encoder_2": (CLIPTextModelWithProjection, CLIPTextConfig(**_config("text_encoder_2")))}
+    if controlnet:
+        names = ("in_channels", "down_block_types", "block_out_channels", "layers_per_block", "cross_attention_dim",
+                 "transformer_layers_per_block", "attention_head_dim", "use_linear_projection", "addition_embed_type",
+                 "addition_time_embed_dim", "projection_class_embeddings_input_dim")
+        parts["controlnet"] = (ControlNetModel, {name: unet_config[name] for name in names if name in unet_config})
+    # The VAE in float32: real ones overflow in float16, and so may random ones.
+    made = {name: _random(kind, config, torch.float32 if name == "vae" else dtype, device)
+            for name, (kind, config) in parts.items()}
+    tokenizers = [load_tokenizer(EMBEDDED / name) for name in ("tokenizer", "tokenizer_2")]
+    return Models(family="sdxl", name="random SDXL", unet=made["unet"], vae=made["vae"],
+                  text_encoders=[made["text_encoder"], made["text_encoder_2"]], tokenizers=tokenizers,
+                  controlnet=made.get("controlnet"), prediction="epsilon", alphas_cumprod=alphas_cumprod({}))
+
+
+def _config(name: str) -> dict[str, Any]:
+    return json.loads((CONFIGS / name / "config.json").read_text())
+
+
+def _random(kind: Any, config: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    with torch.device("meta"):
+        module: nn.Module = kind.from_config(config) if isinstance(config, dict) else kind(config)
+    module = module.to(dtype).to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    for name, parameter in module.named_parameters():
+        with torch.no_grad():
+            if name.endswith("norm.weight") or (parameter.ndim == 1 and "norm" in name and name.endswith("weight")):
+                parameter.fill_(1.0)
+            elif parameter.ndim == 1:
+                parameter.zero_()
+            else:
+                parameter.normal_(0, 0.02, generator=generator)
+    for name, buffer in module.named_buffers():
+        if name.endswith("position_ids"):
+            buffer.copy_(torch.arange(buffer.shape[-1])[None])
+    return module.eval().requires_grad_(False)
