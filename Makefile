@@ -1,5 +1,4 @@
-# make help lists what there is. Variables: PYTHON (3.10 or newer), TORCH (another build, like
-# make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cu130").
+# make help lists what there is. Variables: PYTHON (3.10 or newer), TORCH (what pip shall install as PyTorch).
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 K_DIFFUSION := k-diffusion==0.1.1.post1
@@ -8,6 +7,9 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --disable-pip-version-check --quiet
 PROMPT := a cat and a corgi, playing on the lawn
+
+# Threads sleep while they wait instead of spinning, which on a busy machine is many times faster (see __main__.py).
+demo test: export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint bench clean
@@ -19,7 +21,7 @@ demo: $(VENV)/installed ## a 4x picture with the built-in model, in out/demo
 	$(RUN) -m accdiff_lib "$(PROMPT)" --scale 4 --steps 20 --preset balanced --stage-steps 10 --out out/demo
 
 test: $(VENV)/installed-dev ## all tests
-	$(RUN) -m pytest -q
+	$(RUN) -m pytest -q -n auto
 
 lint: $(VENV)/installed-dev ## ruff and mypy
 	$(RUN) -m ruff check .

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from accdiff_lib import __version__, arguments, infotext
 from accdiff_lib.errors import InputError, Interrupted, OutOfMemory
-from accdiff_lib.plan import CELL, Plan, base_size, make_plan
+from accdiff_lib.plan import CELL, Plan, base_size, coherent_size, make_plan
 from accdiff_lib.settings import SAME, Settings, make
 from accdiff_lib.settings import infotext as settings_infotext
 
@@ -224,7 +224,7 @@ def _teraflop(job: Job, part: PartCost) -> float:
 
     decode = count(part.pixels[0] // CELL, part.pixels[1] // CELL).vae
     if part.stage is None:
-        return decode + part.unet * count(*(job.plan.base if job.image is None else job.plan.coherent)).unet
+        return decode + part.unet * count(*(job.plan.base if job.image is None else coherent_size(job.plan.base, job.model.sample_size))).unet
     window, view = count(*part.stage.window), count(*part.stage.view_size)
     in_views = part.views * (1 if (job.settings.dilated_guidance or job.general["cfg"]) == 1 else 2)
     return decode + ((part.unet - in_views) * window.unet + part.controlnet * window.controlnet + in_views * view.unet)

@@ -19,7 +19,7 @@ from accdiff_lib.batching import Batcher, check_stop
 from accdiff_lib.canvas import Canvas, Scene, match_statistics
 from accdiff_lib.errors import Interrupted, OutOfMemory, Skipped, is_out_of_memory
 from accdiff_lib.hosts.base import Host, Rows, Text
-from accdiff_lib.plan import CELL, Plan, Stage, Window
+from accdiff_lib.plan import CELL, Plan, Stage, Window, coherent_size
 from accdiff_lib.schedule import TRAINING_STEPS, make_script, rehearse
 from accdiff_lib.settings import Settings
 from accdiff_lib.structure import canny, hint
@@ -199,8 +199,9 @@ class Extrapolation:
 
     def _record_image(self, request: Request) -> Tensor:
         """Attention maps [rows, columns, tokens] of an existing picture: one prediction from a low noise level."""
-        host, (height, width) = self.host, request.plan.coherent
+        host = self.host
         assert request.image is not None
+        height, width = coherent_size(request.plan.base, host.window)
         image = cv2.resize(request.image, (width * CELL, height * CELL), interpolation=cv2.INTER_AREA)
         sigma = min(host.solver.sigmas[:-1].tolist(),
                     key=lambda level: abs(host.timestep(level) - RECORDING_NOISE * TRAINING_STEPS))

@@ -186,7 +186,7 @@ def make_plan(base: tuple[int, int], settings: Settings, *, native: int, multipl
     crop = _crop(cells, (target[0] // CELL, target[1] // CELL))
     window = settings.window or native
     stride = min(settings.stride or window // 2, window)
-    coherent = _coherent((crop.height, crop.width), native)
+    coherent = coherent_size((crop.height, crop.width), native)
 
     stages = []
     largest = max(ratios)
@@ -202,8 +202,11 @@ def make_plan(base: tuple[int, int], settings: Settings, *, native: int, multipl
     return Plan(cells, crop, coherent, tuple(stages))
 
 
-def _coherent(base: tuple[int, int], native: int) -> tuple[int, int]:
-    """The base's own size, or for an existing picture of more than the model's area its shape in that area."""
+def coherent_size(base: tuple[int, int], native: int) -> tuple[int, int]:
+    """The size in which the model draws a picture of this latent size as one whole.
+
+    The base's own, or for an existing picture of far more than the model's area its shape in that area.
+    """
     area = base[0] * base[1]
     if area <= 1.5 * native ** 2:
         return base

@@ -1,6 +1,7 @@
 """The recorded runs of the reference programs (METHODS.md 9), and a host that computes like them.
 
-Folders of cases are looked for at ACCDIFF_GOLDEN (default ../shared/golden); a few small cases lie in tests/golden_data.
+Folders of cases are looked for at ACCDIFF_GOLDEN (default ../shared/golden); a few small cases lie in
+tests/golden_data.
 """
 
 from __future__ import annotations
@@ -108,7 +109,8 @@ class Case:
             "progressive": args.get("use_progressive_upscaling", True),
             "skip_residual": args.get("use_skip_residual", True), "cosine_scale_1": args["cosine_scale_1"],
             "windows": args.get("use_multidiffusion", True), "stride": args["stride"], "window_prompts": prompts,
-            "c": args.get("c", 0.3), "local_guidance": local, "controlnet": prompts and args.get("use_controlnet", False),
+            "c": args.get("c", 0.3), "local_guidance": local,
+            "controlnet": prompts and args.get("use_controlnet", False),
             "control_strength": args.get("controlnet_conditioning_scale", 0.5),
             "control_start": args.get("control_guidance_start", 0.0),
             "control_end": args.get("control_guidance_end", 1.0),

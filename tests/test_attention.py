@@ -80,7 +80,8 @@ def test_recording_leaves_the_picture_bit_identical(unet):
 
 
 def test_hooks_go_when_the_model_fails(unet):
-    with pytest.raises(RuntimeError, match="no picture"), AttentionRecorder(layers(unet), (8, 8), lambda batch: slice(None)):
+    recorder = AttentionRecorder(layers(unet), (8, 8), lambda batch: slice(None))
+    with pytest.raises(RuntimeError, match="no picture"), recorder:
         raise RuntimeError("no picture")
     assert not any(module._forward_pre_hooks for module in unet.modules())
 
@@ -101,7 +102,8 @@ def test_maps_keep_rows_and_columns_apart(unet):
     text = torch.randn(1, 77, layer.to_k.in_features, generator=torch.Generator().manual_seed(3))
 
     def maps_of(image):
-        with AttentionRecorder([("layer", layer)], map_size(*size), lambda batch: slice(None)) as recorder, torch.no_grad():
+        recorder = AttentionRecorder([("layer", layer)], map_size(*size), lambda batch: slice(None))
+        with recorder, torch.no_grad():
             layer(image, encoder_hidden_states=text)
         return recorder.maps
 

@@ -50,14 +50,13 @@ def test_views_split_and_join(dilation, height, width):
 
 def made_canvas(host, *, settings=None, size=(96, 80), scale=2, seed=1, batch=0):
     settings = settings or make({"tolerance": 0})
-    plan = make_plan((size[0] * 8 // scale, size[1] * 8 // scale), settings, native=32)
     stage = make_plan((size[0] * 8 // scale, size[1] * 8 // scale), make({"scale": scale}), native=32).stages[-1]
-    assert plan
     made = solver("Euler", "Leading", 4, LEVELS)
     script = make_script(made, settings, LEVELS.timestep, has_control=False, views=stage.views)
     windows = stage.windows(None)
-    scene = Scene(torch.zeros(1, 4, *size), torch.randn(1, 4, *size, generator=torch.Generator().manual_seed(0)), "text",
-                  lambda step: windows, lambda step: ["text"] * len(windows), stage.pixels, 7.5, seed)
+    noise = torch.randn(1, 4, *size, generator=torch.Generator().manual_seed(0))
+    scene = Scene(torch.zeros(1, 4, *size), noise, "text", lambda step: windows,
+                  lambda step: ["text"] * len(windows), stage.pixels, 7.5, seed)
     return Canvas(host, stage, script, settings, scene, Batcher(host, batch)), made, scene, script
 
 

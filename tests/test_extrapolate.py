@@ -17,7 +17,6 @@ from accdiff_lib.hosts.samplers import SAMPLERS, SCHEDULERS
 from accdiff_lib.hosts.standalone import StandaloneHost
 from accdiff_lib.plan import make_plan
 from accdiff_lib.settings import METHODS, OPTIONS, make
-
 from tests import tiny
 from tests.silent import SilentProgress
 
@@ -133,8 +132,8 @@ def test_methods_differ_and_count_what_the_plan_says(models):
             assert not torch.allclose(results[name], results[other], atol=1e-3), f"{name} = {other}"
 
 
-@pytest.mark.parametrize("switch", ["progressive", "skip_residual", "window_prompts", "controlnet", "dilated", "gaussian",
-                                    "interaction", "jitter"])
+@pytest.mark.parametrize("switch", ["progressive", "skip_residual", "window_prompts", "controlnet", "dilated",
+                                    "gaussian", "interaction", "jitter"])
 def test_every_ablation_has_an_effect(models, switch):
     """Each part's switch changes the picture, so each part is really there."""
     values = {"scale": 3, "c": 0.5}
@@ -178,7 +177,7 @@ def test_any_shape_and_scale(models, base, values, size):
 
 def test_cfg_1_evaluates_no_unconditional_rows(models):
     rows: list[int] = []
-    handle = models.unet.register_forward_pre_hook(lambda module, args, kwargs: rows.append(len(args[0])), with_kwargs=True)
+    handle = models.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
     result, host = run(models, guidance=1.0)
     handle.remove()
     assert torch.isfinite(latent(result)).all()
@@ -243,7 +242,8 @@ def test_texts_are_encoded_once_each(models):
 
 def state(models: Models) -> dict[str, torch.Tensor]:
     parts = {"unet": models.unet, "vae": models.vae, "controlnet": models.controlnet}
-    return {f"{part}.{name}": value.clone() for part, module in parts.items() for name, value in module.state_dict().items()}
+    return {f"{part}.{name}": value.clone() for part, module in parts.items()
+            for name, value in module.state_dict().items()}
 
 
 def hooks(models: Models) -> int:

@@ -40,7 +40,7 @@ def assert_close(ours: Tensor, recorded: Tensor, what: str, tolerance: float = S
 
 def test_all_golden_cases_are_at_hand():
     if folder() is None:
-        pytest.skip("no golden folder: set ACCDIFF_GOLDEN, or put it at ../shared/golden; only tests/golden_data is tested")
+        pytest.skip("no golden folder: set ACCDIFF_GOLDEN, or put it at ../shared/golden; using tests/golden_data")
     assert len(CASES) >= 20
 
 
@@ -108,7 +108,8 @@ def recorded_windows(case: Case, scale: int, steps: int) -> list[tuple[Window, .
     """The windows of every step, in padded coordinates."""
     found = []
     for step in range(steps):
-        views = [event["views"] for event in case.events("views", stage=scale, step=step) if len(event["views"][0]) == 4]
+        views = [event["views"] for event in case.events("views", stage=scale, step=step)
+                 if len(event["views"][0]) == 4]
         found.append(tuple(Window(top, left, bottom - top, right - left) for top, bottom, left, right in
                            (views[0] if views else [])))
     return found

@@ -41,7 +41,8 @@ def test_schedule():
     for steps, recorded in unit_file("unit_schedule.json").items():
         sigmas = schedule("Leading", int(steps), levels)
         torch.testing.assert_close(sigmas, torch.tensor(recorded["sigmas"]), rtol=2e-6, atol=0)
-        script = make_script(KSolver("Euler", sigmas), make({"tolerance": 0}), levels.timestep, has_control=False, views=4)
+        script = make_script(KSolver("Euler", sigmas), make({"tolerance": 0}), levels.timestep, has_control=False,
+                             views=4)
         assert [levels.timestep(call.sigma) for call in script.calls] == recorded["timesteps"]
         factors = [cosine_factor(t) for t in recorded["timesteps"]]
         np.testing.assert_allclose(factors, recorded["cosine_factor"], atol=1e-6)
@@ -119,7 +120,8 @@ def test_window_prompts(case: Case):
              for j in range(1, len(texts) - 1)]
     rng = random.Random(case.manifest["seed"])
     for scale in range(2, case.manifest["scale_num"] + 1):
-        stage = Stage(scale - 1, scale, side * scale, side * scale, (side, side), side // 2, (side - side // 2) // 4, scale)
+        padding = (side - side // 2) // 4
+        stage = Stage(scale - 1, scale, side * scale, side * scale, (side, side), side // 2, padding, scale)
         windows = stage.windows(rng)
         recorded = case.manifest["views"][str(scale)]
         assert [[w.top, w.top + w.height, w.left, w.left + w.width] for w in windows] == recorded

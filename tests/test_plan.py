@@ -78,7 +78,8 @@ def test_any_scale_gives_the_size_it_says(base, scale):
         assert views[0] <= 1.2 * plan.coherent[0] + 1 and views[1] <= 1.2 * plan.coherent[1] + 1
 
 
-@given(base=st.tuples(st.integers(8, 64), st.integers(8, 64)), target=st.tuples(st.integers(64, 200), st.integers(64, 200)))
+@given(base=st.tuples(st.integers(8, 64), st.integers(8, 64)),
+       target=st.tuples(st.integers(64, 200), st.integers(64, 200)))
 def test_a_target_of_another_shape_crops_the_base(base, target):
     values = {"target_height": target[0] * 8, "target_width": target[1] * 8}
     try:
