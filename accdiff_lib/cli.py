@@ -27,7 +27,8 @@ if TYPE_CHECKING:  # torch takes seconds to import; --help and typing mistakes a
     import torch
 
     from accdiff_lib.cost import PartCost
-    from accdiff_lib.extrapolate import Picture, Result
+    from accdiff_lib.extrapolate import Result
+    from accdiff_lib.hosts.base import Picture
     from accdiff_lib.hosts.loading import Models, ModelShape
     from accdiff_lib.hosts.standalone import StandaloneHost
     from accdiff_lib.output import Folder
@@ -224,7 +225,9 @@ def _teraflop(job: Job, part: PartCost) -> float:
 
     decode = count(part.pixels[0] // CELL, part.pixels[1] // CELL).vae
     if part.stage is None:
-        return decode + part.unet * count(*(job.plan.base if job.image is None else coherent_size(job.plan.base, job.model.sample_size))).unet
+        # An existing picture is only looked at once, to record its attention.
+        seen = job.plan.base if job.image is None else coherent_size(job.plan.base, job.model.sample_size)
+        return decode + part.unet * count(*seen).unet
     window, view = count(*part.stage.window), count(*part.stage.view_size)
     in_views = part.views * (1 if (job.settings.dilated_guidance or job.general["cfg"]) == 1 else 2)
     return decode + ((part.unet - in_views) * window.unet + part.controlnet * window.controlnet + in_views * view.unet)

@@ -18,7 +18,7 @@ from accdiff_lib.attention import AttentionRecorder, map_size
 from accdiff_lib.batching import Batcher, check_stop
 from accdiff_lib.canvas import Canvas, Scene, match_statistics
 from accdiff_lib.errors import Interrupted, OutOfMemory, Skipped, is_out_of_memory
-from accdiff_lib.hosts.base import Host, Rows, Text
+from accdiff_lib.hosts.base import Host, Picture, Rows, Text
 from accdiff_lib.plan import CELL, Plan, Stage, Window, coherent_size
 from accdiff_lib.schedule import TRAINING_STEPS, make_script, rehearse
 from accdiff_lib.settings import Settings
@@ -27,24 +27,6 @@ from accdiff_lib.window_prompts import WindowPrompts, WordMask, window_prompts, 
 
 #: Noise level (share of the training timesteps) at which an existing picture's attention is recorded.
 RECORDING_NOISE = 0.3
-
-
-@dataclass
-class Picture:
-    """The base picture or the result of a stage."""
-
-    #: None for the base picture.
-    stage: Stage | None
-    latent: Tensor
-    #: uint8 [H, W, 3]; None until somebody needs it.
-    image: np.ndarray | None = None
-    #: Latents the model evaluated, and the time it took.
-    rows: int = 0
-    seconds: float = 0.0
-
-    @property
-    def name(self) -> str:
-        return self.stage.name if self.stage else "base"
 
 
 @dataclass

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from accdiff_lib.cost import PartCost
-from accdiff_lib.extrapolate import Picture
+from accdiff_lib.hosts.base import Picture
 from accdiff_lib.plan import Stage
 
 #: Writes a finished picture; returns where to.

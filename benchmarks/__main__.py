@@ -25,7 +25,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from accdiff_lib.extrapolate import Extrapolation, Picture, Request
+from accdiff_lib.extrapolate import Extrapolation, Request
+from accdiff_lib.hosts.base import Picture
 from accdiff_lib.hosts.loading import Models, load
 from accdiff_lib.hosts.standalone import StandaloneHost
 from accdiff_lib.plan import CELL, Stage, make_plan

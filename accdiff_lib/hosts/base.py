@@ -8,18 +8,15 @@ nothing of the program but this file.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from accdiff_lib.plan import Stage
 from accdiff_lib.prompts import Word
-
-if TYPE_CHECKING:
-    from accdiff_lib.extrapolate import Picture
-    from accdiff_lib.plan import Stage
 
 #: An encoded prompt (positive and negative together). The engine never looks inside.
 Text = Any
@@ -49,10 +46,23 @@ class Rows:
     def __len__(self) -> int:
         return len(self.texts)
 
-    def part(self, rows: slice) -> Rows:
-        """The conditioning of some of the rows."""
-        hint = None if self.hint is None else self.hint[rows]
-        return replace(self, texts=self.texts[rows], origins=self.origins[rows], hint=hint)
+
+@dataclass
+class Picture:
+    """The base picture or the result of a stage."""
+
+    #: None for the base picture.
+    stage: Stage | None
+    latent: Tensor
+    #: uint8 [H, W, 3]; None until somebody needs it.
+    image: np.ndarray | None = None
+    #: Latents the model evaluated, and the time it took.
+    rows: int = 0
+    seconds: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return self.stage.name if self.stage else "base"
 
 
 class Solver(Protocol):
