@@ -138,13 +138,11 @@ def measure(models: Models, scale: float, steps: int, device: torch.device, dtyp
     return {"size": f"{plan.pixels[1]}x{plan.pixels[0]}", "scale": scale, "steps": steps, "seconds": round(seconds, 3),
             "inside": {name: round(value, 3) for name, value in clock.seconds.items()}, "engine": round(own, 3),
             "engine_share": round(own / seconds, 4), "rows": sum(picture.rows for picture in bar.pictures),
-            "peak_gib": round(_peak_bytes(device) / 2**30, 2)}
+            "peak_gib": round((host.peak_bytes or _peak_of_process()) / 2**30, 2)}
 
 
-def _peak_bytes(device: torch.device) -> int:
-    """Peak memory so far: of the device's allocator, or of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+def _peak_of_process() -> int:
+    """The most resident memory of this process so far, in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

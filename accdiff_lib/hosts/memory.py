@@ -44,6 +44,14 @@ class RowMemory:
         self._device = device
         self._per_cell = ROW_NUMBERS * width * itemsize
         self._measured: dict[tuple[int, int], float] = {}
+        self._peak = 0
+
+    @property
+    def peak(self) -> int:
+        """The most bytes allocated on the device so far; 0 where they are not counted. Measuring resets torch's own."""
+        if self._device.type == "cuda":
+            self._peak = max(self._peak, torch.cuda.max_memory_allocated(self._device))
+        return self._peak
 
     def fit(self, height: int, width: int) -> int:
         """How many rows of height x width cells fit now, each with its unconditional half; at least 1."""
@@ -57,6 +65,7 @@ class RowMemory:
         if self._device.type != "cuda":
             yield
             return
+        self._peak = self.peak
         torch.cuda.reset_peak_memory_stats(self._device)
         before = torch.cuda.memory_allocated(self._device)
         yield

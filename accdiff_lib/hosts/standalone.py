@@ -145,6 +145,11 @@ class StandaloneHost:
         """See base.Host."""
         return self._memory.fit(height, width)
 
+    @property
+    def peak_bytes(self) -> int:
+        """The most device memory allocated so far, in bytes; 0 where the device doesn't count."""
+        return self._memory.peak
+
     def flops(self, height: int, width: int) -> flops.Flops:
         """TFLOP of one latent of height x width cells through each network."""
         return flops.count(height, width, unet=self._unet.config, vae=self._vae.config,
