@@ -10,4 +10,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from accdiff_lib.cli import main
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # what a terminal or pipe cannot encode must not end a run
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     sys.exit(main())

@@ -187,7 +187,7 @@ def read(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, dict[st
     for name, text in (("PROMPT", namespace.prompt), ("--negative", general["negative"])):
         if not text.isprintable() and any(0xD800 <= ord(letter) <= 0xDFFF for letter in text):
             raise InputError(f"{name}: {text!a} is not allowed; it takes text in UTF-8")
-    for name in ("image", "model", "vae", "controlnet", "config"):
+    for name in ("image", "model", "vae", "controlnet", "config", "out"):
         setattr(namespace, name, _path(namespace, name))
     return namespace, general, chosen
 
@@ -198,4 +198,12 @@ def _path(namespace: argparse.Namespace, name: str) -> Path | None:
         return None
     if not text:
         raise InputError(f"--{name}: '' is not allowed; it takes the path of a file or folder")
-    return Path(text).expanduser()
+    try:
+        path = Path(text).expanduser()
+        path.exists()
+    except RuntimeError:
+        raise InputError(f"--{name}: {text!r} is not allowed; there is no such user's home folder") from None
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise InputError(f"--{name}: {text!r} is not allowed ({error.strerror}); it takes the path of a file or "
+                         "folder") from None
+    return path

@@ -8,14 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-#: Latent cells of one cell of the attention maps: the deepest level of SDXL, the third of SD1.5, 32 pixels.
-CELLS_PER_MAP_CELL = 4
 
-
-def map_size(height: int, width: int) -> tuple[int, int]:
-    """(rows, columns) of the maps of a latent of height x width cells; each halving in the UNet rounds up."""
-    rows, columns = ((side + 3) // 4 for side in (height, width))  # ceil(ceil(side / 2) / 2) = ceil(side / 4)
-    return rows, columns
+def map_size(height: int, width: int, halvings: int) -> tuple[int, int]:
+    """(rows, columns) of the maps of a latent of height x width cells, which the UNet halves so often, rounding up."""
+    for _ in range(halvings):
+        height, width = -(-height // 2), -(-width // 2)
+    return height, width
 
 
 class AttentionRecorder:

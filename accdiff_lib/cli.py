@@ -74,7 +74,7 @@ class Job:
     def folder(self) -> Folder:
         from accdiff_lib.output import Folder
 
-        return Folder(Path(self.arguments.out).expanduser())
+        return Folder(self.arguments.out)
 
 
 # --- checking --------------------------------------------------------------------------------------------------
@@ -99,12 +99,16 @@ def prepare(argv: Sequence[str] | None) -> Job:
     model = describe(namespace.model, vae=namespace.vae, controlnet=namespace.controlnet, config=namespace.config)
     plan = _in_flags(make_plan, _base(general, settings, model, image), settings, native=model.sample_size)
     parts = _cost(general, settings, model, plan, image is not None)
+    if general["seed"] + general["batch"] > 2**32:
+        raise InputError(f"--batch: {general['batch']} pictures from --seed {general['seed']} need seeds beyond "
+                         f"{2**32 - 1}; give a smaller seed")
     if general["seed"] == -1:
         general["seed"] = random.SystemRandom().randrange(2**32 - general["batch"])
     job = Job(namespace, general, settings, model, plan, parts, device, dtype, image)
     if not namespace.dry_run:
         pixels = sum(part.pixels[0] * part.pixels[1] for part in parts)
         job.folder.check(3 * pixels * general["batch"])
+        Files.check(job)
     return job
 
 
@@ -327,6 +331,17 @@ class Files:
         self.written: dict[str, Path] = {}
         self._suffix = f"-{seed}" if job.general["batch"] > 1 else ""
 
+    @staticmethod
+    def check(job: Job) -> None:
+        """Raises InputError where a folder lies in the way of a picture."""
+        names = ["base", "final", "explain", *(f"stage-{stage.name}" for stage in job.plan.stages)]
+        first, batch = job.general["seed"], job.general["batch"]
+        for suffix in [f"-{seed}" for seed in range(first, first + batch)] if batch > 1 else [""]:
+            for name in names:
+                path = job.folder.path / f"{name}{suffix}.png"
+                if path.is_dir():
+                    raise InputError(f"--out: {path} is a folder, so no picture of this name can be written")
+
     def save(self, picture: Picture) -> None:
         """Writes a finished picture if the user wants it: the last stage's as final.png, others as they are called."""
         if self._is_last(picture) or self.job.arguments.intermediate:
@@ -371,7 +386,8 @@ def parameters(job: Job, seed: int) -> str:
     if given.image is not None:
         values["AccDiffusion image"] = given.image.name
     values |= {"AccDiffusion": __version__, **settings_infotext(job.settings)}
-    return infotext.write(given.prompt, general["negative"], values)
+    text = infotext.write(given.prompt, general["negative"], values)
+    return text.encode("utf-8", "replace").decode("utf-8")  # a file's name may be no text
 
 
 def _described(job: Job) -> dict[str, Any]:
@@ -386,4 +402,4 @@ def _described(job: Job) -> dict[str, Any]:
 
 
 def _print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    print(json.dumps(value, indent=2))  # ASCII: safe in every terminal's and pipe's encoding

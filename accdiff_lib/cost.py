@@ -50,7 +50,8 @@ def estimate(plan: Plan, settings: Settings, *, solver: Solver, stage_solver: So
         size = (plan.base[0] * 8, plan.base[1] * 8)
         parts.append(PartCost(None, size, steps, calls, calls, 0, calls * _rows(guidance), 0))
     for stage in plan.stages:
-        script = make_script(stage_solver, settings, timestep, has_control=has_control and has_base, views=stage.views)
+        script = make_script(stage_solver, settings, timestep, has_control=has_control and has_base, views=stage.views,
+                             from_noise=not has_base and stage is plan.stages[0])
         windows = sum(call.local for call in script.calls) * stage.window_count
         views = sum(call.dilated for call in script.calls) * stage.views
         local, dilated = (_rows(own or guidance) for own in (settings.local_guidance, settings.dilated_guidance))

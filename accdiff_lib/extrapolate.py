@@ -84,14 +84,13 @@ class Extrapolation:
         try:
             with torch.no_grad():
                 self._run(request, result)
-        except (Interrupted, Skipped) as error:
-            self._give_up(result, type(error).__name__.lower(), error)
-        except ArithmeticError as error:  # NaN in the VAE
-            self._give_up(result, str(error), error)
+            return result
         except Exception as error:
-            if not (isinstance(error, OutOfMemory) or is_out_of_memory(error)):
+            reason = _why_stopped(error)
+            if reason is None or not result.pictures:
                 raise
-            self._give_up(result, f"out of memory: {error}", error)
+        # Here, where the exception that keeps the stage's tensors alive is gone: the decode may need their memory.
+        self._give_up(result, reason)
         return result
 
     def texts(self, prompts: Sequence[str]) -> list[Text]:
@@ -123,10 +122,8 @@ class Extrapolation:
         result.pictures.append(picture)
         self.host.progress.finished(picture)
 
-    def _give_up(self, result: Result, reason: str, error: Exception) -> None:
-        """Keeps the best finished picture; raises `error` when there is none."""
-        if not result.pictures:
-            raise error
+    def _give_up(self, result: Result, reason: str) -> None:
+        """Keeps the best finished picture."""
         result.stopped = reason
         best = result.pictures[-1]
         if best.image is None:
@@ -194,7 +191,8 @@ class Extrapolation:
         return recorder.maps[0]
 
     def _recorder(self, size: tuple[int, int]) -> AttentionRecorder:
-        return AttentionRecorder(self.host.cross_attention(), map_size(*size), self.host.cond_rows)
+        cells = map_size(*size, self.host.attention_halvings)
+        return AttentionRecorder(self.host.cross_attention(), cells, self.host.cond_rows)
 
     def _whole(self, request: Request) -> Rows:
         """The conditioning of a picture of native size: the whole prompt, the final size."""
@@ -208,7 +206,7 @@ class Extrapolation:
         """Samples the canvas of a stage from the last picture; its statistics are those of the base latent."""
         host, settings, begin = self.host, request.settings, time.perf_counter()
         script = make_script(host.stage_solver, settings, host.timestep, views=stage.views,
-                             has_control=host.has_control and base is not None)
+                             has_control=host.has_control and base is not None, from_noise=last is None)
         rows = script.rows(stage)
         host.progress.begin(stage, rows)
         scene = self._scene(request, result, stage, last, wants_hint=any(call.control for call in script.calls))
@@ -254,3 +252,12 @@ class Extrapolation:
             fixed = stage.windows(None)
             return lambda step: fixed, lambda step: text
         return lambda step: stage.windows(seeds.integers(seed, "windows", stage.number, step)), lambda step: text
+
+
+def _why_stopped(error: Exception) -> str | None:
+    """Why a run ended early, for errors after which the last finished picture is still good; None for others."""
+    if isinstance(error, (Interrupted, Skipped)):
+        return type(error).__name__.lower()
+    if isinstance(error, ArithmeticError):  # NaN in the VAE
+        return str(error)
+    return f"out of memory: {error}" if isinstance(error, OutOfMemory) or is_out_of_memory(error) else None

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,10 @@ class Folder:
         if not existing.is_dir():
             raise InputError(f"--out: {self.path} is not allowed, since {existing} is a file; it takes a folder")
         try:
+            for part in (self.path.absolute(), *self.path.absolute().parents):
+                if part.is_symlink() and not part.exists():
+                    raise InputError(f"--out: {self.path} is not allowed, since {part} is a link to nowhere; it takes "
+                                     "a folder")
             with tempfile.TemporaryFile(dir=existing):
                 pass
             free = shutil.disk_usage(existing).free
@@ -60,7 +64,8 @@ class Folder:
         except OSError as error:
             raise InputError(f"--out: cannot write {self.path / name} ({error.strerror or error})") from error
         finally:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
         return self.path / name
 
 

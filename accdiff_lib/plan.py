@@ -15,6 +15,8 @@ from accdiff_lib.errors import InputError
 from accdiff_lib.settings import Settings
 
 CELL = 8
+#: The longest side of a result in pixels.
+LARGEST = 16384
 _EPS = 1e-6
 #: A dilated view may be this much larger than what the model draws as one whole, before there are more views.
 _VIEW_SLACK = 0.1
@@ -182,6 +184,8 @@ def make_plan(base: tuple[int, int], settings: Settings, *, native: int, multipl
     if not 1 - _EPS <= max(ratios) <= 8 + _EPS or min(target) < 8 * CELL:
         raise InputError(f"target: {target[1]}x{target[0]} is {max(ratios):.3g} times the base picture's "
                          f"{base[1]}x{base[0]}; it takes 1 to 8 times")
+    if max(target) > LARGEST:
+        raise InputError(f"target: {target[1]}x{target[0]} is not allowed; it takes at most {LARGEST} pixels a side")
     cells = (base[0] // CELL, base[1] // CELL)
     crop = _crop(cells, (target[0] // CELL, target[1] // CELL))
     window = settings.window or native

@@ -91,16 +91,17 @@ def rehearse(solver: Solver, sigmas: torch.Tensor) -> list[Call]:
 
 
 def make_script(solver: Solver, settings: Settings, timestep: Callable[[float], float], *,
-                has_control: bool, views: int) -> Script:
+                has_control: bool, views: int, from_noise: bool = False) -> Script:
     """The script of a stage with `views` dilated views: where it starts, and what each call computes.
 
     With a tolerance, leading steps are left out where the skip residual erases what they do, the windows where hardly
     anything of them would remain, the dilated pass where its weight is negligible (METHODS 7, optimisations 1 to 3).
+    `from_noise`: there is no picture to enlarge, so nothing may be left out at the beginning.
     """
     count = len(solver.sigmas) - 1
     step_c1 = [_weights(timestep(float(sigma)), settings)[0] for sigma in solver.sigmas[:-1]]
     start = max(round(settings.start * count), _erased_steps(step_c1, settings.tolerance / 3))
-    start = min(start, count - 1)
+    start = 0 if from_noise else min(start, count - 1)
     sigmas = solver.sigmas[start:]
     calls = []
     for call in rehearse(solver, sigmas):

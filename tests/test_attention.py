@@ -31,7 +31,7 @@ def call(unet, height=32, width=32, rows=2):
 
 
 def recorded(unet, size=(32, 32), rows=slice(1, 2)):
-    with AttentionRecorder(layers(unet), map_size(*size), lambda batch: rows) as recorder:
+    with AttentionRecorder(layers(unet), map_size(*size, 2), lambda batch: rows) as recorder:
         result = call(unet, *size)
     return recorder.maps, result
 
@@ -90,7 +90,7 @@ def test_hooks_go_when_the_model_fails(unet):
 def test_maps_of_any_size(unet, size):
     """Rows are rows: what each halving in the UNet makes of a size, also where it rounds."""
     maps, _ = recorded(unet, size)
-    assert maps.shape[1:3] == map_size(*size)
+    assert maps.shape[1:3] == map_size(*size, 2)
     torch.testing.assert_close(maps.sum(-1), torch.ones(maps.shape[:3]))
 
 
@@ -102,7 +102,7 @@ def test_maps_keep_rows_and_columns_apart(unet):
     text = torch.randn(1, 77, layer.to_k.in_features, generator=torch.Generator().manual_seed(3))
 
     def maps_of(image):
-        recorder = AttentionRecorder([("layer", layer)], map_size(*size), lambda batch: slice(None))
+        recorder = AttentionRecorder([("layer", layer)], map_size(*size, 2), lambda batch: slice(None))
         with recorder, torch.no_grad():
             layer(image, encoder_hidden_states=text)
         return recorder.maps

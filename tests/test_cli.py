@@ -36,6 +36,11 @@ def in_an_empty_folder(tmp_path, monkeypatch):
     (tmp_path / "text.safetensors").write_text("no model")
     (tmp_path / "pickle.ckpt").write_bytes(b"\x80\x04.")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "taken/final.png").mkdir(parents=True)
+    (tmp_path / "nowhere").symlink_to("missing")
+    for name, header in (("nested", b"[" * 100000), ("offsets", b'{"a": {"shape": [1], "data_offsets": [0, "x"]}}'),
+                         ("metadata", b'{"__metadata__": [1], "a": {"shape": [1], "data_offsets": [0, 4]}}')):
+        (tmp_path / f"{name}.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
     Image.new("RGB", (1, 1)).save(tmp_path / "pixel.png")
     Image.new("RGB", (512, 63)).save(tmp_path / "flat.png")
     whole = io.BytesIO()
@@ -134,6 +139,17 @@ BAD = {
     "dtype": (["a", "--dtype", "int8"], ["--dtype", "'int8'", "float16"]),
     "file as folder": (["a", "--out", "text.txt"], ["--out", "text.txt", "folder"]),
     "folder in a file": (["a", "--out", "text.txt/out"], ["--out", "text.txt", "folder"]),
+    "no folder": (["a", "--out", ""], ["--out", "''"]),
+    "link to nowhere": (["a", "--out", "nowhere/out"], ["--out", "nowhere", "link"]),
+    "folder in a picture's place": (["a", "--out", "taken"], ["--out", "taken/final.png", "folder"]),
+    "folder of a long name": (["a", "--out", "o" * 300], ["--out", "too long"]),
+    "model of a long name": (["a", "--model", "m" * 300], ["--model", "too long"]),
+    "home of nobody": (["a", "--image", "~nobody_here/a.png"], ["--image", "~nobody_here", "home"]),
+    "header of brackets": (["a", "--model", "nested.safetensors"], ["--model", "damaged"]),
+    "header of text": (["a", "--model", "offsets.safetensors"], ["--model", "damaged"]),
+    "header of wrong metadata": (["a", "--model", "metadata.safetensors"], ["--model", "damaged"]),
+    "seeds of a batch": (["a", "--seed", "4294967295", "--batch", "2"], ["--batch", "--seed", "4294967295"]),
+    "result too large": (["a", "--width", "8192", "--height", "8192", "--scale", "8"], ["--target", "65536", "16384"]),
     "folder nobody can write": (["a", "--out", "/proc/none/out"], ["--out", "/proc/none/out"]),
 }
 
@@ -318,6 +334,18 @@ def test_without_controlnet_there_is_a_note(capsys, models, monkeypatch):
     monkeypatch.setattr(loading, "load", lambda *args, **kwargs: replace(models, controlnet=None))
     assert run() == 0
     assert "note: no ControlNet is loaded" in capsys.readouterr().out
+
+
+def test_text_that_stdout_cannot_encode(tmp_path):
+    """A prompt in any script on a stream of any encoding, and a file whose name is no text, do not end a run."""
+    picture = tmp_path / os.fsdecode(b"a\xff.png")
+    Path("good.png").rename(picture)
+    found = subprocess.run([sys.executable, "-m", "accdiff_lib", "\u732b", "--image", str(picture), "--steps", "1",
+                            "--window", "16", "--no-explain", "--json"], capture_output=True, timeout=60,
+                           env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"})
+    assert found.returncode == 0, found.stderr
+    assert json.loads(found.stdout)["prompt"] == "\u732b"
+    assert infotext.parse(Image.open("out/final.png").text["parameters"]).prompt == "\u732b"
 
 
 def test_target_of_another_shape(models):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -326,3 +329,38 @@ def test_other_failures_rise_and_leave_no_hooks(models):
     with pytest.raises(ValueError, match="broken model"):
         run(models, watch=fail)
     assert hooks(models) == 0
+
+
+def test_a_late_start_does_not_apply_to_pure_noise(models):
+    values = {"method": "multidiffusion", "window": 16}
+    whole, host = run(models, values)
+    late, late_host = run(models, {**values, "start": 0.5})
+    assert host.calls == late_host.calls
+    assert torch.equal(latent(whole), latent(late))
+
+
+def test_a_failed_stage_holds_no_memory_while_the_last_picture_is_decoded(models):
+    values = {"scale": 2, "controlnet": False}
+    canvases = []
+
+    def watch(call):
+        if call > 4:
+            frame = sys._getframe()
+            while "canvas" not in frame.f_locals:
+                frame = frame.f_back
+            canvases.append(weakref.ref(frame.f_locals["canvas"]))
+            del frame
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    class Decoding(Watched):
+        def decode(self, latent, **kwargs):
+            gc.collect()
+            alive.append(any(canvas() is not None for canvas in canvases))
+            return super().decode(latent, **kwargs)
+
+    alive: list[bool] = []
+    host = make_host(models, cls=Decoding)
+    host.watch = watch
+    wanted = request(host, values)
+    result = Extrapolation(host, wanted.settings).run(wanted)
+    assert canvases and result.stopped.startswith("out of memory") and alive == [False]

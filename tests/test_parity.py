@@ -207,7 +207,8 @@ def test_base_pass(case: Case):
                 case.args.get("guidance_rescale", 0.0))
     runner.stale = stale_indices(case, 1)
     steps: list[Tensor] = []
-    with AttentionRecorder(runner.cross_attention(), map_size(*size), runner.cond_rows) as recorder:
+    cells = map_size(*size, runner.attention_halvings)
+    with AttentionRecorder(runner.cross_attention(), cells, runner.cond_rows) as recorder:
         result = runner.solver.integrate(lambda x, sigma, **_: runner.denoise(x, sigma[0], rows), latent.clone(),
                                          runner.solver.sigmas, 0, lambda state: steps.append(state["x"].clone()))
     assert_close(result, case.get("stage1|base_latents"), "base", 1e-4)

@@ -97,3 +97,11 @@ def test_carried_is_the_product_of_what_follows():
     weights = [call.c1 for call in script(tolerance=0).calls]
     assert carried(weights)[10] == pytest.approx(2.13e-4, rel=0.01)
     assert math.isclose(carried(weights)[25], 0.620, rel_tol=0.01)
+
+
+def test_a_stage_without_a_picture_to_enlarge_begins_in_pure_noise():
+    """`--method multidiffusion --preset fast`: low noise levels do not make a picture from noise."""
+    settings = make({"method": "multidiffusion", "preset": "fast"})
+    made = solver("DPM++ 2M", "Karras", 24, LEVELS)
+    assert make_script(made, settings, LEVELS.timestep, has_control=False, views=4, from_noise=True).start == 0
+    assert make_script(made, settings, LEVELS.timestep, has_control=False, views=4).start == 12

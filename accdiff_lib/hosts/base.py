@@ -116,6 +116,9 @@ class Host(Protocol):
     #: Latent sides that the UNet takes are multiples of this (1 where it pads by itself).
     multiple: int
     channels: int
+    #: How often the UNet halves a latent until the deepest level of its down and up blocks that attends to the text,
+    #: where words are located: 2 for SDXL and SD1.5, so that a cell of the maps is 32 pixels.
+    attention_halvings: int
     device: torch.device
     #: A ControlNet is loaded and can be used.
     has_control: bool

@@ -109,13 +109,15 @@ def _read_header(given: Given, file: Path) -> dict[str, Any]:
             if size < 8 or not 2 <= length <= min(size - 8, _MAX_HEADER):
                 raise given.error("the file is empty" if size == 0 else "the file is no safetensors file, or cut short")
             header = json.loads(stream.read(length))
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        if not isinstance(header.get("__metadata__", {}), dict):
+            raise TypeError
+        ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
         wellformed = all(isinstance(entry["shape"], list) for name, entry in header.items() if name != "__metadata__")
     except FileNotFoundError as error:
         raise given.error("no such file") from error
     except OSError as error:
         raise given.error(f"cannot be read ({error.strerror})") from error
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
         raise given.error("the file is no safetensors file, or damaged") from error

@@ -301,7 +301,7 @@ def read_config(given: Given, part: str = "", file: str = "config.json") -> dict
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise given.error(f"{Path(part) / file} is missing") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise given.error(f"{Path(part) / file} cannot be read ({error})") from error
     if not isinstance(config, dict):
         raise given.error(f"{Path(part) / file} is not a config")

@@ -53,6 +53,8 @@ class StandaloneHost:
         self.device, self.dtype = torch.device(device), dtype
         self.window = int(self._unet.config["sample_size"])
         self.channels = int(self._unet.config["in_channels"])
+        levels = self._unet.config["down_block_types"]
+        self.attention_halvings = max(level for level, kind in enumerate(levels) if "CrossAttn" in kind)
         self.has_control = models.controlnet is not None
         self._levels = NoiseLevels(models.alphas_cumprod)
         self.solver: Solver = solver(sampler, scheduler, steps, self._levels)
