@@ -15,7 +15,7 @@ from torch import Tensor
 
 from accdiff_lib import seeds
 from accdiff_lib.batching import Batcher, check_stop
-from accdiff_lib.hosts.base import Host, Rows, Text
+from accdiff_lib.hosts.base import Host, Rows, Solver, Text
 from accdiff_lib.plan import CELL, Stage, Window
 from accdiff_lib.schedule import Call, Script
 from accdiff_lib.settings import Settings
@@ -69,14 +69,18 @@ class Canvas:
         self._calls = iter(enumerate(script.calls))
 
     def __call__(self, x: Tensor, sigma: Tensor, **_: object) -> Tensor:
-        """The x0 prediction [1, C, h, w] of `x` [1, C, h, w] at noise level `sigma` ([1] or a scalar)."""
+        """The x0 prediction of `x` [1, C, h, w] at noise level `sigma` ([1] or a scalar), of the same shape.
+
+        Beside a stochastic sampler's canvas its trajectory is sampled, as a second row of `x` (`run`).
+        """
         number, call = next(self._calls)
         sigma = sigma.flatten()[0]
+        whole, x = x, x[:1]
         if abs(float(sigma) - call.sigma) > 1e-3 * call.sigma:
             raise RuntimeError(f"the sampler left its script: sigma {float(sigma):g} instead of {call.sigma:g}")
         check_stop(self.host.progress)
         if call.first and call.c1 > 0:
-            x.lerp_(self.scene.trajectory(call.sigma).to(x), call.c1)
+            x.lerp_(whole[1:] if len(whole) > 1 else self.scene.trajectory(call.sigma).to(x), call.c1)
         if call.local and call.dilated:
             denoised = self.local_pass(x, sigma, call).lerp(self.dilated_pass(x, sigma, call, number), call.c2)
         elif call.local:
@@ -86,7 +90,24 @@ class Canvas:
         self.denoised = denoised
         if call.first:
             self.host.progress.preview(denoised)
-        return denoised
+        return denoised if self.scene.upsampled is None or len(whole) == 1 else torch.cat([
+            denoised, self.scene.upsampled.to(x)])
+
+    def run(self, solver: Solver, seed: int) -> Tensor:
+        """Samples the stage with `solver`: its latent [1, C, h, w].
+
+        A stochastic sampler replaces the noise bit by bit. If the skip residual then held on to the first noise, the
+        mix of both would have less than the noise level's variance, and the picture would be soft. So the trajectory is
+        sampled beside the canvas, by the same sampler with the same noise, its prediction being the enlarged picture.
+        """
+        scene, sigmas = self.scene, self.script.sigmas
+        if not (solver.stochastic and self.settings.skip_residual and scene.upsampled is not None):
+            return solver.integrate(self, scene.trajectory(float(sigmas[0])), sigmas, seed)
+        picture = scene.upsampled
+        x = scene.trajectory(float(solver.sigmas[0]))
+        if self.script.start:  # the noise of the steps that are left out
+            x = solver.integrate(lambda x, sigma, **_: picture.to(x), x, solver.sigmas[:self.script.start + 1], seed)
+        return solver.integrate(self, torch.cat([x, x]), sigmas, seed)[:1]
 
     # --- the local pass ----------------------------------------------------------------------------------------
 

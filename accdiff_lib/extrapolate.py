@@ -213,7 +213,7 @@ class Extrapolation:
         canvas = Canvas(host, stage, script, settings, scene, self._batcher)
         seed = seeds.derive(request.seed, "stage sampler", stage.number)
         try:
-            latent = host.stage_solver.integrate(canvas, scene.trajectory(float(script.sigmas[0])), script.sigmas, seed)
+            latent = canvas.run(host.stage_solver, seed)
         except Skipped:
             if canvas.denoised is None:
                 raise

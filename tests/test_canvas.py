@@ -154,3 +154,32 @@ def test_progress_counts_every_latent():
     made.integrate(canvas, scene.trajectory(float(script.sigmas[0])), script.sigmas, 0)
     assert host.progress.rows == script.rows(canvas.stage) == sum(host.batches)
     assert host.progress.previews == 4
+
+
+@pytest.mark.parametrize("sampler", ["Euler", "Euler a", "DPM2 a", "DPM++ 2S a", "DPM++ 2M", "DPM++ SDE", "DPM++ 2M SDE"])
+def test_the_skip_residual_keeps_the_noise_at_its_level(sampler):
+    """With a picture of nothing, all of x is noise; a mix of two independent noises would have less of it."""
+    class Nothing(Toy):
+        def denoise(self, x, sigma, rows):
+            return torch.zeros_like(x)
+
+    levels: dict[int, float] = {}
+
+    class Watched(Canvas):
+        def __call__(self, x, sigma, **kwargs):
+            denoised = super().__call__(x, sigma, **kwargs)
+            call = self.script.calls[len(seen)]
+            seen.append(call)
+            if call.first:
+                levels[call.step] = float(x[:1].std()) / call.sigma
+            return denoised
+
+    seen: list = []
+    made = solver(sampler, "Karras", 12, LEVELS)
+    canvas, _, scene, _ = made_canvas(Nothing())
+    settings = make({"tolerance": 0, "gaussian": False})
+    script = make_script(made, settings, LEVELS.timestep, has_control=False, views=4)
+    canvas = Watched(canvas.host, canvas.stage, script, settings, scene, canvas.batcher)
+    canvas.run(made, seed=3)
+    assert sorted(levels) == list(range(12))
+    assert all(level == pytest.approx(1, abs=0.04) for level in levels.values()), levels

@@ -46,6 +46,7 @@ def test_a_start_keeps_the_rest_of_the_schedule(scheduler):
 def test_a_sampler_that_reports_no_steps_is_refused():
     class Silent:
         name = "Silent"
+        stochastic = False
         sigmas = torch.tensor([1.0, 0.0])
 
         def integrate(self, model, x, sigmas, seed, callback=None):

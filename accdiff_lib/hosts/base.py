@@ -71,14 +71,17 @@ class Solver(Protocol):
     name: str
     #: [N + 1], descending, float32 on the CPU; the last is 0.
     sigmas: Tensor
+    #: Adds noise of its own at every step (ancestral and SDE samplers).
+    stochastic: bool
 
     def integrate(self, model: Denoiser, x: Tensor, sigmas: Tensor, seed: int,
                   callback: Callable[[Mapping[str, Any]], None] | None = None) -> Tensor:
-        """Samples from `x` [B, C, h, w] (already at noise level sigmas[0]) along `sigmas`, a tail of `self.sigmas`.
+        """Samples from `x` [B, C, h, w] (already at noise level sigmas[0]) along `sigmas`, a part of `self.sigmas`.
 
         `model(x, sigma)` gets the sampler's own `x` (it may rewrite it in place) and sigma as a tensor [B].
         `callback` is k-diffusion's: called once a step, after the step's first model call, with the key "i".
-        All noise comes from `seed` and the noise levels, not from where in the schedule the run begins.
+        All noise comes from `seed` and the noise levels, not from where in the schedule the run begins, and is the
+        same for every row of `x`.
         """
         ...
 

@@ -1,0 +1,171 @@
+"""Trains the embedded model's UNet and text encoders: `python -m testbed.diffusion --run DIR`; resumes.
+
+SDXL in miniature: epsilon prediction, scaled-linear noise, two text encoders whose penultimate states the UNet attends
+to, pooled text and sizes in the time embedding. Sizes and crop offsets are random in training, so that they give
+nothing away. A small auxiliary loss teaches each cell of the attention maps to look at the words that name it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from accdiff_lib.attention import attention_probabilities
+from accdiff_lib.hosts.loading import EMBEDDED, alphas_cumprod, load_tokenizer
+from testbed.checkpoints import Average, Checkpoint, training
+from testbed.dataset import CELLS, Shard, load_shards
+
+#: Attention to the text at 16 x 16 cells; norms have 32 groups, as the WebUIs' code has written in.
+UNET = {
+    "sample_size": 32,
+    "block_out_channels": [64, 96, 128],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "layers_per_block": 1,
+    "transformer_layers_per_block": 1,
+    "attention_head_dim": [2, 4, 4],
+    "cross_attention_dim": 64,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 16,
+    "projection_class_embeddings_input_dim": 6 * 16 + 32,
+}
+TEXT = {"hidden_size": 32, "intermediate_size": 128, "num_attention_heads": 2, "num_hidden_layers": 3,
+        "projection_dim": 32, "vocab_size": 49408, "max_position_embeddings": 77, "bos_token_id": 49406,
+        "eos_token_id": 49407}
+BATCH = 32
+RATE = 1e-3
+#: Share of captions replaced by the empty one, for CFG.
+DROPPED = 0.1
+#: Weight of the attention loss.
+ATTENTION = 0.03
+
+
+class Networks(nn.Module):
+    """UNet and text encoders, trained as one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unet: Any = UNet2DConditionModel.from_config(UNET)
+        self.text_1: Any = CLIPTextModel(CLIPTextConfig(**TEXT, hidden_act="quick_gelu"))
+        self.text_2: Any = CLIPTextModelWithProjection(CLIPTextConfig(**TEXT, hidden_act="gelu"))
+
+    def encode(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """States [B, 77, 64] and pooled text [B, 32] of tokens [B, 77], padded as the first tokenizer does."""
+        ends = (tokens == TEXT["eos_token_id"]).cumsum(1)
+        second = torch.where(ends > 1, 0, tokens)
+        first_out = self.text_1(tokens, output_hidden_states=True)
+        second_out = self.text_2(second, output_hidden_states=True)
+        return torch.cat([first_out.hidden_states[-2], second_out.hidden_states[-2]], -1), second_out.text_embeds
+
+    def forward(self, x: Tensor, t: Tensor, tokens: Tensor, sizes: Tensor) -> Tensor:
+        """The predicted noise [B, 4, 32, 32]."""
+        states, pooled = self.encode(tokens)
+        return self.unet(x, t, states, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes}).sample
+
+
+@contextmanager
+def recorded_attention(unet: nn.Module) -> Iterator[list[Tensor]]:
+    """Collects the mean probabilities over heads [B, 256, 77] of the layers with 16 x 16 cells, with gradients."""
+    found: list[Tensor] = []
+
+    def record(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if args[0].shape[1] == CELLS * CELLS:
+            found.append(attention_probabilities(layer, args[0], kwargs["encoder_hidden_states"]).mean(1))
+
+    layers = [module for name, module in unet.named_modules() if name.endswith("attn2") and "mid" not in name]
+    handles = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in layers]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def attention_loss(probabilities: list[Tensor], cell_regions: Tensor, token_regions: Tensor) -> Tensor:
+    """-log of the attention that a cell gives to the words naming its region, over cells that have such words."""
+    wanted = (cell_regions.flatten(1)[:, :, None] == token_regions[:, None, :]) & (token_regions > 0)[:, None, :]
+    named = wanted.any(-1)
+    losses = [-(p * wanted).sum(-1).clamp(min=1e-4).log()[named] for p in probabilities]
+    return torch.cat(losses).mean()
+
+
+def random_sizes(generator: torch.Generator) -> Tensor:
+    """SDXL's six numbers [BATCH, 6]: any picture size from 256 to 1024 pixels, any crop offset inside it."""
+    side = 8 * torch.randint(32, 129, (BATCH, 2), generator=generator)
+    origin = (torch.rand(BATCH, 2, generator=generator) * (side - 224)).int()
+    return torch.cat([side, origin, side], dim=1).float()
+
+
+def batch_of(data: Shard, step: int) -> tuple[Tensor, ...]:
+    """Latents, tokens and regions of a step; every example is seen once before any is seen again."""
+    count = len(data.latents)
+    per_epoch = count // BATCH
+    order = np.random.default_rng((3000, step // per_epoch)).permutation(count)
+    rows = torch.from_numpy(order[step % per_epoch * BATCH:][:BATCH])
+    return data.latents[rows].float(), data.tokens[rows], data.token_regions[rows], data.cell_regions[rows]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m testbed.diffusion", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, help="folder of the checkpoints and shards")
+    parser.add_argument("--steps", type=int, default=12000, help=f"of {BATCH} pictures (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long, to go on later")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    data = load_shards(options.run)
+    factor = 1 / float(data.latents[:1000].float().std())
+    networks = Networks()
+    networks.unet.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(networks.parameters(), lr=RATE, betas=(0.9, 0.99), weight_decay=1e-3)
+    average = Average(networks, 0.999)
+    checkpoint = Checkpoint(options.run / "diffusion.pt", {
+        "networks": networks, "optimizer": optimizer, "average": average})
+    checkpoint.load()
+    alphas = alphas_cumprod({}).float()
+    snr = alphas / (1 - alphas)
+    tokenizer = load_tokenizer(EMBEDDED / "tokenizer")
+    empty = torch.tensor([tokenizer.bos_token_id] + [tokenizer.eos_token_id] * 76)
+    log: dict[str, float | Tensor] = {}
+    for step in training(checkpoint, steps=options.steps, minutes=options.minutes, log=log):
+        generator = torch.Generator().manual_seed(step)
+        latents, tokens, token_regions, cell_regions = batch_of(data, step)
+        latents = (latents * factor).to(memory_format=torch.channels_last)
+        dropped = torch.rand(BATCH, generator=generator) < DROPPED
+        tokens = torch.where(dropped[:, None], empty, tokens)
+        token_regions = torch.where(dropped[:, None], 0, token_regions)
+        t = torch.randint(0, 1000, (BATCH,), generator=generator)
+        noise = torch.randn(latents.shape, generator=generator)
+        alpha = alphas[t][:, None, None, None]
+        noised = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * min(1.0, (step + 1) / 300) * (0.55 + 0.45 * math.cos(math.pi * step / options.steps))
+        with recorded_attention(networks.unet) as probabilities:
+            predicted = networks(noised, t, tokens, random_sizes(generator))
+        error = F.mse_loss(predicted, noise, reduction="none").mean((1, 2, 3))
+        weight = snr[t].clamp(max=5) / snr[t]  # min-SNR (Hang et al. 2023)
+        looks = attention_loss(probabilities, cell_regions, token_regions)
+        loss = (weight * error).mean() + ATTENTION * looks
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(networks.parameters(), 1.0)
+        optimizer.step()
+        average.update()
+        log["loss"], log["attention"] = (weight * error).mean().detach(), looks.detach()
+        log["loud"] = error[t > 700].mean().detach()
+
+
+if __name__ == "__main__":
+    main()
