@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import sys
 import time
@@ -48,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("accdiff: aborted", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:  # nobody reads what is left to say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return LESS
 
 
 @dataclass(frozen=True)
@@ -197,7 +201,7 @@ def _cost(general: dict[str, Any], settings: Settings, model: ModelShape, plan: 
     levels = NoiseLevels(model.alphas_cumprod)
     return estimate(plan, settings, solver=solver(general["sampler"], general["scheduler"], general["steps"], levels),
                     stage_solver=solver(*_stage_solver(general, settings), levels), timestep=levels.timestep,
-                    guidance=general["cfg"], has_control=model.controlnet is not None, base_pass=not has_image)
+                    guidance=general["cfg"], has_control=model.controlnet is not None, from_image=has_image)
 
 
 # --- dry run ---------------------------------------------------------------------------------------------------
@@ -257,7 +261,7 @@ def run(job: Job) -> int:
         if job.settings.controlnet and job.settings.windows and job.plan.stages and not host.has_control:
             terminal.comment("no ControlNet is loaded, so edges do not guide the windows (give --controlnet PATH, or "
                              "--no-use-controlnet)")
-        extrapolation = Extrapolation(host, job.settings)
+        extrapolation = Extrapolation(host, job.settings.window_batch)
         images: list[dict[str, Any]] = []
         code = DONE
         with terminal.stopped_by_ctrl_c():

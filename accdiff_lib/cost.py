@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from accdiff_lib.hosts.base import Solver
-from accdiff_lib.plan import Plan, Stage
+from accdiff_lib.plan import CELL, Plan, Stage
 from accdiff_lib.schedule import make_script, rehearse
 from accdiff_lib.settings import Settings
 
@@ -35,19 +35,19 @@ class PartCost:
 
 def estimate(plan: Plan, settings: Settings, *, solver: Solver, stage_solver: Solver,
              timestep: Callable[[float], float], guidance: float, has_control: bool,
-             base_pass: bool = True) -> list[PartCost]:
+             from_image: bool = False) -> list[PartCost]:
     """The cost of every part of one image's run, exactly as it will be counted (`Picture.rows`).
 
-    `base_pass` is False where the base picture is given: then one evaluation records its attention, if that is used.
+    With `from_image` the base picture is given: then one evaluation records its attention, if that is used.
     """
     parts = []
-    has_base = settings.base_pass or not plan.stages or not base_pass
+    has_base = settings.base_pass or not plan.stages or from_image
     if has_base:
-        if base_pass:
-            steps, calls = len(solver.sigmas) - 1, len(rehearse(solver, solver.sigmas))
-        else:
+        if from_image:
             steps = calls = int(settings.window_prompts and settings.windows and bool(plan.stages))
-        size = (plan.base[0] * 8, plan.base[1] * 8)
+        else:
+            steps, calls = len(solver.sigmas) - 1, len(rehearse(solver, solver.sigmas))
+        size = (plan.crop.height * CELL, plan.crop.width * CELL)
         parts.append(PartCost(None, size, steps, calls, calls, 0, calls * _rows(guidance), 0))
     for stage in plan.stages:
         script = make_script(stage_solver, settings, timestep, has_control=has_control and has_base, views=stage.views,

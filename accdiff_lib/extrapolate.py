@@ -67,10 +67,11 @@ class Request:
 class Extrapolation:
     """One generation in a host: makes images from requests, with the encoded texts shared between them."""
 
-    def __init__(self, host: Host, settings: Settings):
+    def __init__(self, host: Host, window_batch: int = 0):
+        """`window_batch` windows are evaluated at once; 0 asks the host what fits."""
         self.host = host
         self._texts: dict[str, Text] = {}
-        self._batcher = Batcher(host, settings.window_batch)
+        self._batcher = Batcher(host, window_batch)
 
     def run(self, request: Request) -> Result:
         """Makes one image.
@@ -127,7 +128,12 @@ class Extrapolation:
         result.stopped = reason
         best = result.pictures[-1]
         if best.image is None:
-            best.image = self.host.decode(best.latent, interruptible=False)
+            try:
+                best.image = self.host.decode(best.latent, interruptible=False)
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise OutOfMemory(f"{reason}; nor does the {best.name} picture's decode fit into memory") from error
+                raise
         self.host.progress.comment(f"{reason}; the picture is the {best.name} one")
 
     # --- the base picture --------------------------------------------------------------------------------------

@@ -19,6 +19,8 @@ from accdiff_lib.plan import CELL
 
 SMALLEST = 8 * CELL
 LARGEST = 8192
+#: One that is shrunk when it is read may have so many.
+MOST_PIXELS = 2**28
 
 
 class Folder:
@@ -85,6 +87,8 @@ def read_image(path: Path, fit: tuple[int, int] | None = None) -> np.ndarray:
         raise InputError(f"--image: {path} is not a picture that can be read; it takes PNG, JPEG, WebP, ...") from None
     except InputError:
         raise
+    except MemoryError:
+        raise InputError(f"--image: {path} does not fit into memory; it takes a smaller picture") from None
     except (OSError, ValueError, SyntaxError) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise InputError(f"--image: {path} cannot be read ({reason}); it takes a picture file") from error
@@ -102,6 +106,8 @@ def _check_size(path: Path, size: tuple[int, int], fit: tuple[int, int] | None) 
     if max(size) > LARGEST and fit is None:
         raise InputError(f"--image: {path} is {size[0]}x{size[1]} pixels; it takes at most {LARGEST}x{LARGEST} (give "
                          "--width and --height to shrink it)")
+    if size[0] * size[1] > MOST_PIXELS:
+        raise InputError(f"--image: {path} is {size[0]}x{size[1]} pixels; it takes at most {MOST_PIXELS >> 20} million")
 
 
 def _rgb(image: Image.Image) -> Image.Image:

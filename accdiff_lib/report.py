@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
@@ -82,8 +82,9 @@ class Terminal:
         self._since = time.perf_counter()
 
     def say(self, line: str) -> None:
-        """A line above the bar."""
-        self._bar.write(line, file=self._lines)
+        """A line above the bar. Whoever reads the lines may have gone; the pictures are still wanted."""
+        with suppress(OSError):
+            self._bar.write(line, file=self._lines)
 
     def close(self) -> None:
         self._bar.close()

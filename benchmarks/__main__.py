@@ -132,7 +132,7 @@ def measure(models: Models, scale: float, steps: int, device: torch.device, dtyp
         torch.cuda.reset_peak_memory_stats()
     begin = _now()
     with clock.measuring(models, host):
-        Extrapolation(host, settings).run(request)
+        Extrapolation(host).run(request)
     seconds = _now() - begin
     bar.close()
     own = seconds - sum(clock.seconds.values())

@@ -30,17 +30,16 @@ from testbed.scenes import (
     View,
     caption,
     draw,
-    ground_mask,
+    held_out,
+    masks,
     render,
-    sky_mask,
-    thing_masks,
     word_targets,
     zoomed,
 )
 
 #: Scenes of a shard, pixels of a picture, cells of an attention map.
 SHARD, PIXELS, CELLS = 1000, 256, 16
-#: Regions of a scene as stored: nothing in particular, ground, sky, first thing, second thing.
+#: Regions of a scene as stored.
 REGIONS = ("ground", "sky", 0, 1)
 
 
@@ -78,14 +77,16 @@ def _tokenizer() -> CLIPTokenizer:
 
 def cell_regions(scene: Scene, view: View) -> np.ndarray:
     """Which region each cell of the maps shows, uint8 [CELLS, CELLS]: the one that covers most of it."""
-    masks = [ground_mask(scene, view, CELLS, CELLS), sky_mask(scene, view, CELLS, CELLS),
-             *thing_masks(scene, view, CELLS, CELLS)]
-    return (np.argmax(np.stack(masks), axis=0) + 1).astype(np.uint8)
+    found = masks(scene, view, CELLS, CELLS)
+    regions = [found.get(region, np.zeros((CELLS, CELLS))) for region in REGIONS]
+    return (np.argmax(np.stack(regions), axis=0) + 1).astype(np.uint8)
 
 
 def example(rng: np.random.Generator) -> tuple[np.ndarray, list[int], list[int], np.ndarray]:
-    """A picture uint8 [256, 256, 3] with its tokens, their regions and the cells' regions."""
+    """A picture uint8 [256, 256, 3] with its tokens, their regions and the cells' regions; none that gates ask for."""
     scene = draw(rng)
+    while held_out(scene):
+        scene = draw(rng)
     view = FULL if rng.random() < 0.55 else zoomed(rng)
     text = caption(scene, view, rng)
     tokens, regions = tokenize(text, word_targets(text, scene, view))

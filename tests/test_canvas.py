@@ -156,7 +156,8 @@ def test_progress_counts_every_latent():
     assert host.progress.previews == 4
 
 
-@pytest.mark.parametrize("sampler", ["Euler", "Euler a", "DPM2 a", "DPM++ 2S a", "DPM++ 2M", "DPM++ SDE", "DPM++ 2M SDE"])
+@pytest.mark.parametrize("sampler", ["Euler", "Euler a", "DPM2 a", "DPM++ 2S a", "DPM++ 2M", "DPM++ SDE",
+                                     "DPM++ 2M SDE"])
 def test_the_skip_residual_keeps_the_noise_at_its_level(sampler):
     """With a picture of nothing, all of x is noise; a mix of two independent noises would have less of it."""
     class Nothing(Toy):

@@ -409,3 +409,25 @@ def test_pictures_are_written_whole(monkeypatch):
     path = folder.write("a.png", np.zeros((64, 64, 3), np.uint8), "a cat\nSteps: 1, Seed: 2, Size: 8x8")
     assert [file.name for file in path.parent.iterdir()] == ["a.png"]
     assert read_image(path).shape == (64, 64, 3) and Image.MAX_IMAGE_PIXELS == 100
+
+
+def test_a_reader_who_leaves_does_not_stop_the_run(tmp_path):
+    """`python -m accdiff_lib ... | true`: the pictures are written all the same."""
+    command = [sys.executable, "-m", "accdiff_lib", "a ball", "--scale", "2", "--steps", "2", "--width", "64",
+               "--height", "64", "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               cwd=Path(cli.__file__).parent.parent)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    said = process.stderr.read()
+    process.wait(timeout=120)
+    assert (tmp_path / "out" / "final.png").exists(), said
+
+
+def test_the_base_part_has_the_size_of_its_picture(tmp_path, capsys):
+    """A target of another shape crops the base picture."""
+    argv = ["a ball", "--width", "128", "--height", "128", "--target", "256x128", "--steps", "2", "--json", "--out",
+            str(tmp_path)]
+    assert cli.main(argv) == 0
+    parts = json.loads(capsys.readouterr().out)["images"][0]["parts"]
+    assert (parts[0]["width"], parts[0]["height"]) == Image.open(tmp_path / "base.png").size == (128, 64)

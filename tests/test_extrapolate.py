@@ -64,7 +64,7 @@ def run(models, values=None, *, watch=None, **kwargs) -> tuple[Result, Watched]:
                      prompt=kwargs.get("prompt", PROMPT))
     host.watch = watch
     wanted = request(host, values, **kwargs)
-    return Extrapolation(host, wanted.settings).run(wanted), host
+    return Extrapolation(host, wanted.settings.window_batch).run(wanted), host
 
 
 def latent(result: Result) -> torch.Tensor:
@@ -81,7 +81,7 @@ def assert_same(ours: torch.Tensor, reference: torch.Tensor, tolerance: float = 
 def test_the_same_seed_gives_the_same_picture_alone_and_among_others(models):
     host = make_host(models, sampler="Euler a")
     wanted = request(host)
-    several = Extrapolation(host, wanted.settings)
+    several = Extrapolation(host, wanted.settings.window_batch)
     pictures = {seed: latent(several.run(replace(wanted, seed=seed))) for seed in (4, 5, 6)}
     alone, _ = run(models, sampler="Euler a")
     assert torch.equal(latent(alone), pictures[5])
@@ -233,7 +233,7 @@ def test_texts_are_encoded_once_each(models):
 
     host = make_host(models, cls=Counting)
     wanted = request(host, {"scale": 3, "c": 0.5})
-    extrapolation = Extrapolation(host, wanted.settings)
+    extrapolation = Extrapolation(host, wanted.settings.window_batch)
     result = extrapolation.run(wanted)
     extrapolation.run(replace(wanted, seed=6))
     prompts = {prompt for _, windows in result.explanation.stages for prompt in windows.prompts}
@@ -265,7 +265,7 @@ def stopped_run(models, number, flag, values=None):
     host = make_host(models)
     host.watch = at(number, flag, [host])
     wanted = request(host, {"window_batch": 4, **(values or {})}, intermediate=True)
-    return Extrapolation(host, wanted.settings).run(wanted), host
+    return Extrapolation(host, wanted.settings.window_batch).run(wanted), host
 
 
 def test_interrupt_returns_the_last_finished_picture_and_leaves_the_model_as_it_was(models):
@@ -291,7 +291,7 @@ def test_a_finished_stage_that_nobody_decoded_is_decoded_when_it_is_the_last(mod
     host = make_host(models)
     host.watch = at(3 + 3 * (3 + 1) + 2, "interrupted", [host])
     wanted = request(host, {"window_batch": 4, "scale": 3, "controlnet": False})
-    result = Extrapolation(host, wanted.settings).run(wanted)
+    result = Extrapolation(host, wanted.settings.window_batch).run(wanted)
     assert [picture.name for picture in result.pictures] == ["base", "2x"]
     assert result.pictures[-1].image.shape == (256, 256, 3)
     assert host.progress.comments
@@ -362,5 +362,5 @@ def test_a_failed_stage_holds_no_memory_while_the_last_picture_is_decoded(models
     host = make_host(models, cls=Decoding)
     host.watch = watch
     wanted = request(host, values)
-    result = Extrapolation(host, wanted.settings).run(wanted)
+    result = Extrapolation(host, wanted.settings.window_batch).run(wanted)
     assert canvases and result.stopped.startswith("out of memory") and alive == [False]
