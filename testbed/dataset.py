@@ -24,16 +24,15 @@ from accdiff_lib.hosts.loading import EMBEDDED, load_tokenizer
 from accdiff_lib.hosts.text import split_words
 from accdiff_lib.prompts import CONTEXT
 from testbed import vae as vae_training
+from testbed.captions import caption, word_targets
 from testbed.scenes import (
     FULL,
     Scene,
     View,
-    caption,
     draw,
     held_out,
     masks,
     render,
-    word_targets,
     zoomed,
 )
 

@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
+from testbed.captions import caption, plain_caption, word_targets
 from testbed.counting import Found, find, iou, match, shape_of, wanted
 from testbed.scenes import (
     COLOURS,
@@ -18,16 +19,13 @@ from testbed.scenes import (
     Scene,
     Thing,
     View,
-    caption,
     draw,
     held_out,
     masks,
-    plain_caption,
     render,
     shares,
     thing_masks,
     visible,
-    word_targets,
     zoomed,
 )
 
