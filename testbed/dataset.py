@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPTokenizer
 
@@ -36,6 +37,8 @@ from testbed.scenes import (
     zoomed,
 )
 
+#: A VAE trained with testbed/vae.py, float16 (testbed/README.md).
+KEPT_VAE = Path(__file__).parent / "vae.fp16.safetensors"
 #: Scenes of a shard, pixels of a picture, cells of an attention map.
 SHARD, PIXELS, CELLS = 1000, 256, 16
 #: Regions of a scene as stored.
@@ -115,10 +118,13 @@ def load_shards(run: Path) -> Shard:
 
 
 def trained_vae(run: Path) -> Any:
-    """The VAE with its averaged weights."""
+    """The VAE with its averaged weights: the run's own, or the one that is kept in the repository."""
     vae = AutoencoderKL.from_config(vae_training.CONFIG)
-    state = torch.load(run / "vae.pt", weights_only=True)
-    vae.load_state_dict(state["average"]["weights"])
+    if (run / "vae.pt").exists():
+        weights = torch.load(run / "vae.pt", weights_only=True)["average"]["weights"]
+    else:
+        weights = load_file(KEPT_VAE)
+    vae.load_state_dict(weights)
     return vae.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
