@@ -117,14 +117,14 @@ class Canvas:
         texts = self.scene.window_texts(call.step)
         padded = self._pad(x, windows)
         value, count = torch.zeros_like(padded), torch.zeros_like(padded[:, :1])
-        hint = self._padded_hint(padded) if call.control and self.scene.hint is not None else None
+        hint = self.scene.hint if call.control else None
 
         def evaluate(rows: slice) -> Tensor:
             part = windows[rows]
             return self.host.denoise(torch.cat([padded[..., w.rows, w.columns] for w in part]), sigma, Rows(
                 texts[rows], [(CELL * w.top, CELL * w.left) for w in part], self.scene.picture,
                 self.settings.local_guidance or self.scene.guidance, self.settings.guidance_rescale,
-                hint=None if hint is None else _hint_crops(hint, part, x.device),
+                hint=None if hint is None else _hint_crops(hint, part, self.stage.padding, x.device),
                 strength=self.settings.control_strength))
 
         size = windows[0].height, windows[0].width
@@ -152,12 +152,6 @@ class Canvas:
         below = max(edge, max(w.top + w.height for w in windows) - edge - height)
         right = max(edge, max(w.left + w.width for w in windows) - edge - width)
         return F.pad(x, (edge, right, edge, below))
-
-    def _padded_hint(self, padded: Tensor) -> Tensor:
-        hint, edge = self.scene.hint, CELL * self.stage.padding
-        assert hint is not None
-        height, width = (CELL * side for side in padded.shape[-2:])
-        return F.pad(hint, (edge, width - edge - hint.shape[-1], edge, height - edge - hint.shape[-2]))
 
     # --- the dilated pass --------------------------------------------------------------------------------------
 
@@ -198,10 +192,14 @@ class Canvas:
         return next(number for number, call in enumerate(self.script.calls) if call.step == step)
 
 
-def _hint_crops(hint: Tensor, windows: Sequence[Window], device: torch.device) -> Tensor:
-    """The hint of each window, in three equal channels [M, 3, 8h, 8w]."""
-    crops = [hint[..., CELL * w.top:CELL * (w.top + w.height), CELL * w.left:CELL * (w.left + w.width)]
-             for w in windows]
+def _hint_crops(hint: Tensor, windows: Sequence[Window], padding: int, device: torch.device) -> Tensor:
+    """The hint of each window, zeros outside of the canvas, in three equal channels [M, 3, 8h, 8w]."""
+    height, width = hint.shape[-2:]
+    crops = []
+    for w in windows:
+        top, left = CELL * (w.top - padding), CELL * (w.left - padding)
+        bottom, right = top + CELL * w.height, left + CELL * w.width
+        crops.append(F.pad(hint, (-left, right - width, -top, bottom - height)))  # negative padding cuts
     return torch.cat(crops).to(device).expand(-1, 3, -1, -1)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 #: The last alpha_bar of a zero-terminal-SNR schedule: not zero, so that sigma stays finite (4518); the WebUI's number.
-_ZERO_SNR_LAST = 4.8973451890853435e-08
+ZERO_SNR_LAST = 4.8973451890853435e-08
 
 
 def alphas_cumprod(scheduler: Mapping[str, Any], *, zero_snr: bool = False) -> Tensor:
@@ -32,5 +32,5 @@ def alphas_cumprod(scheduler: Mapping[str, Any], *, zero_snr: bool = False) -> T
     if zero_snr:
         root = np.sqrt(bars)
         bars = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
-        bars[-1] = _ZERO_SNR_LAST
+        bars[-1] = ZERO_SNR_LAST
     return torch.from_numpy(bars)

@@ -22,9 +22,8 @@ from torch import Tensor
 from accdiff_lib import seeds
 from accdiff_lib.errors import InputError
 from accdiff_lib.hosts.base import Denoiser
-
-#: Training steps of the models; a schedule has at most as many steps.
-TRAINING_STEPS = 1000
+from accdiff_lib.hosts.noise import ZERO_SNR_LAST
+from accdiff_lib.schedule import TRAINING_STEPS
 
 Callback = Callable[[Mapping[str, Any]], None]
 
@@ -115,12 +114,10 @@ class NoiseLevels:
     Between two timesteps log(sigma) is linear, as in k-diffusion. All in float64.
     """
 
-    #: Smallest alpha-bar used. Models trained to zero terminal SNR have 0 there, which would be an infinite sigma.
-    SMALLEST_ALPHA = 4.8973451890853435e-08
-
     def __init__(self, alphas_cumprod: Tensor) -> None:
         """`alphas_cumprod` [T]: alpha-bar per training timestep, falling."""
-        alphas = alphas_cumprod.detach().to("cpu", torch.float64).clamp(min=self.SMALLEST_ALPHA).numpy()
+        # Zero would be an infinite sigma.
+        alphas = alphas_cumprod.detach().to("cpu", torch.float64).clamp(min=ZERO_SNR_LAST).numpy()
         self.sigmas = np.sqrt((1 - alphas) / alphas)
         self._log_sigmas = np.log(self.sigmas)
         self._timesteps = np.arange(len(alphas), dtype=np.float64)
