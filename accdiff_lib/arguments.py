@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from accdiff_lib import __version__
 from accdiff_lib.errors import InputError
-from accdiff_lib.settings import OPTIONS, Option
+from accdiff_lib.settings import LARGEST, OPTIONS, Option
 
 PROGRAM = "python -m accdiff_lib"
 
@@ -172,9 +172,9 @@ def values(namespace: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any
 def _size(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d{1,6})\s*[xX*]\s*(\d{1,6})", text.strip())
     sides = tuple(map(int, match.groups())) if match else ()
-    if len(sides) != 2 or any(side % 8 or not 64 <= side <= 16384 for side in sides):
+    if len(sides) != 2 or any(side % 8 or not 64 <= side <= LARGEST for side in sides):
         raise InputError(f"--target: {text!r} is not allowed; it takes WIDTHxHEIGHT in pixels, multiples of 8 from "
-                         "64 to 16384, like 2048x1536")
+                         f"64 to {LARGEST}, like 2048x1536")
     return sides[0], sides[1]
 
 

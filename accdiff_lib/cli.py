@@ -258,7 +258,7 @@ def run(job: Job) -> int:
     terminal = Terminal(job.parts, job.general["batch"], lines, sys.stderr)
     try:
         host = _host(job, models, terminal)
-        if job.settings.controlnet and job.settings.windows and job.plan.stages and not host.has_control:
+        if job.settings.uses_controlnet and job.plan.stages and not host.has_control:
             terminal.comment("no ControlNet is loaded, so edges do not guide the windows (give --controlnet PATH, or "
                              "--no-use-controlnet)")
         extrapolation = Extrapolation(host, job.settings.window_batch)

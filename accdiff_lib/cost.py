@@ -44,7 +44,7 @@ def estimate(plan: Plan, settings: Settings, *, solver: Solver, stage_solver: So
     has_base = settings.base_pass or not plan.stages or from_image
     if has_base:
         if from_image:
-            steps = calls = int(settings.window_prompts and settings.windows and bool(plan.stages))
+            steps = calls = int(settings.uses_window_prompts and bool(plan.stages))
         else:
             steps, calls = len(solver.sigmas) - 1, len(rehearse(solver, solver.sigmas))
         size = (plan.crop.height * CELL, plan.crop.width * CELL)

@@ -103,7 +103,7 @@ class Extrapolation:
 
     def _run(self, request: Request, result: Result) -> None:
         plan, settings = request.plan, request.settings
-        wants_all = request.intermediate or (self.host.has_control and settings.controlnet and settings.windows)
+        wants_all = request.intermediate or (self.host.has_control and settings.uses_controlnet)
         base = None
         if request.image is not None or settings.base_pass or not plan.stages:
             base, maps = self._base(request, result)
@@ -141,7 +141,7 @@ class Extrapolation:
     def _base(self, request: Request, result: Result) -> tuple[Picture, Tensor | None]:
         """The base picture, cropped to the target's shape, and its attention maps [rows, columns, tokens]."""
         host, begin = self.host, time.perf_counter()
-        record = request.settings.window_prompts and request.settings.windows and bool(request.plan.stages)
+        record = request.settings.uses_window_prompts and bool(request.plan.stages)
         maps, rows = None, 0
         if request.image is not None:
             latent = host.encode_image(request.image)

@@ -12,11 +12,9 @@ import random
 from dataclasses import dataclass
 
 from accdiff_lib.errors import InputError
-from accdiff_lib.settings import Settings
+from accdiff_lib.settings import LARGEST, Settings
 
 CELL = 8
-#: The longest side of a result in pixels.
-LARGEST = 16384
 _EPS = 1e-6
 #: A dilated view may be this much larger than what the model draws as one whole, before there are more views.
 _VIEW_SLACK = 0.1

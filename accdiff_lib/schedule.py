@@ -107,9 +107,9 @@ def make_script(solver: Solver, settings: Settings, timestep: Callable[[float], 
     for call in rehearse(solver, sigmas):
         step = call.step + start
         c1, c2, c3 = _weights(timestep(call.sigma), settings)
-        control = has_control and settings.controlnet and _in_range(step, count, settings)
+        control = has_control and settings.uses_controlnet and _in_range(step, count, settings)
         calls.append(replace(call, step=step, c1=c1, c2=c2, c3=c3, local=settings.windows,
-                             dilated=settings.dilated, control=control and settings.windows))
+                             dilated=settings.dilated, control=control))
     if settings.windows and settings.dilated and views > 1:
         calls = _without_negligible(calls, step_c1, [float(sigma) for sigma in solver.sigmas], settings.tolerance)
     return Script(start, sigmas, tuple(calls))

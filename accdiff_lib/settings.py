@@ -13,6 +13,9 @@ from typing import Any
 
 from accdiff_lib.errors import InputError
 
+#: The longest side of a result in pixels.
+LARGEST = 16384
+
 
 @dataclass(frozen=True)
 class Option:
@@ -133,10 +136,10 @@ class Settings:
         group="main", minimum=1, maximum=8, step=0.05)
     target_width: int = _option(
         0, "target width", "Width of the result in pixels, a multiple of 8, instead of a scale; 0 uses the scale.",
-        group="main", minimum=0, maximum=16384, step=8)
+        group="main", minimum=0, maximum=LARGEST, step=8)
     target_height: int = _option(
         0, "target height", "Height of the result in pixels, a multiple of 8, instead of a scale; 0 uses the scale.",
-        group="main", minimum=0, maximum=16384, step=8)
+        group="main", minimum=0, maximum=LARGEST, step=8)
 
     progressive: bool = _option(
         True, "progressive", "Go through 2x, 3x, ... on the way to the target instead of straight to it: better "
@@ -230,6 +233,16 @@ class Settings:
     vae_tile: int = _option(
         0, "VAE tile", "Side of a VAE tile in latent cells; 0 chooses by free memory. Never changes the picture.",
         group="memory and guidance", minimum=0, maximum=1024, step=8)
+
+    @property
+    def uses_window_prompts(self) -> bool:
+        """Window prompts are on, and there are windows to have them."""
+        return self.window_prompts and self.windows
+
+    @property
+    def uses_controlnet(self) -> bool:
+        """The ControlNet is on, and there are windows to guide."""
+        return self.controlnet and self.windows
 
 
 OPTIONS: dict[str, Option] = {
