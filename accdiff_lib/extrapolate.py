@@ -101,6 +101,10 @@ class Extrapolation:
             self._texts.update(zip(new, self.host.encode_texts(new), strict=True))
         return [self._texts[prompt] for prompt in prompts]
 
+    def locate(self, request: Request, maps: Tensor) -> list[WordMask]:
+        """Where each word of the prompt is, from the base pass's attention maps [rows, columns, tokens]."""
+        return word_masks(maps, self.host.words(request.prompt))
+
     def _run(self, request: Request, result: Result) -> None:
         plan, settings = request.plan, request.settings
         wants_all = request.intermediate or (self.host.has_control and settings.uses_controlnet)
@@ -109,7 +113,7 @@ class Extrapolation:
             base, maps = self._base(request, result)
             self._finish(result, base, decode=wants_all or bool(result.stopped) or not plan.stages)
             if maps is not None:
-                result.explanation.words = word_masks(maps, self.host.words(request.prompt))
+                result.explanation.words = self.locate(request, maps)
         last = base
         for stage in plan.stages:
             if result.stopped:

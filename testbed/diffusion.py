@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -75,6 +76,15 @@ class Networks(nn.Module):
         return self.unet(x, t, states, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes}).sample
 
 
+def mixed_precision(networks: nn.Module) -> None:
+    """Prepares a module for bfloat16 autocast on the CPU: norms and softmax in float32, where bfloat16 is slower."""
+    for module in networks.modules():
+        if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
+            module.register_forward_pre_hook(lambda norm, args: (args[0].float(),))
+        if isinstance(module, UNet2DConditionModel):
+            module.set_attn_processor(AttnProcessor())
+
+
 @contextmanager
 def recorded_attention(unet: nn.Module) -> Iterator[list[Tensor]]:
     """Collects the mean probabilities over heads [B, 256, 77] of the layers with 16 x 16 cells, with gradients."""
@@ -97,7 +107,7 @@ def attention_loss(probabilities: list[Tensor], cell_regions: Tensor, token_regi
     """-log of the attention that a cell gives to the words naming its region, over cells that have such words."""
     wanted = (cell_regions.flatten(1)[:, :, None] == token_regions[:, None, :]) & (token_regions > 0)[:, None, :]
     named = wanted.any(-1)
-    losses = [-(p * wanted).sum(-1).clamp(min=1e-4).log()[named] for p in probabilities]
+    losses = [-(p.float() * wanted).sum(-1).clamp(min=1e-4).log()[named] for p in probabilities]
     return torch.cat(losses).mean()
 
 
@@ -129,6 +139,7 @@ def main() -> None:
     factor = 1 / float(data.latents[:1000].float().std())
     networks = Networks()
     networks.unet.to(memory_format=torch.channels_last)
+    mixed_precision(networks)
     optimizer = torch.optim.AdamW(networks.parameters(), lr=RATE, betas=(0.9, 0.99), weight_decay=1e-3)
     average = Average(networks, 0.999)
     checkpoint = Checkpoint(options.run / "diffusion.pt", {
@@ -152,9 +163,9 @@ def main() -> None:
         noised = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
         for group in optimizer.param_groups:
             group["lr"] = RATE * min(1.0, (step + 1) / 300) * (0.55 + 0.45 * math.cos(math.pi * step / options.steps))
-        with recorded_attention(networks.unet) as probabilities:
+        with recorded_attention(networks.unet) as probabilities, torch.autocast("cpu", torch.bfloat16):
             predicted = networks(noised, t, tokens, random_sizes(generator))
-        error = F.mse_loss(predicted, noise, reduction="none").mean((1, 2, 3))
+        error = F.mse_loss(predicted.float(), noise, reduction="none").mean((1, 2, 3))
         weight = snr[t].clamp(max=5) / snr[t]  # min-SNR (Hang et al. 2023)
         looks = attention_loss(probabilities, cell_regions, token_regions)
         loss = (weight * error).mean() + ATTENTION * looks
