@@ -61,7 +61,9 @@ class Average:
         return {"weights": self.weights, "updates": self.updates}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.weights, self.updates = dict(state["weights"]), state["updates"]
+        for name, value in state["weights"].items():
+            self.weights[name].copy_(value)
+        self.updates = state["updates"]
 
 
 def training(checkpoint: Checkpoint, *, steps: int, minutes: float, log: Mapping[str, Any],

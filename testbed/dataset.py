@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
@@ -24,6 +26,7 @@ from transformers import CLIPTokenizer
 from accdiff_lib.hosts.loading import EMBEDDED, load_tokenizer
 from accdiff_lib.hosts.text import split_words
 from accdiff_lib.prompts import CONTEXT
+from accdiff_lib.structure import canny, hint
 from testbed import vae as vae_training
 from testbed.captions import caption, word_targets
 from testbed.scenes import (
@@ -108,9 +111,37 @@ def make_shard(vae: Any, number: int) -> Shard:
                  torch.from_numpy(np.stack(cells)))
 
 
-def load_shards(run: Path) -> Shard:
-    """All shards at hand as one."""
-    files = sorted((run / "shards").glob("*.pt"))
+def make_edges(number: int) -> Tensor:
+    """The canny edges of the shard of this number, as bits of uint8 [SHARD, PIXELS, PIXELS / 8]."""
+    rng = np.random.default_rng((2000, number))
+    coarse = np.random.default_rng((2500, number))
+    edges = [_edges(example(rng)[0], coarse) for _ in range(SHARD)]
+    return torch.from_numpy(np.packbits(np.stack(edges), axis=-1))
+
+
+def _edges(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Edges (0 or 1) of a picture, often seen at a lower resolution: a stage's hint comes from the one before."""
+    side = round(PIXELS / rng.choice([1, 4 / 3, 3 / 2, 2]))
+    found = canny(cv2.resize(picture, (side, side), interpolation=cv2.INTER_AREA), float(rng.uniform(0.1, 0.5)))
+    return (hint(found, PIXELS, PIXELS)[0, 0] > 0.5).numpy()
+
+
+def load_edges(run: Path, count: int) -> Tensor:
+    """Bits of the edges [count, PIXELS, PIXELS / 8] of the first `count` examples; makes and keeps what is missing."""
+    folder = run / "edges"
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = []
+    for number in range(math.ceil(count / SHARD)):
+        file = folder / f"{number:04}.pt"
+        if not file.exists():
+            torch.save(make_edges(number), file)
+        parts.append(torch.load(file, weights_only=True))
+    return torch.cat(parts)[:count]
+
+
+def load_shards(run: Path, limit: int | None = None) -> Shard:
+    """All shards at hand as one, or the first `limit`."""
+    files = sorted((run / "shards").glob("*.pt"))[:limit]
     if not files:
         raise FileNotFoundError(f"no shards in {run}; make them with python -m testbed.dataset --run {run}")
     parts = [torch.load(file, weights_only=True) for file in files]

@@ -11,6 +11,7 @@ import argparse
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -81,8 +82,8 @@ def mixed_precision(networks: nn.Module) -> None:
     for module in networks.modules():
         if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
             module.register_forward_pre_hook(lambda norm, args: (args[0].float(),))
-        if isinstance(module, UNet2DConditionModel):
-            module.set_attn_processor(AttnProcessor())
+        if isinstance(module, Attention):
+            module.set_processor(AttnProcessor())
 
 
 @contextmanager
@@ -118,26 +119,78 @@ def random_sizes(generator: torch.Generator) -> Tensor:
     return torch.cat([side, origin, side], dim=1).float()
 
 
-def batch_of(data: Shard, step: int) -> tuple[Tensor, ...]:
-    """Latents, tokens and regions of a step; every example is seen once before any is seen again."""
-    count = len(data.latents)
-    per_epoch = count // BATCH
-    order = np.random.default_rng((3000, step // per_epoch)).permutation(count)
-    rows = torch.from_numpy(order[step % per_epoch * BATCH:][:BATCH])
-    return data.latents[rows].float(), data.tokens[rows], data.token_regions[rows], data.cell_regions[rows]
+@dataclass
+class Batch:
+    """One step's pictures: what the networks get, and the noise that they should find."""
+
+    noised: Tensor  # [B, 4, 32, 32]
+    t: Tensor
+    tokens: Tensor
+    sizes: Tensor
+    noise: Tensor
+    #: Of each picture's loss: min-SNR (Hang et al. 2023, gamma 5).
+    weight: Tensor
+    token_regions: Tensor
+    cell_regions: Tensor
+    #: Which examples of the data they are.
+    rows: Tensor
+
+    def error(self, predicted: Tensor) -> Tensor:
+        """The mean squared error [B] of the predicted noise, without the weights."""
+        return F.mse_loss(predicted.float(), self.noise, reduction="none").mean((1, 2, 3))
+
+
+class Batches:
+    """The batch of every step: the same for the same data."""
+
+    def __init__(self, data: Shard, device: torch.device, dropped: float):
+        """`dropped` is the share of captions replaced by the empty one."""
+        self._data, self._device, self._dropped = data, device, dropped
+        self.factor = scaling_factor(data)
+        self._alphas = alphas_cumprod({}).float()
+        tokenizer = load_tokenizer(EMBEDDED / "tokenizer")
+        self._empty = torch.tensor([tokenizer.bos_token_id] + [tokenizer.eos_token_id] * 76)
+
+    def __call__(self, step: int) -> Batch:
+        data, generator = self._data, torch.Generator().manual_seed(step)
+        rows = self._rows(step)
+        latents = data.latents[rows].float() * self.factor
+        dropped = torch.rand(BATCH, generator=generator)[:, None] < self._dropped
+        t = torch.randint(0, 1000, (BATCH,), generator=generator)
+        noise = torch.randn(latents.shape, generator=generator)
+        alpha = self._alphas[t]
+        snr = alpha / (1 - alpha)
+        noised = _image_like(alpha.sqrt()) * latents + _image_like((1 - alpha).sqrt()) * noise
+        batch = Batch(noised, t, torch.where(dropped, self._empty, data.tokens[rows]), random_sizes(generator), noise,
+                      snr.clamp(max=5) / snr, torch.where(dropped, 0, data.token_regions[rows]),
+                      data.cell_regions[rows], rows)
+        for name, tensor in vars(batch).items():
+            setattr(batch, name, tensor.to(self._device))
+        batch.noised = batch.noised.to(memory_format=torch.channels_last)
+        return batch
+
+    def _rows(self, step: int) -> Tensor:
+        """Every example is seen once before any is seen again."""
+        count = len(self._data.latents)
+        order = np.random.default_rng((3000, step // (count // BATCH))).permutation(count)
+        return torch.from_numpy(order[step % (count // BATCH) * BATCH:][:BATCH])
+
+
+def scaling_factor(data: Shard) -> float:
+    """What brings the VAE's latents to a standard deviation of 1."""
+    return 1 / float(data.latents[:1000].float().std())
+
+
+def _image_like(values: Tensor) -> Tensor:
+    return values[:, None, None, None]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m testbed.diffusion", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, required=True, help="folder of the checkpoints and shards")
-    parser.add_argument("--steps", type=int, default=12000, help=f"of {BATCH} pictures (default: %(default)s)")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long, to go on later")
-    options = parser.parse_args()
+    options = arguments("diffusion", __doc__ or "", steps=12000)
     torch.manual_seed(0)
-    data = load_shards(options.run)
-    factor = 1 / float(data.latents[:1000].float().std())
-    networks = Networks()
+    device = torch.device(options.device)
+    batches = Batches(load_shards(options.run), device, DROPPED)
+    networks = Networks().to(device)
     networks.unet.to(memory_format=torch.channels_last)
     mixed_precision(networks)
     optimizer = torch.optim.AdamW(networks.parameters(), lr=RATE, betas=(0.9, 0.99), weight_decay=1e-3)
@@ -145,37 +198,38 @@ def main() -> None:
     checkpoint = Checkpoint(options.run / "diffusion.pt", {
         "networks": networks, "optimizer": optimizer, "average": average})
     checkpoint.load()
-    alphas = alphas_cumprod({}).float()
-    snr = alphas / (1 - alphas)
-    tokenizer = load_tokenizer(EMBEDDED / "tokenizer")
-    empty = torch.tensor([tokenizer.bos_token_id] + [tokenizer.eos_token_id] * 76)
     log: dict[str, float | Tensor] = {}
     for step in training(checkpoint, steps=options.steps, minutes=options.minutes, log=log):
-        generator = torch.Generator().manual_seed(step)
-        latents, tokens, token_regions, cell_regions = batch_of(data, step)
-        latents = (latents * factor).to(memory_format=torch.channels_last)
-        dropped = torch.rand(BATCH, generator=generator) < DROPPED
-        tokens = torch.where(dropped[:, None], empty, tokens)
-        token_regions = torch.where(dropped[:, None], 0, token_regions)
-        t = torch.randint(0, 1000, (BATCH,), generator=generator)
-        noise = torch.randn(latents.shape, generator=generator)
-        alpha = alphas[t][:, None, None, None]
-        noised = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
-        for group in optimizer.param_groups:
-            group["lr"] = RATE * min(1.0, (step + 1) / 300) * (0.55 + 0.45 * math.cos(math.pi * step / options.steps))
-        with recorded_attention(networks.unet) as probabilities, torch.autocast("cpu", torch.bfloat16):
-            predicted = networks(noised, t, tokens, random_sizes(generator))
-        error = F.mse_loss(predicted.float(), noise, reduction="none").mean((1, 2, 3))
-        weight = snr[t].clamp(max=5) / snr[t]  # min-SNR (Hang et al. 2023)
-        looks = attention_loss(probabilities, cell_regions, token_regions)
-        loss = (weight * error).mean() + ATTENTION * looks
+        batch = batches(step)
+        set_rate(optimizer, RATE, step, options.steps)
+        with recorded_attention(networks.unet) as probabilities, torch.autocast(device.type, torch.bfloat16):
+            predicted = networks(batch.noised, batch.t, batch.tokens, batch.sizes)
+        error = batch.error(predicted)
+        looks = attention_loss(probabilities, batch.cell_regions, batch.token_regions)
+        loss = (batch.weight * error).mean()
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        (loss + ATTENTION * looks).backward()
         nn.utils.clip_grad_norm_(networks.parameters(), 1.0)
         optimizer.step()
         average.update()
-        log["loss"], log["attention"] = (weight * error).mean().detach(), looks.detach()
-        log["loud"] = error[t > 700].mean().detach()
+        log["loss"], log["attention"], log["loud"] = loss.detach(), looks.detach(), error[batch.t > 700].mean().detach()
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float, step: int, steps: int) -> None:
+    """Learning rate of a step: warm-up over 300 steps, then half a cosine down to a tenth."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * min(1.0, (step + 1) / 300) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
+
+
+def arguments(name: str, description: str, steps: int) -> argparse.Namespace:
+    """The command line of a training."""
+    parser = argparse.ArgumentParser(prog=f"python -m testbed.{name}", description=description,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, help="folder of the checkpoints and shards")
+    parser.add_argument("--steps", type=int, default=steps, help=f"of {BATCH} pictures (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long, to go on later")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

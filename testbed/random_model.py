@@ -1,6 +1,4 @@
-"""Builds small models with random weights that behave like trained ones where it matters to the engine.
-
-    python -m testbed.random_model --out accdiff_lib/embedded
+"""Builds small models with random weights that behave like trained ones where it matters to the engine, for tests.
 
 Plain random weights give grey pictures, flat attention and a ControlNet without effect. Here the UNet predicts
 mostly the noise it is given (plus something of its own), words differ in the attention maps, the ControlNet's zero
@@ -9,37 +7,19 @@ convolutions are not zero, and the VAE's colours use the whole range. The same s
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from accdiff_lib.hosts.loading import EMBEDDED, Models, alphas_cumprod, load_tokenizer
 
-SEED = 20250
 #: Share of the UNet's prediction that is not the noise it was given.
 STRUCTURE = 0.15
-
-SCHEDULER = {
-    "_class_name": "EulerDiscreteScheduler",
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "interpolation_type": "linear",
-    "num_train_timesteps": 1000,
-    "prediction_type": "epsilon",
-    "sample_max_value": 1.0,
-    "steps_offset": 1,
-    "timestep_spacing": "leading",
-    "use_karras_sigmas": False,
-}
 
 #: SDXL in miniature; group norms keep 32 groups because the original code has that number written in.
 UNET = {
@@ -56,7 +36,6 @@ UNET = {
     "addition_time_embed_dim": 32,
     "projection_class_embeddings_input_dim": 6 * 32 + 24,
 }
-CONTROLNET = {"conditioning_embedding_out_channels": [8, 16, 24, 32]}
 VAE = {
     "block_out_channels": [32, 32, 64, 64],
     "down_block_types": ["DownEncoderBlock2D"] * 4,
@@ -67,25 +46,7 @@ VAE = {
     "scaling_factor": 0.13025,
     "force_upcast": True,
 }
-TEXT = {"hidden_size": 24, "intermediate_size": 96, "num_attention_heads": 2, "num_hidden_layers": 3}
-TEXT_1 = {**TEXT, "hidden_act": "quick_gelu", "projection_dim": 24}
-TEXT_2 = {**TEXT, "hidden_act": "gelu", "projection_dim": 24}
 CLIP_VOCABULARY = {"vocab_size": 49408, "max_position_embeddings": 77, "bos_token_id": 49406, "eos_token_id": 49407}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m testbed.random_model", description="Builds the embedded model.")
-    parser.add_argument("--out", type=Path, default=EMBEDDED, help="folder of the model (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=SEED, help="default: %(default)s")
-    options = parser.parse_args()
-    save(embedded(options.seed), options.out, dtype=torch.float16)
-    size = sum(file.stat().st_size for file in options.out.rglob("*") if file.is_file())
-    print(f"{options.out}: {size / 1e6:.1f} MB")
-
-
-def embedded(seed: int = SEED) -> Models:
-    """The embedded model: SDXL-shaped, 256 x 256 pixels, about 5 million weights."""
-    return build("sdxl", seed, unet=UNET, vae=VAE, texts=[TEXT_1, TEXT_2], controlnet=CONTROLNET, name="embedded")
 
 
 def build(family: str, seed: int, *, unet: Mapping[str, Any], vae: Mapping[str, Any],
@@ -99,7 +60,7 @@ def build(family: str, seed: int, *, unet: Mapping[str, Any], vae: Mapping[str, 
             family=family, name=name, unet=UNet2DConditionModel.from_config(dict(unet)),
             vae=AutoencoderKL.from_config(dict(vae)), text_encoders=[_text_encoder(texts[0], CLIPTextModel)],
             tokenizers=[load_tokenizer(EMBEDDED / "tokenizer")], controlnet=None, prediction=prediction,
-            alphas_cumprod=alphas_cumprod(SCHEDULER))
+            alphas_cumprod=alphas_cumprod({}))
         if family == "sdxl":
             models.text_encoders.append(_text_encoder(texts[1], CLIPTextModelWithProjection))
             models.tokenizers.append(load_tokenizer(EMBEDDED / "tokenizer_2"))
@@ -112,53 +73,6 @@ def build(family: str, seed: int, *, unet: Mapping[str, Any], vae: Mapping[str, 
     for module in models.modules():
         module.eval().requires_grad_(False)
     return models
-
-
-def save(models: Models, folder: Path, *, dtype: torch.dtype = torch.float32) -> None:
-    """Writes a diffusers folder. Vocabulary files are not copied: the loader finds the embedded model's."""
-    folder.mkdir(parents=True, exist_ok=True)
-    sdxl = models.family == "sdxl"
-    parts: dict[str, Any] = {"unet": models.unet, "vae": models.vae, "text_encoder": models.text_encoders[0]}
-    index: dict[str, Any] = {"_class_name": "StableDiffusionXLPipeline" if sdxl else "StableDiffusionPipeline"}
-    if sdxl:
-        parts["text_encoder_2"] = models.text_encoders[1]
-    if models.controlnet is not None:
-        parts["controlnet"] = models.controlnet
-    for part, module in parts.items():
-        before = next(module.parameters()).dtype
-        module.to(dtype).save_pretrained(folder / part, safe_serialization=True)
-        module.to(before)
-        library = "transformers" if part.startswith("text") else "diffusers"
-        index[part] = [library, type(module).__name__]
-        _tidy_config(folder / part / "config.json")
-        for file in (folder / part).iterdir():
-            file.chmod(0o644)  # safetensors makes files that only their owner can read
-    for part, tokenizer in zip(("tokenizer", "tokenizer_2"), models.tokenizers, strict=False):
-        index[part] = ["transformers", "CLIPTokenizer"]
-        _write_json(folder / part / "tokenizer_config.json", tokenizer_config(tokenizer))
-    index["scheduler"] = ["diffusers", SCHEDULER["_class_name"]]
-    _write_json(folder / "scheduler" / "scheduler_config.json", {**SCHEDULER, "prediction_type": models.prediction})
-    _write_json(folder / "model_index.json", index)
-
-
-def tokenizer_config(tokenizer: CLIPTokenizer) -> dict[str, Any]:
-    """What tells one CLIP tokenizer from another besides the vocabulary: its padding."""
-    return {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True, "errors": "replace",
-            "bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token, "unk_token": tokenizer.unk_token,
-            "pad_token": tokenizer.pad_token}
-
-
-def _tidy_config(path: Path) -> None:
-    """Drops what names this machine or this minute, so that the files depend on the seed alone."""
-    config = json.loads(path.read_text(encoding="utf-8"))
-    for key in ("_name_or_path", "transformers_version"):
-        config.pop(key, None)
-    _write_json(path, config)
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _text_encoder(config: Mapping[str, Any], kind: type) -> Any:
@@ -249,6 +163,3 @@ def _controlnet(unet: UNet2DConditionModel, config: Mapping[str, Any]) -> Contro
             layer.bias.zero_()
     return controlnet
 
-
-if __name__ == "__main__":
-    main()

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from accdiff_lib.hosts.export import controlnet_to_checkpoint, to_checkpoint
 from accdiff_lib.hosts.loading import Models
-from testbed import random_model
+from testbed import random_model, saving
 
 _TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2,
          "projection_dim": 16}
@@ -68,7 +68,7 @@ def other_vae(scaling_factor: float = 0.13025, latent_channels: int = 4) -> Auto
 
 def save_folder(models: Models, path: Path) -> Path:
     """A diffusers folder; the ControlNet lies in it too (`controlnet/`). Returns the path."""
-    random_model.save(models, path)
+    saving.save(models, path)
     return path
 
 

@@ -1,0 +1,146 @@
+"""What the embedded model can do, on scenes kept out of its training: `python -m testbed.gates`.
+
+Prints a line for each gate and exits with 1 when one is missed. The pictures are the engine's base pictures of captions
+in many wordings; things are counted by `testbed.counting`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from scipy.stats import rankdata
+
+from accdiff_lib.hosts.loading import load
+from accdiff_lib.hosts.standalone import StandaloneHost
+from testbed import vae
+from testbed.captions import caption, word_targets
+from testbed.counting import Found, find, match
+from testbed.sampling import STEPS, Base, make_host, sample
+from testbed.scenes import FULL, Scene, draw, held_out
+
+#: What each gate asks for at least.
+GATES = {"colour": 0.95, "shape": 0.90, "count": 0.90, "attention": 0.90, "vae": 29.0}
+SEED = 6000
+
+
+@dataclass
+class Outcome:
+    """One caption and the picture of it."""
+
+    scene: Scene
+    text: str
+    base: Base
+    found: list[Found]
+
+
+def held_out_scenes(count: int, seed: int = SEED) -> list[tuple[Scene, str]]:
+    """Scenes that training never showed, each with a caption in some wording."""
+    rng = np.random.default_rng(seed)
+    found: list[tuple[Scene, str]] = []
+    while len(found) < count:
+        scene = draw(rng)
+        if held_out(scene):
+            found.append((scene, caption(scene, FULL, rng)))
+    return found
+
+
+def outcomes(host: StandaloneHost, scenes: Sequence[tuple[Scene, str]]) -> list[Outcome]:
+    """The pictures of the scenes' captions, with what was found in them."""
+    bases = sample(host, [text for _, text in scenes], SEED)
+    return [Outcome(scene, text, base, find(base.image)) for (scene, text), base in zip(scenes, bases, strict=True)]
+
+
+def shares(results: Sequence[Outcome]) -> dict[str, float]:
+    """The shares of things of the right colour, of the right colour and shape, and of pictures with the right things.
+
+    A thing's place is the model's to choose.
+    """
+    matches = [match(result.found, result.scene, by_place=False) for result in results]
+    wanted = sum(each.wanted for each in matches)
+    return {"colour": sum(each.colours for each in matches) / wanted,
+            "shape": sum(each.shapes for each in matches) / wanted,
+            "count": float(np.mean([each.exact for each in matches]))}
+
+
+def attention(host: StandaloneHost, results: Sequence[Outcome]) -> float:
+    """Mean AUC of the attention to a thing's words (colour and shape) as a detector of the cells it covers."""
+    found = [auc for result in results for auc in _word_aucs(host, result)]
+    return float(np.mean(found))
+
+
+def _word_aucs(host: StandaloneHost, result: Outcome) -> list[float]:
+    # A word of the engine may stand between punctuation, which is a word of its own there.
+    words = [word for word in host.words(result.text) if word.text.strip("-").isalnum()]
+    rows, columns = result.base.maps.shape[:2]
+    aucs = []
+    for index, which in word_targets(result.text, result.scene):
+        name = result.text.split()[index].strip(",")
+        column = next((word.columns for word in words if word.text == name), None)
+        thing = next((thing for thing in result.found if isinstance(which, int)
+                      and thing.colour == result.scene.things[which].colour), None)
+        if column is None or thing is None:
+            continue
+        if sum(word.text == name for word in words) > 1:
+            continue  # a shape that both things have
+        inside = cells(thing, rows, columns)
+        if inside.any():
+            aucs.append(auc(result.base.maps[..., list(column)].mean(-1).numpy(), inside))
+    return aucs
+
+
+def cells(thing: Found, rows: int, columns: int) -> np.ndarray:
+    """Which cells a found thing covers by more than half, bool [rows, columns]."""
+    full = np.zeros(thing.size, np.float32)
+    top, left, bottom, right = thing.box
+    full[top:bottom, left:right] = thing.mask
+    return cv2.resize(full, (columns, rows), interpolation=cv2.INTER_AREA) > 0.5
+
+
+def auc(values: np.ndarray, inside: np.ndarray) -> float:
+    """The chance that a cell inside has a larger value than one outside (Mann-Whitney)."""
+    ranks = rankdata(values)[inside.ravel()]
+    count, others = len(ranks), inside.size - len(ranks)
+    return float((ranks.sum() - count * (count + 1) / 2) / (count * others))
+
+
+def sheet(results: Sequence[Outcome], columns: int = 8) -> np.ndarray:
+    """The pictures side by side with their captions, uint8 [H, W, 3]."""
+    tiles = []
+    for result in results:
+        tile = cv2.copyMakeBorder(result.base.image, 0, 28, 2, 2, cv2.BORDER_CONSTANT, value=(255, 255, 255))
+        for line, part in enumerate((result.text[:44], result.text[44:])):
+            cv2.putText(tile, part, (3, 268 + 12 * line), cv2.FONT_HERSHEY_SIMPLEX, 0.35, (0, 0, 0), 1, cv2.LINE_AA)
+        tiles.append(tile)
+    tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % columns)
+    return np.concatenate([np.concatenate(tiles[row:row + columns], 1) for row in range(0, len(tiles), columns)])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m testbed.gates", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="a diffusers folder (default: the embedded model)")
+    parser.add_argument("--pictures", type=int, default=100, help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=STEPS, help="default: %(default)s")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--sheet", type=Path, help="write the pictures into this file")
+    options = parser.parse_args()
+    models = load(options.model, device=options.device)
+    host = make_host(models, steps=options.steps, device=options.device)
+    results = outcomes(host, held_out_scenes(options.pictures))
+    measured = {**shares(results), "attention": attention(host, results), "vae": vae.quality(models.vae)}
+    for name, least in GATES.items():
+        print(f"{name:10} {measured[name]:6.3f}  at least {least:g}  {'ok' if measured[name] >= least else 'MISSED'}")
+    if options.sheet:
+        cv2.imwrite(str(options.sheet), cv2.cvtColor(sheet(results), cv2.COLOR_RGB2BGR))
+    return int(any(measured[name] < least for name, least in GATES.items()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

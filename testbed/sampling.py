@@ -1,0 +1,67 @@
+"""Base pictures of many captions at once, with their attention maps, as the engine's base pass makes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from accdiff_lib import seeds
+from accdiff_lib.attention import AttentionRecorder, map_size
+from accdiff_lib.hosts.base import Picture, Rows
+from accdiff_lib.hosts.loading import Models
+from accdiff_lib.hosts.standalone import StandaloneHost
+from accdiff_lib.plan import CELL, Stage
+
+STEPS, GUIDANCE = 30, 5.0
+SAMPLER, SCHEDULER = "DPM++ 2M", "Karras"
+
+
+class Silent:
+    """A progress (hosts.base.Progress) that nobody watches."""
+
+    interrupted = skipped = False
+
+    def begin(self, stage: Stage | None, model_calls: int) -> None: ...
+    def advance(self, rows: int) -> None: ...
+    def preview(self, denoised: Tensor) -> None: ...
+    def finished(self, picture: Picture) -> None: ...
+    def comment(self, text: str) -> None: ...
+
+
+@dataclass
+class Base:
+    """A sampled picture uint8 [H, W, 3] and its attention maps [rows, columns, tokens]."""
+
+    image: np.ndarray
+    maps: Tensor
+
+
+def make_host(models: Models, *, steps: int = STEPS, device: str = "cpu") -> StandaloneHost:
+    """A host for captions of one context and no negative prompt."""
+    return StandaloneHost(models, prompt="", negative="", progress=Silent(), sampler=SAMPLER, scheduler=SCHEDULER,
+                          steps=steps, device=device)
+
+
+@torch.no_grad()
+def sample(host: StandaloneHost, captions: Sequence[str], first_seed: int, *, guidance: float = GUIDANCE,
+           batch: int = 8) -> list[Base]:
+    """A picture of each caption, with the seeds `first_seed`, `first_seed + 1`, ..."""
+    side = host.window
+    found: list[Base] = []
+    for begin in range(0, len(captions), batch):
+        part = captions[begin:begin + batch]
+        rows = Rows(host.encode_texts(part), [(0, 0)] * len(part), (side * CELL, side * CELL), guidance)
+        noise = torch.cat([seeds.normal((1, host.channels, side, side), first_seed + begin + number, "base")
+                           for number in range(len(part))]).to(host.device)
+        sigmas = host.solver.sigmas
+        recorder = AttentionRecorder(host.cross_attention(), map_size(side, side, host.attention_halvings),
+                                     host.cond_rows)
+        with recorder:
+            latents = host.solver.integrate(lambda x, sigma, rows=rows, **_: host.denoise(x, sigma[0], rows),
+                                            noise * (float(sigmas[0]) ** 2 + 1) ** 0.5, sigmas, 0)
+        found += [Base(host.decode(latent[None]), maps) for latent, maps in zip(latents, recorder.maps, strict=True)]
+    return found
