@@ -103,7 +103,7 @@ class Extrapolation:
 
     def locate(self, request: Request, maps: Tensor) -> list[WordMask]:
         """Where each word of the prompt is, from the base pass's attention maps [rows, columns, tokens]."""
-        return word_masks(maps, self.host.words(request.prompt))
+        return word_masks(maps, self.host.words(request.prompt), request.settings.membership)
 
     def _run(self, request: Request, result: Result) -> None:
         plan, settings = request.plan, request.settings
@@ -253,7 +253,8 @@ class Extrapolation:
         settings, seed = request.settings, request.seed
         if result.explanation.words:
             windows = stage.windows(seeds.integers(seed, "windows", stage.number) if settings.jitter else None)
-            prompts = window_prompts(result.explanation.words, stage, windows, settings.c, request.plan.part)
+            prompts = window_prompts(result.explanation.words, stage, windows, settings.c, request.plan.part,
+                                     settings.membership)
             result.explanation.stages.append((stage, prompts))
             texts = self.texts(prompts.prompts)
             return lambda step: windows, lambda step: texts

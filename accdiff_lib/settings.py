@@ -117,6 +117,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "low-vram": {"window_batch": 1, "vae_tile": 32},
 }
 
+#: How words get into the windows' prompts (window_prompts.py).
+MEMBERSHIPS = ("relative", "paper")
+
 #: Sampler or scheduler of the stages: this one, or the base pass's.
 SAME = "Same"
 
@@ -182,9 +185,14 @@ class Settings:
     window_prompts: bool = _option(
         True, "window prompts", "Gives each window only those words of the prompt that the base picture has there: no "
         "repeated objects.", group="windows")
+    membership: str = _option(
+        "relative", "word membership", "Which words a window's prompt gets. relative: words compete for each place; a "
+        "word needs the share c of the window, or the window the share c of the word. paper: words that cover the "
+        "share c of the window, which leaves out what is small.", group="windows", choices=MEMBERSHIPS)
     c: float = _option(
-        0.3, "prompt fit c", "The share of a window that a word's attention mask must cover for the word to be in the "
-        "window's prompt; larger means fewer words.", group="windows", minimum=0, maximum=1, step=0.01)
+        0.3, "prompt fit c", "The share of a window (or of itself, see word membership) that a word's attention mask "
+        "must cover for the word to be in the window's prompt; larger means fewer words.", group="windows", minimum=0,
+        maximum=1, step=0.01)
     local_guidance: float = _option(
         0.0, "local guidance", "CFG scale of the windows; 0 takes that of the base pass.", group="windows",
         minimum=0, maximum=30, step=0.5)

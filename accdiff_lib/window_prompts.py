@@ -1,4 +1,10 @@
-"""From attention maps to masks, from masks to the words of each window (AccDiffusion, METHODS 1.3)."""
+"""From attention maps to masks, from masks to the words of each window (AccDiffusion, METHODS 1.3).
+
+There are two rules of membership. The paper's takes the attention above its mean as a word's mask, and puts the word
+into the windows of which the mask covers the share c: an object that is smaller than that share of a window is in no
+window's prompt, however well it is located. The relative rule asks for the share c of the window *or of the mask*, and
+lets the words compete for each place first, so that what falls on BOS and padding there says nothing.
+"""
 
 from __future__ import annotations
 
@@ -40,12 +46,33 @@ def token_mask(attention: Tensor, iterations: int) -> np.ndarray:
     return cv2.dilate(cv2.erode(mask, kernel, iterations=iterations), kernel, iterations=iterations) > 0
 
 
-def word_masks(maps: Tensor, words: Sequence[Word]) -> list[WordMask]:
-    """The mask of each word: the union of its tokens' masks. `maps` is [rows, columns, tokens]."""
-    iterations = min(maps.shape[:2]) // 16
-    return [WordMask(word, maps[..., list(word.columns)].mean(dim=-1).numpy(),
-                     np.any([token_mask(maps[..., column], iterations) for column in word.columns], axis=0))
-            for word in words]
+def word_masks(maps: Tensor, words: Sequence[Word], membership: str = "paper") -> list[WordMask]:
+    """The attention and the mask of each word; `maps` is [rows, columns, tokens]."""
+    if membership == "relative":
+        masks = _competing_masks(maps, words)
+    else:  # the union of its tokens' masks
+        iterations = min(maps.shape[:2]) // 16
+        masks = [np.any([token_mask(maps[..., column], iterations) for column in word.columns], axis=0)
+                 for word in words]
+    return [WordMask(word, maps[..., list(word.columns)].mean(dim=-1).numpy(), mask)
+            for word, mask in zip(words, masks, strict=True)]
+
+
+def _competing_masks(maps: Tensor, words: Sequence[Word]) -> list[np.ndarray]:
+    """Where each word's share of the attention to all words is large, bool [rows, columns] each."""
+    attention = [maps[..., list(word.columns)].sum(dim=-1).numpy() for word in words]
+    total = np.sum(attention, axis=0) if len(words) > 1 else 1.0  # a word alone competes with the rest of its context
+    return [_large(each / np.maximum(total, 1e-12)) for each in attention]
+
+
+def _large(values: np.ndarray) -> np.ndarray:
+    """The upper of two classes (Otsu 1979); everything where all is alike."""
+    low, high = values.min(), values.max()
+    if high - low < 1e-3 * high:
+        return np.ones(values.shape, bool)
+    levels = np.rint((values - low) * (255 / (high - low))).astype(np.uint8)
+    threshold, _ = cv2.threshold(levels, 0, 255, cv2.THRESH_BINARY | cv2.THRESH_OTSU)
+    return levels > threshold
 
 
 def window_shares(mask: np.ndarray, windows: Sequence[Window], size: tuple[int, int], padding: int,
@@ -72,13 +99,22 @@ def window_shares(mask: np.ndarray, windows: Sequence[Window], size: tuple[int, 
 
 
 def window_prompts(masks: Sequence[WordMask], stage: Stage, windows: Sequence[Window], c: float,
-                   part: tuple[float, float, float, float] = (0, 0, 1, 1)) -> WindowPrompts:
+                   part: tuple[float, float, float, float] = (0, 0, 1, 1), membership: str = "paper") -> WindowPrompts:
     """The prompt of each window: those words, in their order, whose mask covers at least the share `c` of it.
 
-    May be the empty prompt, which is encoded as such (METHODS 1.3).
+    With relative membership also those of whose mask the share `c` lies in the window. May be the empty prompt, which
+    is encoded as such (METHODS 1.3).
     """
     size = (stage.height, stage.width)
-    member = [window_shares(mask.mask, windows, size, stage.padding, part) >= c for mask in masks]
+    everything = [Window(stage.padding, stage.padding, *size)]
+    member = []
+    for word in masks:
+        share = window_shares(word.mask, windows, size, stage.padding, part)
+        if membership == "relative":
+            whole = window_shares(word.mask, everything, size, stage.padding, part)[0] * size[0] * size[1]
+            cells = share * [window.height * window.width for window in windows]
+            share = np.maximum(share, cells / max(whole, 1.0))
+        member.append(share >= c)
     prompts = tuple(compose(mask.word for mask, inside in zip(masks, member, strict=True) if inside[number])
                     for number in range(len(windows)))
     return WindowPrompts(tuple(windows), prompts)

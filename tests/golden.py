@@ -105,6 +105,7 @@ class Case:
         prompts = args.get("use_md_prompt", False)
         local = args.get("multi_guidance_scale", args["guidance_scale"])
         return make({
+            "membership": "paper",
             "method": "demofusion" if demo else "accdiffusion-v2", "tolerance": 0,
             "progressive": args.get("use_progressive_upscaling", True),
             "skip_residual": args.get("use_skip_residual", True), "cosine_scale_1": args["cosine_scale_1"],

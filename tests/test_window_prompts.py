@@ -90,3 +90,55 @@ def test_weights_and_order_are_kept():
         Word("red", (1,), 1.3), Word("ball", (2,), 1.3), Word("(on)", (3,)), Word("snow", (4,), 1.0, 1))]
     stage = Stage(1, 1, 4, 4, (4, 4), 2, 0, 1)
     assert window_prompts(words, stage, stage.windows(None), 0.3).prompts == (r"(red ball:1.3) \(on\) BREAK snow",)
+
+
+# The relative rule
+
+
+def thing_on_ground(size=16):
+    """Maps [size, size, 4] (BOS, a thing, the ground, padding) where most attention falls on BOS, less on the thing."""
+    inside = np.zeros((size, size), bool)
+    inside[9:13, 2:6] = True
+    named = torch.where(torch.from_numpy(inside), 0.5, 0.05)
+    thing = named * torch.where(torch.from_numpy(inside), 0.6, 0.1)
+    return torch.stack([0.9 - named, thing, named - thing, torch.full((size, size), 0.1)], -1), inside
+
+
+def test_words_compete_for_each_place():
+    """The ground has more attention on the thing than anywhere, but less than the thing: it is not there."""
+    maps, inside = thing_on_ground()
+    words = [Word("ball", (1,)), Word("snow", (2,))]
+    ball, snow = word_masks(maps, words, "relative")
+    np.testing.assert_array_equal(ball.mask, inside)
+    np.testing.assert_array_equal(snow.mask, ~inside)
+    assert (word_masks(maps, words, "paper")[1].mask <= inside).all()
+
+
+def test_a_word_that_is_alike_everywhere_is_everywhere_and_one_alone_is_still_located():
+    maps, inside = thing_on_ground()
+    flat = torch.cat([maps, maps[..., 1:2] + maps[..., 2:3]], -1)
+    assert word_masks(flat, [Word("ball", (1,)), Word("snow", (2,)), Word("art", (4,))], "relative")[2].mask.all()
+    np.testing.assert_array_equal(word_masks(maps, [Word("ball", (1,))], "relative")[0].mask, inside)
+
+
+def test_a_small_thing_is_named_in_the_windows_that_hold_it():
+    """16 of 256 cells: a quarter of a window at 2x, so c = 0.3 leaves it out by the paper's rule."""
+    maps, inside = thing_on_ground()
+    stage = make_plan((256, 256), make({"scale": 2, "jitter": False}), native=32).stages[0]
+    windows = stage.windows(None)
+    holds = window_shares(inside, windows, (64, 64), stage.padding) * 32 * 32 / (inside.sum() * 16)
+    assert {0.0, 1.0} <= set(holds)
+    for membership, expected in (("paper", [False] * 9), ("relative", [share >= 0.3 for share in holds])):
+        words = word_masks(maps, [Word("ball", (1,)), Word("snow", (2,))], membership)
+        prompts = window_prompts(words, stage, windows, 0.3, membership=membership).prompts
+        assert ["ball" in prompt for prompt in prompts] == expected
+        assert membership == "paper" or all("snow" in prompt for prompt in prompts)
+
+
+def test_what_fills_a_window_is_named_however_small_its_share_of_the_whole():
+    """The ground of a 4x canvas: every window is full of it and holds a sixteenth of it."""
+    mask = np.ones((16, 16), bool)
+    stage = make_plan((256, 256), make({"scale": 4, "progressive": False}), native=32).stages[0]
+    prompts = window_prompts([WordMask(Word("snow", (1,)), mask.astype(np.float32), mask)], stage,
+                             stage.windows(None), 0.3, membership="relative").prompts
+    assert set(prompts) == {"snow"}
