@@ -151,7 +151,7 @@ class Extrapolation:
             latent = host.encode_image(request.image)
             if record:
                 host.progress.begin(None, 1)
-                maps, rows = self._record_image(request), 1
+                maps, rows = self.record_image(request), 1
                 host.progress.advance(1)
         else:
             latent, maps, rows = self._sample_base(request, result, record)
@@ -186,7 +186,7 @@ class Extrapolation:
             result.stopped, latent = "skipped", denoised
         return latent, recorder.maps[0] if record and not result.stopped else None, calls
 
-    def _record_image(self, request: Request) -> Tensor:
+    def record_image(self, request: Request) -> Tensor:
         """Attention maps [rows, columns, tokens] of an existing picture: one prediction from a low noise level."""
         host = self.host
         assert request.image is not None
