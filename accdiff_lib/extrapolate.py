@@ -62,6 +62,9 @@ class Request:
     intermediate: bool = False
     #: Start from this picture uint8 [H, W, 3] (of the plan's base size) instead of a base pass.
     image: np.ndarray | None = None
+    #: Start from this latent [1, C, h, w] of the plan's base size, which somebody else has sampled, with the attention
+    #: maps [rows, columns, tokens] recorded meanwhile; without maps, they are recorded from it.
+    base: tuple[Tensor, Tensor | None] | None = None
 
 
 class Extrapolation:
@@ -109,7 +112,7 @@ class Extrapolation:
         plan, settings = request.plan, request.settings
         wants_all = request.intermediate or (self.host.has_control and settings.uses_controlnet)
         base = None
-        if request.image is not None or settings.base_pass or not plan.stages:
+        if request.image is not None or request.base is not None or settings.base_pass or not plan.stages:
             base, maps = self._base(request, result)
             self._finish(result, base, decode=wants_all or bool(result.stopped) or not plan.stages)
             if maps is not None:
@@ -146,12 +149,14 @@ class Extrapolation:
         """The base picture, cropped to the target's shape, and its attention maps [rows, columns, tokens]."""
         host, begin = self.host, time.perf_counter()
         record = request.settings.uses_window_prompts and bool(request.plan.stages)
-        maps, rows = None, 0
+        rows, given = 0, request.base
         if request.image is not None:
-            latent = host.encode_image(request.image)
-            if record:
+            given = host.encode_image(request.image), None
+        if given is not None:
+            latent, maps = given
+            if record and maps is None:
                 host.progress.begin(None, 1)
-                maps, rows = self.record_image(request), 1
+                maps, rows = self.record(request, latent), 1
                 host.progress.advance(1)
         else:
             latent, maps, rows = self._sample_base(request, result, record)
@@ -186,17 +191,21 @@ class Extrapolation:
             result.stopped, latent = "skipped", denoised
         return latent, recorder.maps[0] if record and not result.stopped else None, calls
 
-    def record_image(self, request: Request) -> Tensor:
-        """Attention maps [rows, columns, tokens] of an existing picture: one prediction from a low noise level."""
+    @torch.no_grad()
+    def record(self, request: Request, latent: Tensor) -> Tensor:
+        """Attention maps [rows, columns, tokens] of a finished base latent: one prediction from a low noise level."""
         host = self.host
-        assert request.image is not None
-        height, width = coherent_size(request.plan.base, host.window)
-        image = cv2.resize(request.image, (width * CELL, height * CELL), interpolation=cv2.INTER_AREA)
+        size = coherent_size(request.plan.base, host.window)
+        if request.image is not None and size != request.plan.base:
+            height, width = size
+            image = cv2.resize(request.image, (width * CELL, height * CELL), interpolation=cv2.INTER_AREA)
+            latent = host.encode_image(image)
+        elif size != request.plan.base:
+            latent = F.interpolate(latent, size, mode="area")
         sigma = min(host.solver.sigmas[:-1].tolist(),
                     key=lambda level: abs(host.timestep(level) - RECORDING_NOISE * TRAINING_STEPS))
-        latent = host.encode_image(image)
         noise = seeds.normal(tuple(latent.shape), request.seed, "recording").to(latent)
-        with self._recorder((height, width)) as recorder:
+        with self._recorder(size) as recorder:
             host.denoise(latent + sigma * noise, torch.tensor(sigma, device=host.device), self._whole(request))
         return recorder.maps[0]
 

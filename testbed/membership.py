@@ -77,9 +77,10 @@ def samples(host: StandaloneHost, count: int) -> list[Sample]:
     for number in range(count):
         scene = draw(rng)
         text = caption(scene, FULL, rng)
-        request = Request(text, number, GUIDANCE, make(), _plan(side, 2), image=render(scene, side, side))
+        request = Request(text, number, GUIDANCE, make(), _plan(side, 2))
+        maps = extrapolation.record(request, host.encode_image(render(scene, side, side)))
         words = host.words(text)
-        found.append(Sample(scene, _targets(words, text, scene), extrapolation.record_image(request), words))
+        found.append(Sample(scene, _targets(words, text, scene), maps, words))
     return found
 
 

@@ -308,7 +308,7 @@ def test_out_of_memory_in_the_vae_takes_smaller_tiles(monkeypatch):
     assert np.array_equal(host.decode(latent), expected)
     assert tried == [0, 64, 32]
     with pytest.raises(RuntimeError, match="out of memory"):
-        make_host(vae_tile=1000)._in_vae((8, 8), lambda dtype, tile: decode(None, None, tile=99, check=None))
+        make_host(vae_tile=1000)._runner._run((8, 8), lambda dtype, tile: decode(None, None, tile=99, check=None))
 
 
 def test_nan_in_float32_is_an_error():

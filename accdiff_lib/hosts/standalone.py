@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from accdiff_lib import vae as tiled_vae
-from accdiff_lib.errors import InputError, Interrupted, is_out_of_memory
+from accdiff_lib.errors import InputError
 from accdiff_lib.hosts import flops, memory
 from accdiff_lib.hosts.base import Progress, Rows, Solver
 from accdiff_lib.hosts.samplers import NoiseLevels, solver
 from accdiff_lib.hosts.text import TextEmbedding, TextEncoder
+from accdiff_lib.hosts.vae_runner import VaeRunner
 from accdiff_lib.prompts import Word
 
 if TYPE_CHECKING:
     from accdiff_lib.hosts.loading import Models
-
-T = TypeVar("T")
-
-#: Latent cells of the smallest VAE tile to try when memory runs out.
-SMALLEST_TILE = 16
 
 
 class StandaloneHost:
@@ -63,7 +58,8 @@ class StandaloneHost:
         self._negative = negative
         self._encoder = TextEncoder(models)
         self._contexts = max(self._encoder.contexts(text) for text in (prompt, negative))
-        self._vae_tile = vae_tile
+        self._runner = VaeRunner(self._vae, float(self._vae.config["scaling_factor"]), self.device, progress,
+                                 tile=vae_tile, width=self._vae.config["block_out_channels"][0])
         self._memory = memory.RowMemory(self.device, self._unet.config["block_out_channels"][0], dtype.itemsize)
         self._guided = True
 
@@ -162,55 +158,11 @@ class StandaloneHost:
 
     def decode(self, latent: Tensor, *, interruptible: bool = True) -> np.ndarray:
         """See base.Host."""
-        scaled = latent.float() / self._scaling
-        image = self._in_vae(scaled.shape[-2:], lambda dtype, tile: tiled_vae.decode(
-            self._vae, scaled.to(self.device, dtype), tile=tile, check=self._check if interruptible else None))
-        pixels = image[0].add_(1).mul_(127.5).round_().clamp_(0, 255)
-        return np.ascontiguousarray(pixels.to(torch.uint8).permute(1, 2, 0).numpy())
+        return self._runner.decode(latent, interruptible=interruptible)
 
     def encode_image(self, image: np.ndarray) -> Tensor:
         """See base.Host: the mean of the posterior, so that the same picture gives the same latent."""
-        pixels = torch.tensor(image).permute(2, 0, 1)[None] / 127.5 - 1
-        moments = self._in_vae([side // 8 for side in image.shape[:2]], lambda dtype, tile: tiled_vae.encode(
-            self._vae, pixels.to(self.device, dtype), tile=tile, check=self._check))
-        return tiled_vae.sample(moments).to(self.device) * self._scaling
-
-    @property
-    def _scaling(self) -> float:
-        return float(self._vae.config["scaling_factor"])
-
-    def _in_vae(self, size: Sequence[int], run: Callable[[torch.dtype, int], T]) -> T:
-        """`run(dtype, tile)` for a latent of this size: in the VAE's precision or, when that makes NaN, in float32."""
-        vae, own = self._vae, self._vae.dtype
-        width = vae.config["block_out_channels"][0]
-        tile = self._vae_tile or memory.vae_tile(self.device, size[0], size[1], width, own.itemsize)
-        try:
-            return _in_tiles(tile, lambda tile: run(own, tile))
-        except tiled_vae.NotFinite:
-            if own == torch.float32:
-                raise
-        self.progress.comment("The VAE made NaN in half precision; it was run again in float32")
-        try:
-            vae.to(torch.float32)
-            return _in_tiles(tile, lambda tile: run(torch.float32, tile))
-        finally:
-            vae.to(own)  # exact: its weights came from this precision
-
-    def _check(self) -> None:
-        if self.progress.interrupted:
-            raise Interrupted
-
-
-def _in_tiles(tile: int, run: Callable[[int], T]) -> T:
-    """`run(tile)`, with smaller tiles (the result is the same) when memory runs out."""
-    while True:
-        try:
-            return run(tile)
-        except Exception as error:
-            if not is_out_of_memory(error) or 0 < tile <= SMALLEST_TILE:
-                raise
-        tile = tile // 2 if tile else 64  # here, where the exception that keeps tensors alive is gone
-        memory.release()
+        return self._runner.encode(image)
 
 
 def _rescale(output: Tensor, cond: Tensor, mix: float) -> Tensor:
