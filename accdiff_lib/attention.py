@@ -44,6 +44,11 @@ class AttentionRecorder:
         self._handles = []
 
     @property
+    def recorded(self) -> bool:
+        """Whether any layer had maps of this size."""
+        return self._sum is not None
+
+    @property
     def maps(self) -> Tensor:
         """The mean attention [images, rows, columns, tokens], float32 on the CPU; over the tokens it sums to 1.
 
@@ -58,6 +63,8 @@ class AttentionRecorder:
         if text is None or image.ndim != 3 or image.shape[1] != self.size[0] * self.size[1]:
             return
         rows = self._cond_rows(image.shape[0])
+        if rows.start >= rows.stop:  # a call for the unconditional rows alone
+            return
         with torch.no_grad():
             probabilities = attention_probabilities(layer, image[rows], text[rows])
             total = probabilities.sum(dim=1)

@@ -9,6 +9,7 @@ import torch
 
 from accdiff_lib import vae as tiled_vae
 from accdiff_lib.errors import InputError, Interrupted
+from accdiff_lib.hosts.prediction import denoised
 from accdiff_lib.hosts import flops, memory
 from accdiff_lib.hosts.base import Rows
 from accdiff_lib.hosts.standalone import StandaloneHost
@@ -160,7 +161,7 @@ def test_v_prediction(host):
     close(v_host.denoise(x, SIGMA, rows), alpha**2 * x - SIGMA * alpha * output, 1e-4)
     picture, noise = latents(seed=1), latents(seed=2)
     v = alpha * noise - SIGMA * alpha * picture
-    close(v_host._denoised(picture + SIGMA * noise, float(SIGMA), v), picture)
+    close(denoised(picture + SIGMA * noise, float(SIGMA), v, "v_prediction"), picture)
 
 
 def test_model_sees_the_scaled_latent_at_the_right_timestep(host):

@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -152,7 +153,7 @@ class LdmControlNet:
         self._drop()
         if self._strength == 0:
             return
-        given = dict(zip(("x", "timesteps", "context", "y"), args)) | kwargs
+        given = {**dict(zip(("x", "timesteps", "context", "y"), args, strict=False)), **kwargs}
         with torch.no_grad():
             if self._guidance is None:
                 assert self._hint is not None
@@ -197,7 +198,7 @@ class LdmControlNet:
             return
         residual = self._residuals[index]
         skip = args[0][:, -residual.shape[1]:]
-        # Within one call sd-webui-controlnet may run the blocks on a reference picture of another size first.
+        # Within one call sd-webui-controlnet may run the blocks on a reference picture first, of any size.
         if skip.shape == residual.shape:
             skip += residual.to(skip)  # in place: the UNet has just made this tensor
             self._taken.add(index)
@@ -305,13 +306,14 @@ def _without_weights(module: nn.Module) -> Any:
     runtime classes of token merging: all of that is about the UNet, and may be gone before this copy is.
     """
     kind: Any = type(module)
-    while "<locals>" in kind.__qualname__:  # a class made at runtime: token merging derives one from the host's
-        kind = kind.__base__
+    while "<locals>" in kind.__qualname__ and kind.__base__ is not nn.Module:
+        kind = kind.__base__  # a class made at runtime, as token merging derives from the host's
     bare = kind.__new__(kind)
     nn.Module.__init__(bare)
     for name, value in vars(module).items():
-        replaced = callable(value) and hasattr(kind, name)  # a method that lies on the object is somebody's wrapper
-        if name not in vars(bare) and not (replaced or isinstance(value, Tensor) or name.startswith(_OF_LORA_LOADERS)):
+        # A method that lies on the object is somebody's wrapper, or the original that he put aside.
+        method = isinstance(value, MethodType) or (callable(value) and hasattr(kind, name))
+        if name not in vars(bare) and not (method or isinstance(value, Tensor) or name.startswith(_OF_LORA_LOADERS)):
             setattr(bare, name, value)
     for name, weight in module.named_parameters(recurse=False):
         bare.register_parameter(name, nn.Parameter(torch.empty(weight.shape, device="meta"), requires_grad=False))

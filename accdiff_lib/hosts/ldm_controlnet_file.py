@@ -41,7 +41,7 @@ class ControlNetFile(TensorFile):
     """
 
     def __init__(self, path: Path) -> None:
-        """Reads names and shapes (a PyTorch file wholly). Raises InputError for what is no ControlNet for a UNet here."""
+        """Reads names and shapes. Raises InputError for what cannot be read or is no ControlNet."""
         super().__init__(GivenControlNet(path), [])
         self._tensors: dict[str, Tensor] = {}
         if not path.is_file():
@@ -95,14 +95,14 @@ class ControlNetFile(TensorFile):
 def _unpickled(given: Given) -> dict[str, Tensor]:
     """The tensors of a PyTorch file, which may keep them under "state_dict". No code in the file is run."""
     try:
-        # The original files of SD1.5 carry a whole model besides: mapped, only what is used is read from the disk.
-        content = torch.load(str(given.path), map_location="cpu", weights_only=True,
-                             mmap=zipfile.is_zipfile(given.path))
+        # Not `torch.load`: A1111 puts a check of its own there, which refuses what newer releases of torch write and
+        # answers None. The original files of SD1.5 carry a whole model besides: mapped, only what is used is read.
+        content = torch.serialization.load(str(given.path), map_location="cpu", weights_only=True,
+                                           mmap=zipfile.is_zipfile(given.path))
     except Exception as error:  # pickles fail in every way there is
         raise given.error(f"it cannot be read as a PyTorch file ({error})") from error
     while isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
-    # A WebUI's own check of pickles replaces torch.load and answers None for a file that it refuses.
     tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)} \
         if isinstance(content, dict) else {}
     if not tensors:

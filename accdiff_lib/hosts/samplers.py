@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
@@ -230,47 +230,52 @@ class KSolver:
         options: dict[str, Any] = {"callback": callback, "disable": True}
         function = self._sampler.function
         if self._sampler.noise == "ancestral":
-            options["noise_sampler"] = self._ancestral_noise(x, seed)
+            options["noise_sampler"] = _ancestral_noise(x, self.sigmas, seed, self.name)
         elif self._sampler.noise == "brownian":
             # In one step to 0 these samplers add no noise and return the prediction, as Euler does; but k-diffusion's
             # 2M SDE and 3M SDE then read a step width that they never computed.
             if len(sigmas) == 2 and float(sigmas[-1]) == 0:
                 function = SAMPLERS["Euler"].function
             else:
-                options["noise_sampler"] = self._brownian_noise(x, seed)
+                options["noise_sampler"] = brownian_noise(x, self.sigmas, seed, self.name)
         # Some samplers draw noise for a churn of 0 and throw it away; the host's random state must not notice.
         with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
             return function(model, x, sigmas.to(x.device), **options)
 
-    def _ancestral_noise(self, x: Tensor, seed: int) -> Callable[..., Tensor]:
-        """N(0, 1) of the shape of `x`, by the seed and the place of sigma in the whole schedule; all rows alike."""
-        shape = (1, *x.shape[1:])
 
-        def noise(sigma: Tensor, _sigma_next: Tensor) -> Tensor:
-            index = int((self.sigmas - float(sigma)).abs().argmin())
-            return seeds.normal(shape, seed, "sampler", self.name, index).to(x).expand(x.shape)
-        return noise
+def step_noise(shape: Sequence[int], seed: int, sampler: str, step: int, draw: int = 0) -> Tensor:
+    """N(0, 1) [1, C, h, w] of a step of the whole schedule, for samplers that draw noise at each step."""
+    return seeds.normal((1, *shape[1:]), seed, "sampler", sampler, step, *([draw] if draw else []))
 
-    def _brownian_noise(self, x: Tensor, seed: int) -> Callable[..., Tensor]:
-        """Normalised increments of one Brownian path over sigma, the same for every tail of the schedule.
 
-        The samplers ask for the increments of whole steps and of halves in log(sigma), so the path needs no other
-        knots; each piece between two knots is a draw of its own. k-diffusion's Brownian tree takes any end, but
-        bisects some twenty times for it: 0.3 s a draw for a 4096 x 4096 picture instead of 0.02 s.
-        """
-        shape = (1, *x.shape[1:])
-        steps = self.sigmas[:-1].to(torch.float64)
-        knots = torch.empty(2 * len(steps) - 1, dtype=torch.float64)
-        knots[::2], knots[1::2] = steps, (steps[:-1] * steps[1:]).sqrt()
+def _ancestral_noise(x: Tensor, sigmas: Tensor, seed: int, sampler: str) -> Callable[..., Tensor]:
+    """The noise of the step at which a sigma stands in the whole schedule `sigmas`; all rows alike."""
+    def noise(sigma: Tensor, _sigma_next: Tensor) -> Tensor:
+        step = int((sigmas - float(sigma)).abs().argmin())
+        return step_noise(x.shape, seed, sampler, step).to(x).expand(x.shape)
+    return noise
 
-        def noise(sigma: Tensor, sigma_next: Tensor) -> Tensor:
-            begin, end = (int((knots - float(s)).abs().argmin()) for s in (sigma, sigma_next))
-            path = torch.zeros(shape)
-            for piece in range(begin, end):
-                width = float((knots[piece] - knots[piece + 1]) / (knots[begin] - knots[end])) ** 0.5
-                path += width * seeds.normal(shape, seed, "sampler", self.name, piece)
-            return path.to(x).expand(x.shape)
-        return noise
+
+def brownian_noise(x: Tensor, sigmas: Tensor, seed: int, sampler: str) -> Callable[..., Tensor]:
+    """Normalised increments of one Brownian path over sigma, the same for every tail of the schedule `sigmas`.
+
+    The samplers ask for the increments of whole steps and of halves in log(sigma), so the path needs no other
+    knots; each piece between two knots is a draw of its own. k-diffusion's Brownian tree takes any end, but
+    bisects some twenty times for it: 0.3 s a draw for a 4096 x 4096 picture instead of 0.02 s.
+    """
+    shape = (1, *x.shape[1:])
+    steps = sigmas[:-1].to("cpu", torch.float64)
+    knots = torch.empty(2 * len(steps) - 1, dtype=torch.float64)
+    knots[::2], knots[1::2] = steps, (steps[:-1] * steps[1:]).sqrt()
+
+    def noise(sigma: Tensor, sigma_next: Tensor) -> Tensor:
+        begin, end = (int((knots - float(s)).abs().argmin()) for s in (sigma, sigma_next))
+        path = torch.zeros(shape)
+        for piece in range(begin, end):
+            width = float((knots[piece] - knots[piece + 1]) / (knots[begin] - knots[end])) ** 0.5
+            path += width * seeds.normal(shape, seed, "sampler", sampler, piece)
+        return path.to(x).expand(x.shape)
+    return noise
 
 
 def solver(sampler: str, scheduler: str, steps: int, levels: NoiseLevels) -> KSolver:

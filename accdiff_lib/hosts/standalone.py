@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from accdiff_lib.errors import InputError
 from accdiff_lib.hosts import flops, memory
 from accdiff_lib.hosts.base import Progress, Rows, Solver
+from accdiff_lib.hosts.prediction import denoised, rescaled
 from accdiff_lib.hosts.samplers import NoiseLevels, solver
 from accdiff_lib.hosts.text import TextEmbedding, TextEncoder
 from accdiff_lib.hosts.vae_runner import VaeRunner
@@ -92,8 +93,8 @@ class StandaloneHost:
             uncond, cond = output.chunk(2)
             output = uncond + rows.guidance * (cond - uncond)
             if rows.rescale > 0:
-                output = _rescale(output, cond, rows.rescale)
-        return self._denoised(x.float(), level, output).to(x.dtype)
+                output = rescaled(output, cond, rows.rescale)
+        return denoised(x.float(), level, output, self.models.prediction).to(x.dtype)
 
     def _predict(self, latent: Tensor, timestep: float, rows: Rows) -> Tensor:
         """The UNet's output [B, C, h, w] for scaled latents [B, C, h, w], B being M or (with CFG) 2 M."""
@@ -123,12 +124,6 @@ class StandaloneHost:
     def _stack(self, rows: Rows, parts: Sequence[str]) -> Tensor:
         """These parts of the rows' texts, one part after the other."""
         return torch.stack([getattr(text, part) for part in parts for text in rows.texts]).to(self.device, self.dtype)
-
-    def _denoised(self, x: Tensor, sigma: float, output: Tensor) -> Tensor:
-        """The x0 that the UNet's output means."""
-        if self.models.prediction == "v_prediction":  # Salimans & Ho (2022), appendix D, with x = x0 + sigma noise
-            return x / (sigma**2 + 1) - output * (sigma / (sigma**2 + 1) ** 0.5)
-        return x - sigma * output
 
     def cross_attention(self) -> list[tuple[str, nn.Module]]:
         """See base.Host."""
@@ -163,10 +158,3 @@ class StandaloneHost:
     def encode_image(self, image: np.ndarray) -> Tensor:
         """See base.Host: the mean of the posterior, so that the same picture gives the same latent."""
         return self._runner.encode(image)
-
-
-def _rescale(output: Tensor, cond: Tensor, mix: float) -> Tensor:
-    """Guidance rescale (Lin et al. 2023, section 3.4): the deviation of `cond`, mixed in by `mix`; each row alone."""
-    dims = tuple(range(1, output.ndim))
-    factor = cond.std(dim=dims, keepdim=True) / output.std(dim=dims, keepdim=True)
-    return output * (mix * factor + 1 - mix)

@@ -1,0 +1,130 @@
+"""What the panel or the API sends, as a job; and a job as generation parameters and back.
+
+Two forms of arguments:
+
+* the API's dict, `[{"enabled": true, "scale": 4, "controlnet_model": "canny.safetensors", ...}]`: any subset of the
+  options by name. It decides alone; what follows it (the WebUI fills up with the panel's defaults) is ignored. A dict
+  without "enabled" is enabled;
+* the panel's values by position, in the order of `POSITIONAL`. The order is part of the interface: names are only ever
+  added at its end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from accdiff_lib import __version__
+from accdiff_lib.errors import InputError
+from accdiff_lib.settings import METHODS, OPTIONS, PRESETS, Option, Settings, from_infotext, make
+from accdiff_lib.settings import infotext as settings_infotext
+
+#: The ControlNet model that stands for none.
+NONE = "None"
+
+#: Keys of the generation parameters besides those of the table.
+VERSION_KEY = "AccDiffusion"
+CONTROLNET_KEY = "AccDiffusion ControlNet model"
+
+#: Arguments that are no options of a generation's settings.
+EXTRA: dict[str, Option] = {row.name: row for row in (
+    Option("enabled", "enabled", "Makes the picture larger with AccDiffusion.", False, "panel"),
+    Option("controlnet_model", "ControlNet model", "A canny ControlNet of the checkpoint's family, by its file name; "
+           "None runs without.", NONE, "panel"))}
+
+#: The order of the panel's values. Never change it; add new names at the end.
+POSITIONAL: tuple[str, ...] = (
+    "enabled", "controlnet_model",
+    "method", "preset", "scale", "target_width", "target_height",
+    "progressive", "stage_steps", "stage_sampler", "stage_scheduler", "start", "tolerance", "base_pass",
+    "skip_residual", "cosine_scale_1",
+    "windows", "window", "stride", "jitter", "window_prompts", "membership", "c", "local_guidance",
+    "controlnet", "control_strength", "control_start", "control_end", "canny_sigma",
+    "dilated", "cosine_scale_2", "gaussian", "gaussian_sigma", "cosine_scale_3", "interaction", "dilated_guidance",
+    "guidance_rescale", "window_batch", "vae_tile")
+
+
+@dataclass(frozen=True)
+class Job:
+    """An enlargement that the user asked for."""
+
+    settings: Settings
+    #: As in the panel's list of models; "None" runs without.
+    controlnet: str = NONE
+
+
+def parse(args: Sequence[Any], *, overrides: Mapping[str, Any] | None = None,
+          defaults: Mapping[str, Any] | None = None) -> Job | None:
+    """The job that a script's arguments describe; None when AccDiffusion is off.
+
+    `overrides` win over the arguments by name (the X/Y/Z axes). `defaults` are the settings page's, for names that a
+    dict leaves out. Raises InputError naming the option, the value and what is allowed.
+    """
+    values = _named(args)
+    for name in [*values, *(overrides or {})]:
+        if name not in POSITIONAL:
+            raise InputError(f"{name}: there is no such option; the options are {', '.join(POSITIONAL)}")
+    if "enabled" in (overrides or {}):
+        values["enabled"] = (overrides or {})["enabled"]
+    if not EXTRA["enabled"].parse(values.pop("enabled", False)):
+        return None
+    values = {**_page(values, defaults or {}), **_overridden(values, overrides or {})}
+    values.pop("enabled", None)
+    model = EXTRA["controlnet_model"].parse(values.pop("controlnet_model", NONE)).strip() or NONE
+    return Job(make({name: exact(OPTIONS[name].parse(value)) for name, value in values.items()}), model)
+
+
+def _named(args: Sequence[Any]) -> dict[str, Any]:
+    """The arguments by name; those that are None are left out."""
+    if args and isinstance(args[0], Mapping):
+        if not all(isinstance(name, str) for name in args[0]):
+            raise InputError(f"args: {args[0]!r} is not allowed; the keys are the options' names")
+        return {"enabled": True, **args[0]}
+    if len(args) > len(POSITIONAL):
+        raise InputError(f"args: {len(args)} values are not allowed; it takes one dict, or at most {len(POSITIONAL)} "
+                         f"values in the order {', '.join(POSITIONAL)}")
+    return {name: value for name, value in zip(POSITIONAL, args, strict=False) if value is not None}
+
+
+def _page(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings page's defaults that neither the caller nor their preset decides."""
+    preset = PRESETS.get(str(values.get("preset", OPTIONS["preset"].default)).strip().lower(), {})
+    return {name: value for name, value in defaults.items() if name not in values and name not in preset}
+
+
+def _overridden(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with the overrides; another method or preset brings its values, as when it is picked in the panel."""
+    result = {**values, **{name: overrides[name] for name in ("method", "preset") if name in overrides}}
+    for name in ("preset", "method"):
+        if name in overrides:
+            result.update(picked(name, result.get("method", OPTIONS["method"].default),
+                                 result.get("preset", OPTIONS["preset"].default)))
+    return {**result, **overrides}
+
+
+def picked(which: str, method: Any, preset: Any) -> dict[str, Any]:
+    """The values that controls take when a method or a preset (`which`) is picked: those that any of its kind sets."""
+    plain = make({"method": method, "preset": preset})
+    names = {name for values in {"method": METHODS, "preset": PRESETS}[which].values() for name in values}
+    return {name: getattr(plain, name) for name in OPTIONS if name in names}
+
+
+def exact(value: Any) -> Any:
+    """A number as precise as the generation parameters keep it, so that the picture can be made again from them."""
+    return float(f"{value:.10g}") if isinstance(value, float) else value
+
+
+def infotext(job: Job) -> dict[str, str]:
+    """Keys and values for the generation parameters of a picture; `restored` reads them back."""
+    values = {VERSION_KEY: __version__, **settings_infotext(job.settings)}
+    if job.settings.uses_controlnet and job.controlnet != NONE:
+        values[CONTROLNET_KEY] = job.controlnet
+    return values
+
+
+def restored(parameters: Mapping[str, str]) -> Job | None:
+    """The job a picture was made with, from its generation parameters; None if without AccDiffusion."""
+    if VERSION_KEY not in parameters:
+        return None
+    return Job(from_infotext(parameters), parameters.get(CONTROLNET_KEY, NONE))

@@ -1,0 +1,55 @@
+"""What a run makes besides its pictures: saved stages, and the sheets that explain the window prompts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from PIL import Image
+
+from accdiff_lib.explain import sheet
+from accdiff_lib.extrapolate import Result
+from accdiff_lib.hosts.base import Host, Picture
+from accdiff_lib.plan import Plan
+from accdiff_lib.webui import options_page
+
+
+class Extras:
+    """Of one generation `p`."""
+
+    def __init__(self, p: Any) -> None:
+        self._p = p
+        self.wants_stages = bool(options_page.value("save_stages"))
+        self._sheets: list[Image.Image] = []
+
+    def keep(self, index: int, picture: Picture, plan: Plan) -> None:
+        """Saves a finished base or stage picture of the batch's picture `index`, through the WebUI's own naming."""
+        is_last = picture.stage is not None and picture.stage is plan.stages[-1]
+        if not self.wants_stages or picture.image is None or is_last or not self._p.save_samples():
+            return
+        from modules import images, shared
+
+        p = self._p
+        images.save_image(Image.fromarray(picture.image), p.outpath_samples, "", p.seeds[index], p.prompts[index],
+                          shared.opts.samples_format, info=_infotext(p, index), p=p,
+                          suffix=f"-accdiffusion-{picture.name}")
+
+    def explain(self, result: Result, plan: Plan, host: Host) -> None:
+        """Keeps the sheet for the gallery, when it is wanted and there is something to explain."""
+        base = result.pictures[0]
+        if not (options_page.value("explain") and result.explanation.words and base.stage is None):
+            return
+        image = base.image if base.image is not None else host.decode(base.latent, interruptible=False)
+        self._sheets.append(Image.fromarray(sheet(image, result.explanation, plan.part)))
+
+    def show(self, processed: Any) -> None:
+        """Adds the sheets to the end of the gallery."""
+        for page in self._sheets:
+            processed.images.append(page)
+            processed.infotexts.append(processed.infotexts[0])
+
+
+def _infotext(p: Any, index: int) -> str:
+    from modules.processing import create_infotext
+
+    return create_infotext(p, p.prompts, p.seeds, p.subseeds, index=index, all_negative_prompts=p.negative_prompts)
+

@@ -1,0 +1,51 @@
+"""The section "AccDiffusion" of the WebUI's settings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from accdiff_lib.settings import OPTIONS
+from accdiff_lib.webui import controlnets
+from accdiff_lib.webui.arguments import NONE
+
+PREFIX = "accdiffusion_"
+#: The settings and their values where nobody has changed them.
+DEFAULTS: dict[str, Any] = {"controlnet_model": NONE, "vae_tile": OPTIONS["vae_tile"].default, "save_stages": False,
+                            "explain": False}
+
+
+def register() -> None:
+    """Adds the section; a callback of `on_ui_settings`."""
+    import gradio as gr
+    from modules import shared
+    from modules.options import OptionInfo, options_section
+
+    tile = OPTIONS["vae_tile"]
+    infos = {
+        "controlnet_model": OptionInfo(
+            DEFAULTS["controlnet_model"], "ControlNet model that the panel begins with", gr.Dropdown,
+            lambda: {"choices": controlnets.names()}, refresh=lambda: None,
+            ).info("also for the API where a call names none").needs_reload_ui(),
+        "vae_tile": OptionInfo(
+            DEFAULTS["vae_tile"], "VAE tile that the panel begins with", gr.Slider,
+            {"minimum": tile.minimum, "maximum": tile.maximum, "step": tile.step},
+            ).info("in latent cells; 0 chooses by free memory; never changes the picture").needs_reload_ui(),
+        "save_stages": OptionInfo(DEFAULTS["save_stages"], "Save the base picture and the pictures of all stages, too"),
+        "explain": OptionInfo(
+            DEFAULTS["explain"], "Add a sheet to the gallery that explains the window prompts",
+            ).info("each stage's windows with their prompts, and every word's attention map and mask"),
+    }
+    for name, info in options_section(("accdiffusion", "AccDiffusion"), infos).items():
+        shared.opts.add_option(PREFIX + name, info)
+
+
+def value(name: str) -> Any:
+    """What a setting ("save_stages", ...) stands at."""
+    from modules import shared
+
+    return shared.opts.data.get(PREFIX + name, DEFAULTS[name])
+
+
+def defaults() -> dict[str, Any]:
+    """The settings that are first values of options; see arguments.parse."""
+    return {name: value(name) for name in ("controlnet_model", "vae_tile")}

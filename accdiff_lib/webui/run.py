@@ -1,0 +1,338 @@
+"""What happens on Generate: the WebUI samples the base picture, the engine makes it large.
+
+`p.sample` is replaced on the one `p` of the generation, and put back when it returns or raises. Everything that can be
+wrong is found out there and before the base pass: errors of the WebUI's callbacks never reach the user, those of
+`p.sample` do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from accdiff_lib import seeds
+from accdiff_lib.attention import AttentionRecorder, map_size
+from accdiff_lib.cost import estimate
+from accdiff_lib.errors import InputError
+from accdiff_lib.extrapolate import Extrapolation, Request, Result
+from accdiff_lib.hosts.a1111 import ROWS_ATTRIBUTE, A1111Host, cross_attention, halvings, native_window, unet_of
+from accdiff_lib.hosts.base import Picture
+from accdiff_lib.hosts.ldm_controlnet import LdmControlNet
+from accdiff_lib.hosts.ldm_rows import RowOrder
+from accdiff_lib.hosts.samplers import NoiseLevels
+from accdiff_lib.hosts.webui_samplers import webui_solver
+from accdiff_lib.hosts.webui_text import final_prompt, is_composed
+from accdiff_lib.plan import make_plan
+from accdiff_lib.settings import OPTIONS, SAME, Settings, make
+from accdiff_lib.webui import controlnets, hires, options_page
+from accdiff_lib.webui.arguments import Job, infotext, parse
+from accdiff_lib.webui.extras import Extras
+from accdiff_lib.webui.progress import WebUIProgress
+
+RUN_ATTRIBUTE = "_accdiffusion_run"
+OVERRIDES_ATTRIBUTE = "_accdiffusion_overrides"
+
+
+def process(_script: Any, p: Any, args: Sequence[Any]) -> None:
+    """The generation begins: its parameters are known from here on."""
+    if _is_inner(p):
+        return
+    error = None
+    job = None
+    try:
+        job = parse(args, overrides=getattr(p, OVERRIDES_ATTRIBUTE, None), defaults=options_page.defaults())
+    except InputError as wrong:
+        error = wrong
+    if job is None and error is None:
+        return
+    setattr(p, RUN_ATTRIBUTE, Run(p, job, error))
+    if job is not None:
+        p.extra_generation_params.update(infotext(job))
+
+
+def process_batch(_script: Any, p: Any, _args: Sequence[Any], **_: Any) -> None:
+    """A batch begins. Others have replaced `p.sample` by now if they mean to, so ours is around theirs."""
+    run = getattr(p, RUN_ATTRIBUTE, None)
+    if run is not None:
+        run.install()
+
+
+def postprocess(_script: Any, p: Any, processed: Any, _args: Sequence[Any]) -> None:
+    """The generation ends: what it made besides goes into the gallery."""
+    run = getattr(p, RUN_ATTRIBUTE, None)
+    if run is not None:
+        run.extras.show(processed)
+        delattr(p, RUN_ATTRIBUTE)
+
+
+def _is_inner(p: Any) -> bool:
+    """Whether another extension makes a part of a picture with a `p` of its own (ADetailer)."""
+    return any(getattr(p, name, False) for name in ("_ad_inner", "_ad_disabled"))
+
+
+class Run:
+    """One generation: all its batches."""
+
+    def __init__(self, p: Any, job: Job | None, error: InputError | None) -> None:
+        self._p, self._job, self._error = p, job, error
+        self.extras = Extras(p)
+
+    def install(self) -> None:
+        """Replaces `p.sample` until it has been called once."""
+        p = self._p
+        before = p.__dict__.get("sample")
+        original = p.sample
+
+        def restore() -> None:
+            if before is None:
+                p.__dict__.pop("sample", None)
+            else:
+                p.sample = before
+
+        def sample(*args: Any, **kwargs: Any) -> Any:
+            restore()
+            try:
+                return self._sample(original, *args, **kwargs)
+            except BaseException:
+                _forget_conds(p)
+                raise
+
+        p.sample = sample
+
+    def _sample(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._error is not None:
+            raise self._error
+        assert self._job is not None
+        batch = Batch(self._p, self._job, self.extras)
+        with torch.no_grad():
+            return batch.sample(lambda: original(*args, **kwargs), kwargs)
+
+
+def _forget_conds(p: Any) -> None:
+    """Empties the WebUI's caches: a ControlNet extension may have marked what lies in them (HOSTS.md)."""
+    for name in ("cached_c", "cached_uc", "cached_hr_c", "cached_hr_uc"):
+        cache = getattr(p, name, None)
+        if cache is not None:
+            cache[0] = cache[1] = None
+
+
+class Batch:
+    """One call of `p.sample`: the pictures of a batch."""
+
+    def __init__(self, p: Any, job: Job, extras: Extras) -> None:
+        """Finds out everything that can be wrong. Raises InputError."""
+        self._p, self._extras = p, extras
+        self._from_image = getattr(p, "init_latent", None) is not None
+        self._hires = not self._from_image and bool(getattr(p, "enable_hr", False))
+        _check_model(p)
+        self._settings = _settings(p, job.settings, hires_ticked=self._hires, from_image=self._from_image)
+        if getattr(p, "image_mask", None) is not None:
+            raise InputError("AccDiffusion: inpainting is not possible; use it without a mask")
+        levels = halvings(unet_of(p))
+        self._plan = make_plan((p.height, p.width), self._settings, native=native_window(p.sd_model),
+                               multiple=2 ** levels[1])
+        name, scheduler = _stage_sampler(p, self._settings, self._hires)
+        self._solver = webui_solver(p, name, scheduler, self._settings.stage_steps or p.steps)
+        self._map_size = map_size(*self._plan.base, levels[0])
+        path = controlnets.find(job.controlnet) if self._settings.uses_controlnet else None
+        self._controlnet = LdmControlNet.load(path, unet_of(p), **_placement(unet_of(p))) if path else None
+        self._prompts: list[tuple[str, str]] = []
+
+    # --- the base ----------------------------------------------------------------------------------------------
+
+    def sample(self, original: Callable[[], Any], given: Any) -> Any:
+        """The pictures as the WebUI's decoded samples."""
+        from modules import shared
+
+        p = self._p
+        rows = RowOrder()
+        setattr(p, ROWS_ATTRIBUTE, rows)
+        first_job = self._begin_jobs()
+        try:
+            self._prompts = self._final_prompts(given["prompts"])
+            images, base, maps = self._base(original, rows)
+            if shared.state.interrupted:
+                return original() if base is None else base  # the WebUI's sampler stops at once
+            with self._hires_pass():
+                results = [self._extrapolate(index, rows, first_job, images, base, maps)
+                           for index in range(len(given["seeds"]))]
+        finally:
+            delattr(p, ROWS_ATTRIBUTE)
+            p.sampler = None
+        return self._decoded([result.pictures[-1] for result in results])
+
+    def _base(self, original: Callable[[], Any], rows: RowOrder) -> tuple[Any, Any, Any]:
+        """A given picture, or the base latents [B, C, h, w] with their maps [B, rows, columns, tokens]; None each."""
+        p = self._p
+        if self._from_image:
+            return None, p.init_latent, None
+        if self._hires and getattr(p, "firstpass_image", None) is not None:  # the WebUI's button under the gallery
+            return np.asarray(p.firstpass_image.convert("RGB")), None, None
+        settings = self._settings
+        if not settings.base_pass:
+            return None, None, None
+        recorder = AttentionRecorder(cross_attention(unet_of(p)), self._map_size, rows.cond_rows)
+        record = settings.uses_window_prompts and bool(self._plan.stages) and self._same_prompts()
+        before = getattr(p, "enable_hr", None)
+        with ExitStack() as stack:
+            stack.enter_context(rows.following(unet_of(p)))
+            if record:
+                stack.enter_context(recorder)
+            try:
+                if before is not None:
+                    p.enable_hr = False
+                latents = original()
+            finally:
+                if before is not None:
+                    p.enable_hr = before
+        return None, latents, recorder.maps if record and recorder.recorded else None
+
+    def _same_prompts(self) -> bool:
+        """Whether the base pass sees the prompts whose words the windows get, from its first step to its last."""
+        p = self._p
+        return [prompt for prompt, _ in self._prompts] == list(p.prompts) and not any(map(is_composed, p.prompts))
+
+    def _final_prompts(self, prompts: Sequence[str]) -> list[tuple[str, str]]:
+        """Prompt and negative prompt of every picture's stages."""
+        p = self._p
+        positive, negative = list(prompts), list(p.negative_prompts)
+        if self._hires:
+            positive, negative = list(p.hr_prompts or positive), list(p.hr_negative_prompts or negative)
+        return [tuple(final_prompt(text, p.steps) for text in pair)  # type: ignore[misc]
+                for pair in zip(positive, negative, strict=True)]
+
+    # --- the stages --------------------------------------------------------------------------------------------
+
+    def _extrapolate(self, index: int, rows: RowOrder, first_job: int, images: Any, base: Any, maps: Any) -> Result:
+        from modules import shared
+
+        p, plan, settings = self._p, self._plan, self._settings
+        prompt, negative = self._prompts[index]
+        if is_composed(prompt) and settings.uses_window_prompts:
+            p.comment("AccDiffusion: the prompt has parts joined by AND, so all windows get the whole of it")
+            settings = replace(settings, window_prompts=False)
+        shared.state.job_no = first_job + index * sum(self._jobs)
+        progress = WebUIProgress(p, self._jobs, lambda picture: self._extras.keep(index, picture, plan))
+        host = A1111Host(p, prompt=prompt, negative=negative, size=plan.pixels, solver=self._solver,
+                         progress=progress, rows=rows, controlnet=self._controlnet, vae_tile=settings.vae_tile)
+        sampled = None
+        if base is not None:
+            sampled = base[index:index + 1].float(), None if maps is None else maps[index]
+        request = Request(prompt, self._seed(index), p.cfg_scale, settings, plan, image=images, base=sampled,
+                          intermediate=self._extras.wants_stages)
+        with host.attached():
+            result = Extrapolation(host, settings.window_batch).run(request)
+        if result.stopped == "skipped":  # the next picture of the batch may still be wanted
+            shared.state.skipped = False
+        self._extras.explain(result, plan, host)
+        return result
+
+    def _seed(self, index: int) -> int:
+        p = self._p
+        if not p.subseed_strength:
+            return int(p.seeds[index])
+        return seeds.derive(p.seeds[index], "subseed", p.subseeds[index], p.subseed_strength)
+
+    @contextmanager
+    def _hires_pass(self) -> Iterator[None]:
+        """With Hires. fix, its checkpoint and its LoRAs; and a refiner gives way to the checkpoint again."""
+        from modules import devices, extra_networks, sd_models
+
+        p = self._p
+        with sd_models.SkipWritingToConfig():
+            sd_models.reload_model_weights(info=getattr(p, "hr_checkpoint_info", None) if self._hires else None)
+        if self._hires and not p.disable_extra_networks:
+            with devices.autocast():
+                extra_networks.activate(p, p.hr_extra_network_data)
+        devices.torch_gc()
+        ratio = p.get_token_merging_ratio(for_hr=True)
+        sd_models.apply_token_merging(p.sd_model, ratio)
+        try:
+            yield
+        finally:
+            sd_models.apply_token_merging(p.sd_model, p.get_token_merging_ratio())
+
+    # --- jobs and pictures -------------------------------------------------------------------------------------
+
+    def _begin_jobs(self) -> int:
+        """Gives the WebUI's bar as many jobs as there is work; returns the number of the first picture's first."""
+        from modules import shared
+
+        p, state = self._p, shared.state
+        timestep = NoiseLevels(p.sd_model.alphas_cumprod).timestep
+        parts = estimate(self._plan, self._settings, solver=self._solver, stage_solver=self._solver,
+                         timestep=timestep, guidance=p.cfg_scale, has_control=self._controlnet is not None,
+                         from_image=True)
+        work = [part.unet * part.stage.window[0] * part.stage.window[1] for part in parts if part.stage]
+        base = 2 * p.steps * self._plan.base[0] * self._plan.base[1]
+        self._jobs = [max(1, round(each / base)) for each in work]
+        of_batch = 1 + len(p.seeds) * sum(self._jobs)
+        state.job_count = p.n_iter * of_batch
+        state.job_no = p.iteration * of_batch
+        state.processing_has_refined_job_count = True
+        shared.total_tqdm.updateTotal(p.steps * state.job_count)
+        return state.job_no
+
+    def _decoded(self, pictures: Sequence[Picture]) -> Any:
+        """All pictures in the largest one's size: the WebUI cannot take others in one batch."""
+        from modules.processing import DecodedSamples
+
+        images = [picture.image for picture in pictures if picture.image is not None]
+        height, width = max(image.shape[:2] for image in images)
+        if any(image.shape[:2] != (height, width) for image in images):
+            self._p.comment("AccDiffusion: pictures that were not finished are enlarged to the size of the others")
+        samples = DecodedSamples()
+        samples.extend(_as_sample(image, height, width) for image in images)
+        return samples
+
+
+def _as_sample(image: np.ndarray, height: int, width: int) -> Tensor:
+    """A picture as the WebUI wants it, [3, H, W] in -1..1; a half is added where it will cut off fractions."""
+    if image.shape[:2] != (height, width):
+        image = cv2.resize(image, (width, height), interpolation=cv2.INTER_LANCZOS4)
+    return (torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).float() + 0.5) / 127.5 - 1
+
+
+def _settings(p: Any, settings: Settings, *, hires_ticked: bool, from_image: bool) -> Settings:
+    """The job's settings, with what a ticked Hires. fix or img2img's denoising strength says instead."""
+    if hires_ticked:
+        values = hires.values(p.width, p.height, scale=p.hr_scale, resize_x=p.hr_resize_x, resize_y=p.hr_resize_y,
+                              steps=p.hr_second_pass_steps or p.steps, denoising=p.denoising_strength)
+        settings = replace(settings, **values)
+    elif from_image and settings.start == OPTIONS["start"].default:
+        settings = replace(settings, start=min(max(0.0, round(1 - p.denoising_strength, 4)), 0.95))
+    return make({name: getattr(settings, name) for name in OPTIONS})
+
+
+def _stage_sampler(p: Any, settings: Settings, hires_ticked: bool) -> tuple[str, str]:
+    """Names of the stages' sampler and schedule: the panel's, Hires. fix's, or the base pass's."""
+    sampler, scheduler = settings.stage_sampler, settings.stage_scheduler
+    if sampler == SAME:
+        sampler = (hires_ticked and p.hr_sampler_name) or p.sampler_name
+    if scheduler == SAME:
+        scheduler = (hires_ticked and p.hr_scheduler) or p.scheduler or "Automatic"
+    return sampler, scheduler
+
+
+def _check_model(p: Any) -> None:
+    from modules import sd_unet
+
+    model = p.sd_model
+    if getattr(model, "is_sd3", False) or not hasattr(unet_of(p), "input_blocks"):
+        raise InputError("AccDiffusion: the checkpoint has no UNet; it works with SD1.5, SD2 and SDXL checkpoints")
+    if sd_unet.current_unet is not None:
+        raise InputError("AccDiffusion: the SD Unet setting must be None, as another UNet cannot take window sizes")
+
+
+def _placement(unet: Any) -> dict[str, Any]:
+    from modules import devices
+
+    return {"dtype": next(unet.parameters()).dtype, "device": torch.device(devices.device)}
+
