@@ -9,10 +9,10 @@ PIP := $(RUN) -m pip install --disable-pip-version-check --quiet
 PROMPT := a cat and a corgi, playing on the lawn
 
 # Threads sleep while they wait instead of spinning, which on a busy machine is many times faster (see __main__.py).
-demo test: export OMP_WAIT_POLICY ?= PASSIVE
+demo test quality: export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench quality clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
@@ -29,6 +29,9 @@ lint: $(VENV)/installed-dev ## ruff and mypy
 
 bench: $(VENV)/installed ## speed and memory: a table, then one JSON object
 	$(RUN) -m benchmarks
+
+quality: $(VENV)/installed ## methods compared on drawn scenes: tables and contact sheets in out/quality
+	$(RUN) -m testbed.quality
 
 clean: ## forgets the virtual environment and what was made with it
 	rm -rf $(VENV) out .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,209 @@
+"""What is measured in a picture: its things, its error, its sharpness, and what goes wrong in large pictures.
+
+Pictures are RGB uint8 [H, W, 3]; a measure that has no meaning for a picture is nan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from scipy import fft
+
+from accdiff_lib.plan import CELL, Window
+from testbed.counting import MIN_AREA, Found, find, iou, match, painted, wanted
+from testbed.scenes import Scene
+
+Picture = NDArray[np.uint8]
+Plane = NDArray[np.float32]
+
+NAN = float("nan")
+
+#: Side in pixels of the pictures in which ghosts are looked for, and there: the blur that leaves no detail of the base
+#: picture, the blur that leaves only shifts of whole skies and grounds, and how near to a thing its own rim may differ.
+_GHOSTS_SIDE, _FINE, _WIDE, _NEAR = 256, 2.5, 32.0, 8
+#: Least difference in Lab of a ghost. Things of 30 % opacity differ by 11 and more, true renders at 4x from their base
+#: pictures by less than 1 (tests/test_quality.py), and the VAE alone makes errors of 4 to 13.
+GHOST = 10.0
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A column of the tables."""
+    name: str
+    label: str
+    about: str
+    digits: int
+    #: What a perfect picture has; None where it depends on the scene.
+    best: float | None
+
+
+METRICS: dict[str, Metric] = {metric.name: metric for metric in (
+    Metric("exact", "exact", "share of pictures with each wanted thing once, of its colour, and nothing else", 2, 1),
+    Metric("extra", "extra", "things that were not wanted, per picture", 2, 0),
+    Metric("missing", "missing", "wanted things that are not there, per picture", 2, 0),
+    Metric("ghosts", "ghosts", "faint objects outside of the wanted things that the counting misses, per picture", 2,
+           0),
+    Metric("colour", "colour", "share of the wanted things that have their colour", 2, 1),
+    Metric("shape", "shape", "share of the wanted things that have their colour and shape", 2, 1),
+    Metric("area", "area", "area of all things relative to that of the wanted ones", 2, 1),
+    Metric("iou", "IoU", "intersection over union of the areas of found and wanted things", 3, 1),
+    Metric("psnr", "PSNR", "dB, against the true render", 1, None),
+    Metric("coarse", "coarse PSNR", "dB, both reduced to the base picture's size: colour and structure alone", 1, None),
+    Metric("sharpness", "sharpness", "energy of detail that the base picture cannot have, relative to the true "
+           "render's; noise counts too", 2, 1),
+    Metric("seams", "seams", "difference of cells (8 pixels) across the windows' borders relative to that of other "
+           "neighbours, and to the same of the enlarged base picture", 2, 1),
+    Metric("grid", "grid", "difference of neighbouring cells relative to that of the nearest cells of one dilated "
+           "view, and to the same of the enlarged base picture (without one: the true render)", 2, 1),
+)}
+
+
+def measure(image: Picture, scene: Scene, truth: Picture, scale: int, base: Picture | None, clean: bool,
+            windows: Sequence[Window]) -> dict[str, float]:
+    """All metrics of a picture, by their names.
+
+    `truth` is the scene's render of the picture's size, `scale` times that of base pictures. `base` is the picture that
+    was enlarged: on the clean track the scene's own render, so that the scene is what is wanted; on the sampled track a
+    sampled one, whose things are wanted. A picture without a base (None) may have the scene's things anywhere.
+    `windows` are those of the last steps, in cells of the picture.
+    """
+    as_scene = clean or base is None
+    things = wanted(scene) if as_scene or base is None else find(base)
+    every = find(image)
+    found = every if base is None else without_parts(every, things)
+    result = match(found, things, by_place=base is not None)
+    caption = result if as_scene else match(found, scene, by_place=False)
+    aligned = clean and base is not None
+    # What the picture shows, without seams and grid.
+    like: Picture = truth if base is None else np.asarray(
+        cv2.resize(base, truth.shape[1::-1], interpolation=cv2.INTER_CUBIC), np.uint8)
+    return {
+        "exact": float(caption.exact and caption.colours == caption.wanted),
+        "extra": float(result.extra), "missing": float(result.missing),
+        "ghosts": NAN if base is None else float(ghosts(image, base, [*things, *every])),
+        "colour": _ratio(result.colours, result.wanted), "shape": _ratio(result.shapes, result.wanted),
+        "area": _ratio(sum(thing.area for thing in every), sum(thing.area for thing in things)),
+        "iou": NAN if base is None else iou(every, things),
+        "psnr": psnr(image, truth) if aligned else NAN,
+        "coarse": psnr(_reduced(image, scale), _reduced(truth, scale)) if aligned else NAN,
+        "sharpness": _ratio(detail(image, scale), detail(truth, scale)),
+        "seams": _ratio(seams(image, windows), 1.0 if base is None else seams(like, windows)),
+        "grid": _ratio(roughness(image, scale), roughness(like, scale)),
+    }
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else NAN
+
+
+def without_parts(found: Sequence[Found], things: Sequence[Found]) -> list[Found]:
+    """Those found things that aren't parts of other ones.
+
+    The corner of a yellow thing that came out orange is found apart from it. So is left out what lies mostly within a
+    wanted thing of which a larger found one covers more.
+    """
+    side = _GHOSTS_SIDE
+    covers = [painted([thing], side, side) > 0 for thing in found]
+    parts = set()
+    for thing in things:
+        area = painted([thing], side, side) > 0
+        shares = [int((cover & area).sum()) for cover in covers]
+        for number, (cover, share) in enumerate(zip(covers, shares, strict=True)):
+            if share < max(shares) and share > 0.5 * cover.sum():
+                parts.add(number)
+    return [thing for number, thing in enumerate(found) if number not in parts]
+
+
+def psnr(image: Picture, truth: Picture) -> float:
+    """Peak signal-to-noise ratio in dB over all channels; at most 100."""
+    error = float(np.mean((image.astype(np.float32) - truth) ** 2))
+    return float(10 * np.log10(255**2 / max(error, 255**2 * 1e-10)))
+
+
+def _reduced(image: Picture, factor: int) -> Picture:
+    """The picture with sides divided by `factor`, averaged."""
+    height, width = image.shape[0] // factor, image.shape[1] // factor
+    return np.asarray(cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA), np.uint8)
+
+
+def detail(image: Picture, scale: int) -> float:
+    """The energy of brightness at frequencies that a picture with `scale` times shorter sides cannot have."""
+    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32)
+    height, width = grey.shape
+    # The window keeps the jump from one border of the picture to the other out.
+    grey = (grey - grey.mean()) * np.outer(np.hanning(height), np.hanning(width)).astype(np.float32)
+    energy = np.abs(np.asarray(fft.rfft2(grey))) ** 2
+    nyquist = 0.5 / scale
+    high = (np.abs(fft.fftfreq(height))[:, None] > nyquist) | (fft.rfftfreq(width)[None] > nyquist)
+    return float(energy[high].sum() / (height * width) ** 2)
+
+
+def _cells(image: Picture) -> Plane:
+    """The mean colour of each latent cell, [H / 8, W / 8, 3]."""
+    height, width = image.shape[:2]
+    small = cv2.resize(image.astype(np.float32), (width // CELL, height // CELL), interpolation=cv2.INTER_AREA)
+    return np.asarray(small, np.float32)
+
+
+def seams(image: Picture, windows: Sequence[Window]) -> float:
+    """Mean difference of neighbouring cells across the borders of windows, relative to that of all others; 1 is none.
+
+    Of cells rather than pixels: the VAE smears a jump in the latent over some pixels, and has a grid of cells itself.
+    """
+    cells = _cells(image)
+    down, across = (np.abs(np.diff(cells, axis=axis)).mean(-1) for axis in (0, 1))
+    at_down, at_across = np.zeros(down.shape, bool), np.zeros(across.shape, bool)
+    for window in windows:
+        rows, columns = (slice(max(part.start, 0), part.stop) for part in (window.rows, window.columns))
+        for line in (window.top - 1, window.top + window.height - 1):
+            if 0 <= line < len(at_down):
+                at_down[line, columns] = True
+        for line in (window.left - 1, window.left + window.width - 1):
+            if 0 <= line < at_across.shape[1]:
+                at_across[rows, line] = True
+    border = np.concatenate([down[at_down], across[at_across]])
+    other = np.concatenate([down[~at_down], across[~at_across]])
+    return _ratio(float(border.mean()), float(other.mean())) if border.size and other.size else NAN
+
+
+def roughness(image: Picture, dilation: int) -> float:
+    """The difference of cells at distance 1, relative to that at distance `dilation`, where both are of one view.
+
+    Where the views of the dilated pass disagree, the cells of one view are more alike than neighbours, everywhere else
+    less.
+    """
+    cells = _cells(image)
+    near, far = (np.mean([np.abs(cells[distance:] - cells[:-distance]).mean(),
+                          np.abs(cells[:, distance:] - cells[:, :-distance]).mean()]) for distance in (1, dilation))
+    return _ratio(float(near), float(far))
+
+
+def ghosts(image: Picture, base: Picture, known: Sequence[Found]) -> int:
+    """How many faint objects there are that the base picture lacks, apart from `known` things.
+
+    Both pictures are compared in Lab without their detail and without differences as wide as a sky.
+    """
+    side = _GHOSTS_SIDE
+    kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * _NEAR + 1, 2 * _NEAR + 1))
+    seen = 1 - cv2.dilate((painted(known, side, side) > 0).astype(np.float32), kernel)
+    difference = (_lab(image, side) - _lab(base, side)) * seen[..., None]
+
+    def mean(sigma: float) -> Plane:
+        weight = cv2.GaussianBlur(seen, (0, 0), sigma)
+        return np.asarray(cv2.GaussianBlur(difference, (0, 0), sigma) / np.maximum(weight, 0.05)[..., None])
+
+    strength = np.linalg.norm(mean(_FINE) - mean(_WIDE), axis=-1) * seen
+    # Opened: where a horizon moved by a pixel is no object.
+    mask = cv2.morphologyEx((strength > GHOST).astype(np.uint8), cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
+    _, _, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=4)
+    return int((stats[1:, cv2.CC_STAT_AREA] >= MIN_AREA * side**2).sum())
+
+
+def _lab(image: Picture, side: int) -> Plane:
+    """The picture in CIE Lab, reduced to side x side."""
+    small = cv2.resize(image.astype(np.float32) / 255, (side, side), interpolation=cv2.INTER_AREA)
+    return np.asarray(cv2.cvtColor(small, cv2.COLOR_RGB2LAB), np.float32)

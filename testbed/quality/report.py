@@ -1,0 +1,156 @@
+"""The report: a Markdown table for each track and scale, and the same numbers with all p values as JSON."""
+
+from __future__ import annotations
+
+import math
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from testbed.quality.contenders import CLEAN, SUBJECT, Contender
+from testbed.quality.forms import Block, contenders, task
+from testbed.quality.metrics import METRICS, Metric
+from testbed.quality.statistics import LEVEL, Estimate, estimate, paired_p
+from testbed.quality.tasks import Setup
+
+SIGNIFICANT = 1 - LEVEL
+_MARK = "\\*"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A contender's estimates and p values against AccDiffusion v2 by metric, and its mean seconds a picture."""
+    contender: Contender
+    estimates: dict[str, Estimate]
+    p: dict[str, float]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Table:
+    """One track at one scale."""
+    block: Block
+    rows: list[Row]
+
+
+def tabulate(blocks: Sequence[Block], only: Sequence[str], setup: Setup,
+             results: Mapping[str, Mapping[str, Any]]) -> list[Table]:
+    """Sums up the results (records by key) of all blocks."""
+    tables = []
+    for block in blocks:
+        found = {contender.name: [results[setup.key(task(block, contender, number))] for number in range(block.scenes)]
+                 for contender in contenders(block, only)}
+        if found:
+            tables.append(Table(block, [_row(contender, found[contender.name], found.get(SUBJECT))
+                                        for contender in contenders(block, only)]))
+    return tables
+
+
+def _row(contender: Contender, records: Sequence[Mapping[str, Any]],
+         subject: Sequence[Mapping[str, Any]] | None) -> Row:
+    tested = subject if contender.name != SUBJECT else None
+    return Row(contender, {name: estimate(_values(records, name)) for name in METRICS},
+               {name: paired_p(_values(records, name), _values(tested, name)) if tested else math.nan
+                for name in METRICS},
+               sum(record["seconds"] for record in records) / len(records))
+
+
+def _values(records: Sequence[Mapping[str, Any]], name: str) -> list[float]:
+    return [math.nan if record["metrics"][name] is None else record["metrics"][name] for record in records]
+
+
+def as_json(tables: Sequence[Table]) -> list[dict[str, Any]]:
+    """All numbers of the tables; None where there is none."""
+    def plain(value: float) -> float | None:
+        return None if math.isnan(value) else round(value, 6)
+
+    return [{"track": table.block.track, "scale": table.block.scale, "scenes": table.block.scenes,
+             "stage_steps": table.block.stage_steps, "contenders": {row.contender.name: {
+                 "seconds": round(row.seconds, 3),
+                 **{name: {"mean": plain(found.mean), "low": plain(found.low), "high": plain(found.high),
+                           "count": found.count, "p": plain(row.p[name])} for name, found in row.estimates.items()}}
+                 for row in table.rows}} for table in tables]
+
+
+def markdown(tables: Sequence[Table], setup: Setup, command: str, notes: Sequence[str],
+             sheets: Mapping[Block, Path]) -> str:
+    """The report; `notes` are lines for its header, `sheets` the contact sheets beside it."""
+    model = "the embedded one" if setup.model is None else str(setup.model)
+    changes = ", ".join(f"{name} = {value}" for name, value in setup.changes.items())
+    head = [f"`{command}`", f"commit {commit()}", device_name(setup.device), f"model: {model}, {setup.dtype}",
+            f"base pass: {setup.steps} steps, {setup.sampler}, {setup.scheduler}, CFG {setup.cfg:g}",
+            f"scenes: seeds ({setup.seed_base}, 0) and on, kept out of training",
+            *([f"changed in AccDiffusion v2 and its variations: {changes}"] if changes else []), *notes]
+    parts = ["# Quality on drawn scenes", "\n".join(f"* {line}" for line in head)]
+    for table in tables:
+        parts += [_title(table.block), _table(table)]
+        if table.block in sheets:
+            parts.append(f"![{table.block.track}, {table.block.scale}x]({sheets[table.block].name})")
+    return "\n\n".join([*parts, _legend(tables)]) + "\n"
+
+
+def _title(block: Block) -> str:
+    what = ("the scene's own render is enlarged; the render of the target size is the exact answer"
+            if block.track == CLEAN else "the base picture is sampled from the caption")
+    return (f"## {block.track.capitalize()} start, {block.scale}x\n\n{what[0].upper()}{what[1:]}. "
+            f"Scenes: {block.scenes}. Steps of a stage: {block.stage_steps}.")
+
+
+def _table(table: Table) -> str:
+    shown = [metric for metric in METRICS.values() if any(row.estimates[metric.name].count for row in table.rows)]
+    lines = [["", *(metric.label for metric in shown), "seconds"], ["---"] * (len(shown) + 2)]
+    for row in table.rows:
+        name = f"**{row.contender.name}**" if row.contender.name == SUBJECT else row.contender.name
+        lines.append([name, *(_entry(metric, row) for metric in shown), f"{row.seconds:.1f}"])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _entry(metric: Metric, row: Row) -> str:
+    """Mean, interval, and a mark for a difference from AccDiffusion v2."""
+    found = row.estimates[metric.name]
+    if not found.count:
+        return "-"
+    text = f"{found.mean:.{metric.digits}f}"
+    if found.low < found.high:
+        text += f" ({found.low:.{metric.digits}f} to {found.high:.{metric.digits}f})"
+    return text + _MARK * (row.p[metric.name] < SIGNIFICANT)
+
+
+def _legend(tables: Sequence[Table]) -> str:
+    described = [f"* **{metric.label}**: {metric.about}"
+                 + ("." if metric.best is None else f" (best: {metric.best:g}).") for metric in METRICS.values()]
+    named = {row.contender.name: row.contender for table in tables for row in table.rows}
+    about = [f"* **{name}**: {contender.about}." for name, contender in named.items() if contender.about]
+    return "\n".join([
+        "## How to read this", "",
+        f"Means over scenes with 95 % bootstrap intervals (none where all scenes have one value). {_MARK} differs from "
+        f"{SUBJECT} on the same scenes with p < {SIGNIFICANT:.2g} (sign flips, two-sided, not corrected for the number "
+        "of comparisons: one in twenty is expected by chance). - has no meaning there: pictures made from noise have "
+        "no base picture to keep to. Wanted is the scene on the clean track, what the base picture shows on the "
+        "sampled one, where only *exact* is against the caption. Seconds are of one job, with the VAE.",
+        "", *described, "", *about])
+
+
+def commit() -> str:
+    """The commit of this code, and whether files were changed since."""
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True, text=True,
+                              check=False).stdout.strip()
+
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + (
+        " with changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+def device_name(device: str) -> str:
+    """The GPU's or the processor's name."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+             ] if info.exists() else []
+    return names[0] if names else platform.processor() or "unknown processor"
