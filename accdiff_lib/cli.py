@@ -195,7 +195,8 @@ def _base(general: dict[str, Any], settings: Settings, model: ModelShape, image:
 def _cost(general: dict[str, Any], settings: Settings, model: ModelShape, plan: Plan,
           has_image: bool) -> list[PartCost]:
     from accdiff_lib.cost import estimate
-    from accdiff_lib.hosts.samplers import NoiseLevels, solver
+    from accdiff_lib.hosts.noise import NoiseLevels
+    from accdiff_lib.hosts.samplers import solver
 
     assert model.alphas_cumprod is not None
     levels = NoiseLevels(model.alphas_cumprod)

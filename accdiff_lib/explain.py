@@ -229,8 +229,11 @@ def _masked(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 @cache
 def font(size: int) -> Font:
-    """Pillow's own font."""
-    return ImageFont.load_default(size)
+    """Pillow's own font; before 10.1 it has one size only (A1111 has 9.5)."""
+    try:
+        return ImageFont.load_default(size)
+    except TypeError:
+        return ImageFont.load_default()
 
 
 def wrap(text: str, face: Font, width: int) -> list[str]:

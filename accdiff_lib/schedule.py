@@ -81,7 +81,7 @@ def rehearse(solver: Solver, sigmas: torch.Tensor) -> list[Call]:
 
     solver.integrate(model, torch.zeros(1, 1, 1, 1), sigmas, seed=0, callback=callback)
     if sorted(firsts) != list(range(len(sigmas) - 1)):
-        raise RuntimeError(f"the sampler {solver.name} doesn't report its steps, so it cannot drive the stages")
+        raise RuntimeError(f"{solver.name} doesn't report its steps")
     calls, step = [], 0
     for number, sigma in enumerate(levels):
         if firsts.get(step + 1) == number:

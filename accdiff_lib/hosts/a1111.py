@@ -19,8 +19,8 @@ from accdiff_lib.hosts import memory
 from accdiff_lib.hosts.base import Progress, Rows, Solver
 from accdiff_lib.hosts.ldm_controlnet import LdmControlNet
 from accdiff_lib.hosts.ldm_rows import RowOrder
+from accdiff_lib.hosts.noise import NoiseLevels
 from accdiff_lib.hosts.prediction import denoised, output_of, rescaled
-from accdiff_lib.hosts.samplers import NoiseLevels
 from accdiff_lib.hosts.vae_runner import VaeRunner
 from accdiff_lib.hosts.webui_samplers import own_view
 from accdiff_lib.hosts.webui_text import SizeVectors, WebUIText, WebUITextEncoder

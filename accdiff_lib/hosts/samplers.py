@@ -22,7 +22,7 @@ from torch import Tensor
 from accdiff_lib import seeds
 from accdiff_lib.errors import InputError
 from accdiff_lib.hosts.base import Denoiser
-from accdiff_lib.hosts.noise import ZERO_SNR_LAST
+from accdiff_lib.hosts.noise import NoiseLevels
 from accdiff_lib.schedule import TRAINING_STEPS
 
 Callback = Callable[[Mapping[str, Any]], None]
@@ -106,44 +106,6 @@ SAMPLERS: dict[str, Sampler] = {sampler.name: sampler for sampler in (
     Sampler("DPM++ 2M SDE", "dpmpp_2m_sde", "brownian"),
     Sampler("DPM++ 3M SDE", "dpmpp_3m_sde", "brownian"),
 )}
-
-
-class NoiseLevels:
-    """The noise levels of a model: sigma as a function of its training timestep and back.
-
-    Between two timesteps log(sigma) is linear, as in k-diffusion. All in float64.
-    """
-
-    def __init__(self, alphas_cumprod: Tensor) -> None:
-        """`alphas_cumprod` [T]: alpha-bar per training timestep, falling."""
-        # Zero would be an infinite sigma.
-        alphas = alphas_cumprod.detach().to("cpu", torch.float64).clamp(min=ZERO_SNR_LAST).numpy()
-        self.sigmas = np.sqrt((1 - alphas) / alphas)
-        self._log_sigmas = np.log(self.sigmas)
-        self._timesteps = np.arange(len(alphas), dtype=np.float64)
-
-    @property
-    def sigma_min(self) -> float:
-        return float(self.sigmas[0])
-
-    @property
-    def sigma_max(self) -> float:
-        return float(self.sigmas[-1])
-
-    def sigma(self, timestep: float | np.ndarray) -> np.ndarray:
-        """The noise level of (fractional) timesteps; outside of 0..T-1 that of the nearest."""
-        return np.exp(np.interp(timestep, self._timesteps, self._log_sigmas))
-
-    def timestep(self, sigma: float) -> float:
-        """The (fractional) timestep 0..T-1 of a noise level.
-
-        Within 1e-3 of an integer it is that integer: what a float32 sigma loses is no fraction of a timestep.
-        """
-        if sigma <= self.sigma_min:
-            return 0.0
-        timestep = float(np.interp(np.log(sigma), self._log_sigmas, self._timesteps))
-        nearest = round(timestep)
-        return float(nearest) if abs(timestep - nearest) < 1e-3 else timestep
 
 
 def _leading(levels: NoiseLevels, steps: int) -> np.ndarray:

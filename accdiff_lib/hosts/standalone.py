@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from accdiff_lib.errors import InputError
 from accdiff_lib.hosts import flops, memory
 from accdiff_lib.hosts.base import Progress, Rows, Solver
+from accdiff_lib.hosts.noise import NoiseLevels
 from accdiff_lib.hosts.prediction import denoised, rescaled
-from accdiff_lib.hosts.samplers import NoiseLevels, solver
+from accdiff_lib.hosts.samplers import solver
 from accdiff_lib.hosts.text import TextEmbedding, TextEncoder
 from accdiff_lib.hosts.vae_runner import VaeRunner
 from accdiff_lib.prompts import Word

@@ -38,6 +38,22 @@ def own_view(p: Any, scheduler: str | None = None) -> Any:
     return view
 
 
+#: Takes the place of a base sampler that cannot drive the stages.
+FALLBACK = "DPM++ 2M"
+
+
+def stage_solver(p: Any, name: str, scheduler: str, steps: int, *, chosen: bool) -> Solver:
+    """The WebUI's sampler of this name. Where it cannot drive the stages, FALLBACK with a comment, unless it was
+    `chosen` for them: then InputError."""
+    try:
+        return webui_solver(p, name, scheduler, steps)
+    except InputError as error:
+        if chosen or name == FALLBACK:
+            raise
+        p.comment(f"AccDiffusion: {error}. The stages take {FALLBACK}")
+        return webui_solver(p, FALLBACK, scheduler, steps)
+
+
 def webui_solver(p: Any, name: str, scheduler: str, steps: int) -> Solver:
     """The WebUI's sampler of this name. Raises InputError where it cannot drive the stages."""
     from modules import sd_samplers
@@ -48,11 +64,11 @@ def webui_solver(p: Any, name: str, scheduler: str, steps: int) -> Solver:
     except Exception as error:
         raise InputError(f"stage_sampler: {name} is not allowed with this model ({error})") from error
     kind = KSampler if hasattr(sampler, "get_sigmas") else TimestepSampler
-    solver = kind(name, sampler, view, steps)
     try:
+        solver = kind(name, sampler, view, steps)
         rehearse(solver, solver.sigmas)
     except Exception as error:  # DPM adaptive chooses its steps by what it sees
-        raise InputError(f"stage_sampler: {name} cannot drive the stages ({error}); choose another one") from error
+        raise InputError(f"stage_sampler: {name} cannot drive the stages ({error})") from error
     return solver
 
 
@@ -155,7 +171,20 @@ class TimestepSampler(_WebUISampler):
     def _schedule(self) -> Tensor:
         self._timesteps = self._sampler.get_timesteps(self._view, self._steps)
         self._alphas = self._view.sd_model.alphas_cumprod
-        alphas = self._alphas[self._timesteps].double().cpu().flip(0)
+        self._unused = 0
+        steps: list[int] = []
+
+        def model(x: Tensor, sigma: Tensor, **_: object) -> Tensor:
+            return torch.zeros_like(x)
+
+        self.sigmas = self._levels()
+        self.integrate(model, torch.zeros(1, 1, 1, 1), self.sigmas, 0, lambda state: steps.append(state["i"]))
+        # UniPC takes a step from every timestep, DDIM none from the first, where it ends.
+        self._unused = len(self._timesteps) - len(steps)
+        return self._levels()
+
+    def _levels(self) -> Tensor:
+        alphas = self._alphas[self._timesteps[self._unused:]].double().cpu().flip(0)
         return torch.cat([((1 - alphas) / alphas).sqrt(), torch.zeros(1).double()]).float()
 
     def integrate(self, model: Denoiser, x: Tensor, sigmas: Tensor, seed: int,
@@ -163,7 +192,7 @@ class TimestepSampler(_WebUISampler):
         """See base.Solver."""
         noise = StepNoise(x, seed, self.name, len(self.sigmas) - len(sigmas))
         parameters = inspect.signature(self._sampler.func).parameters
-        timesteps = self._timesteps[:len(sigmas) - 1]
+        timesteps = self._timesteps[:len(sigmas) - 1 + self._unused]
         scaled = x * self._alphas[timesteps[-1]].to(x) ** 0.5
         with self._initialized(noise) as options:
             options["timesteps"] = timesteps
@@ -171,7 +200,7 @@ class TimestepSampler(_WebUISampler):
                 options["is_img2img"] = True
             result = self._sampler.func(_NoiseModel(model, self._sampler, self._alphas), scaled, extra_args={},
                                         disable=True, callback=noise.callback(callback), **options)
-        return result / self._alphas[0].to(x) ** 0.5  # where these samplers end
+        return result / self._alphas[timesteps[0] if self._unused else 0].to(x) ** 0.5
 
 
 class _Model:

@@ -128,3 +128,13 @@ def restored(parameters: Mapping[str, str]) -> Job | None:
     if VERSION_KEY not in parameters:
         return None
     return Job(from_infotext(parameters), parameters.get(CONTROLNET_KEY, NONE))
+
+
+def stamped(parameters: Mapping[str, Any], job: Job | None) -> dict[str, Any]:
+    """The generation parameters of a `p` with the job's, and without those of another job.
+
+    A cell of an X/Y/Z grid begins with the parameters of the cell before it, in the same dict.
+    """
+    ours = {VERSION_KEY, CONTROLNET_KEY, *(option.infotext for option in OPTIONS.values())}
+    kept = {key: value for key, value in parameters.items() if key not in ours}
+    return kept if job is None else {**kept, **infotext(job)}

@@ -17,17 +17,14 @@ import torch
 from torch import Tensor
 
 from accdiff_lib.cost import PartCost, estimate
-from accdiff_lib.hosts.noise import alphas_cumprod
+from accdiff_lib.hosts.noise import NoiseLevels, alphas_cumprod
 from accdiff_lib.plan import CELL, Plan, make_plan
 from accdiff_lib.settings import SAME, Settings
 
 #: What one ControlNet evaluation costs, as a part of a UNet evaluation of the same size (SDXL and SD1.5).
 CONTROLNET_COST = 0.4
 
-_ALPHAS = alphas_cumprod({}).numpy()
-_SIGMAS = np.sqrt((1 - _ALPHAS) / _ALPHAS)
-_LOG_SIGMAS = np.log(_SIGMAS)
-_TIMESTEPS = np.arange(len(_SIGMAS), dtype=np.float64)
+_LEVELS = NoiseLevels(alphas_cumprod({}))
 
 #: The schedule that the WebUI's "Automatic" takes for a sampler; all others have "Normal".
 _AUTOMATIC = {"dpm++ 2m": "karras", "dpm++ sde": "karras", "dpm++ 2s a": "karras", "dpm2": "karras", "dpm2 a": "karras",
@@ -37,10 +34,7 @@ _AUTOMATIC = {"dpm++ 2m": "karras", "dpm++ sde": "karras", "dpm++ 2s a": "karras
 
 def timestep(sigma: float) -> float:
     """The training timestep 0..999 of a noise level of SD1.5 and SDXL."""
-    if sigma <= _SIGMAS[0]:
-        return 0.0
-    found = float(np.interp(math.log(sigma), _LOG_SIGMAS, _TIMESTEPS))
-    return float(round(found)) if abs(found - round(found)) < 1e-3 else found
+    return _LEVELS.timestep(sigma)
 
 
 def noise_levels(scheduler: str, sampler: str, steps: int) -> Tensor:
@@ -48,20 +42,20 @@ def noise_levels(scheduler: str, sampler: str, steps: int) -> Tensor:
     name = scheduler.lower()
     if name == "automatic":
         name = _AUTOMATIC.get(sampler.lower(), "normal")
-    low, high = _SIGMAS[0], _SIGMAS[-1]
+    low, high = _LEVELS.sigma_min, _LEVELS.sigma_max
     if name == "karras":
         levels = np.linspace(high ** (1 / 7), low ** (1 / 7), steps) ** 7
     elif name in ("exponential", "polyexponential"):
         levels = np.exp(np.linspace(math.log(high), math.log(low), steps))
     elif name == "sgm uniform":
-        levels = np.exp(np.interp(np.linspace(999, 0, steps + 1)[:-1], _TIMESTEPS, _LOG_SIGMAS))
+        levels = _LEVELS.sigma(np.linspace(999, 0, steps + 1)[:-1])
     elif name == "leading":
         spacing = 1000 // steps
-        levels = _SIGMAS[np.arange(steps - 1, -1, -1) * spacing + min(1, 999 - (steps - 1) * spacing)]
+        levels = _LEVELS.sigmas[np.arange(steps - 1, -1, -1) * spacing + min(1, 999 - (steps - 1) * spacing)]
     elif name == "simple":
-        levels = _SIGMAS[[999 - int(i * 1000 / steps) for i in range(steps)]]
+        levels = _LEVELS.sigmas[[999 - int(i * 1000 / steps) for i in range(steps)]]
     else:
-        levels = np.exp(np.interp(np.linspace(999, 0, steps), _TIMESTEPS, _LOG_SIGMAS))
+        levels = _LEVELS.sigma(np.linspace(999, 0, steps))
     return torch.from_numpy(np.append(levels, 0.0)).to(torch.float32)
 
 

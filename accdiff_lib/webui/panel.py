@@ -42,8 +42,7 @@ def build(elem_id: Callable[[str], str], is_img2img: bool) -> Panel:
         gr.HTML(_live_line(elem_id), elem_id=elem_id("cost"))
         with gr.Row():
             made["controlnet_model"] = _controlnet_model(elem_id)
-            _control(OPTIONS["control_strength"], made, elem_id)
-            _control(OPTIONS["c"], made, elem_id)
+        _row(IN_SIGHT[2], made, elem_id)
         with gr.Accordion("Advanced", open=False, elem_id=elem_id("advanced")):
             _advanced(made, elem_id)
     for which in ("method", "preset"):
@@ -103,7 +102,7 @@ def _row(names: Iterable[str], made: dict[str, Any], elem_id: Callable[[str], st
 
 
 def _advanced(made: dict[str, Any], elem_id: Callable[[str], str]) -> None:
-    """Every option that is not in sight: for each group its switches in a row, then the rest in pairs."""
+    """Every option that is not in sight: for each group its switches in a row, then lists and sliders in pairs."""
     import gradio as gr
 
     for group in dict.fromkeys(option.group for option in OPTIONS.values()):
@@ -112,10 +111,15 @@ def _advanced(made: dict[str, Any], elem_id: Callable[[str], str]) -> None:
             continue
         gr.HTML(f"<div class='accdiff-group'>{html.escape(group[0].upper() + group[1:])}</div>")
         switches = [option.name for option in options if option.kind is bool]
-        others = [option.name for option in options if option.kind is not bool]
-        for names in [switches, *(others[first:first + 2] for first in range(0, len(others), 2))]:
+        lists = [option.name for option in options if option.kind is str]
+        sliders = [option.name for option in options if option.kind in (int, float)]
+        for names in [switches, *_pairs(lists), *_pairs(sliders)]:
             if names:
                 _row(names, made, elem_id)
+
+
+def _pairs(names: list[str]) -> list[list[str]]:
+    return [names[first:first + 2] for first in range(0, len(names), 2)]
 
 
 def _controlnet_model(elem_id: Callable[[str], str]) -> Any:

@@ -26,8 +26,8 @@ from accdiff_lib.hosts.a1111 import ROWS_ATTRIBUTE, A1111Host, cross_attention, 
 from accdiff_lib.hosts.base import Picture
 from accdiff_lib.hosts.ldm_controlnet import LdmControlNet
 from accdiff_lib.hosts.ldm_rows import RowOrder
-from accdiff_lib.hosts.samplers import NoiseLevels
-from accdiff_lib.hosts.webui_samplers import webui_solver
+from accdiff_lib.hosts.noise import NoiseLevels
+from accdiff_lib.hosts.webui_samplers import stage_solver
 from accdiff_lib.hosts.webui_text import final_prompt, is_composed
 from accdiff_lib.plan import make_plan
 from accdiff_lib.settings import OPTIONS, SAME, Settings, make
@@ -139,7 +139,8 @@ class Batch:
         self._plan = make_plan((p.height, p.width), self._settings, native=native_window(p.sd_model),
                                multiple=2 ** levels[1])
         name, scheduler = _stage_sampler(p, self._settings, self._hires)
-        self._solver = webui_solver(p, name, scheduler, self._settings.stage_steps or p.steps)
+        self._solver = stage_solver(p, name, scheduler, self._settings.stage_steps or p.steps,
+                                    chosen=self._settings.stage_sampler != SAME)
         self._map_size = map_size(*self._plan.base, levels[0])
         path = controlnets.find(job.controlnet) if self._settings.uses_controlnet else None
         self._controlnet = LdmControlNet.load(path, unet_of(p), **_placement(unet_of(p))) if path else None
