@@ -12,10 +12,10 @@ PROMPT := a cat and a corgi, playing on the lawn
 demo test quality: export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench quality clean
+.PHONY: help demo test lint bench quality panel-venvs clean
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
 
 demo: $(VENV)/installed ## a 4x picture with the built-in model, in out/demo
 	$(RUN) -m accdiff_lib "$(PROMPT)" --scale 4 --steps 20 --preset balanced --stage-steps 10 --out out/demo
@@ -33,8 +33,15 @@ bench: $(VENV)/installed ## speed and memory: a table, then one JSON object
 quality: $(VENV)/installed ## methods compared on drawn scenes: tables and contact sheets in out/quality
 	$(RUN) -m testbed.quality
 
+panel-venvs: .venv-gradio3/installed .venv-gradio4/installed ## the WebUIs' two gradio versions, for the panel's tests
+
+.venv-gradio%/installed: tests/webui_stand_in/gradio%.txt
+	test -x .venv-gradio$*/bin/python || $(PYTHON) -m venv .venv-gradio$*
+	.venv-gradio$*/bin/python -m pip install --disable-pip-version-check --quiet --requirement $<
+	@touch $@
+
 clean: ## forgets the virtual environment and what was made with it
-	rm -rf $(VENV) out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-gradio* out .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # A stamp file for each installation, so that a second call has nothing to do. torch comes first and its version is a
 # constraint for all that follows: nothing can bring another one.

@@ -243,6 +243,8 @@
         };
     }
 
+    function startOf(denoising) { return Math.min(Math.max(0, round((1 - denoising) * 1e4) / 1e4), 0.95); }
+
     /** webui/hires.py: what a ticked Hires. fix sets. */
     function hires(width, height, h) {
         let target;
@@ -253,7 +255,7 @@
         return {
             target_width: Math.floor(target[0] / CELL) * CELL, target_height: Math.floor(target[1] / CELL) * CELL,
             stage_steps: Math.min(Math.trunc(h.steps / Math.min(Math.max(h.denoising, 0.05), 0.999)), 1000),
-            start: Math.min(Math.max(0, round((1 - h.denoising) * 1e4) / 1e4), 0.95),
+            start: startOf(h.denoising),
         };
     }
 
@@ -334,7 +336,8 @@
         if (!ticked || !ticked.querySelector("input") || !ticked.querySelector("input").checked) return null;
         return {
             scale: value("txt2img_hr_scale"), resize_x: value("txt2img_hr_resize_x") || 0,
-            resize_y: value("txt2img_hr_resize_y") || 0, steps: value("txt2img_hires_steps") || 0,
+            resize_y: value("txt2img_hr_resize_y") || 0,
+            steps: value("txt2img_hires_steps") || value("txt2img_steps") || 0,  // as the WebUI has it
             denoising: value("txt2img_denoising_strength"),
         };
     }
@@ -349,9 +352,12 @@
         if (driver) {
             Object.assign(settings, hires(given.base[1], given.base[0], driver));
             const sampler = value("hr_sampler"), scheduler = value("hr_scheduler");
-            if (sampler && sampler !== "Use same sampler") settings.stage_sampler = sampler;
-            if (scheduler && scheduler !== "Use same scheduler") settings.stage_scheduler = scheduler;
+            const chosen = (own, theirs, same) => own === "Same" && theirs && theirs !== same ? theirs : own;
+            settings.stage_sampler = chosen(settings.stage_sampler, sampler, "Use same sampler");
+            settings.stage_scheduler = chosen(settings.stage_scheduler, scheduler, "Use same scheduler");
         }
+        const denoising = tab === "img2img" ? value("img2img_denoising_strength") : undefined;
+        if (denoising !== undefined && settings.start === 0) settings.start = startOf(denoising);
         const result = line(settings, given);
         if (driver) result.text += " (size, steps and start are those of Hires. fix)";
         return result;

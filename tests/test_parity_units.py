@@ -11,7 +11,8 @@ import torch
 
 from accdiff_lib.batching import Batcher
 from accdiff_lib.canvas import Canvas, Scene, gaussian_filter, gaussian_kernel, smooth
-from accdiff_lib.hosts.samplers import KSolver, NoiseLevels, schedule
+from accdiff_lib.hosts.noise import NoiseLevels
+from accdiff_lib.hosts.samplers import KSolver, schedule
 from accdiff_lib.plan import CELL, Stage, Window
 from accdiff_lib.prompts import Word
 from accdiff_lib.schedule import cosine_factor, make_script

@@ -11,7 +11,8 @@ import torch
 from accdiff_lib.errors import InputError
 from accdiff_lib.hosts import samplers
 from accdiff_lib.hosts.loading import alphas_cumprod
-from accdiff_lib.hosts.samplers import SAMPLERS, SCHEDULERS, KSolver, NoiseLevels, find_sampler, schedule, solver
+from accdiff_lib.hosts.noise import NoiseLevels
+from accdiff_lib.hosts.samplers import SAMPLERS, SCHEDULERS, KSolver, find_sampler, schedule, solver
 from tests import golden
 
 LEVELS = NoiseLevels(alphas_cumprod({}))

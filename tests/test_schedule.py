@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from accdiff_lib.hosts.samplers import SAMPLERS, SCHEDULERS, NoiseLevels, solver
+from accdiff_lib.hosts.noise import NoiseLevels
+from accdiff_lib.hosts.samplers import SAMPLERS, SCHEDULERS, solver
 from accdiff_lib.schedule import carried, make_script, rehearse
 from accdiff_lib.settings import make
 

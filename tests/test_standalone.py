@@ -9,9 +9,9 @@ import torch
 
 from accdiff_lib import vae as tiled_vae
 from accdiff_lib.errors import InputError, Interrupted
-from accdiff_lib.hosts.prediction import denoised
 from accdiff_lib.hosts import flops, memory
 from accdiff_lib.hosts.base import Rows
+from accdiff_lib.hosts.prediction import denoised
 from accdiff_lib.hosts.standalone import StandaloneHost
 from tests import golden, tiny
 from tests.silent import SilentProgress

@@ -31,13 +31,12 @@ from accdiff_lib.hosts.webui_samplers import stage_solver
 from accdiff_lib.hosts.webui_text import final_prompt, is_composed
 from accdiff_lib.plan import make_plan
 from accdiff_lib.settings import OPTIONS, SAME, Settings, make
-from accdiff_lib.webui import controlnets, hires, options_page
-from accdiff_lib.webui.arguments import Job, infotext, parse
+from accdiff_lib.webui import controlnets, hires, options_page, xyz
+from accdiff_lib.webui.arguments import Job, parse, stamped
 from accdiff_lib.webui.extras import Extras
 from accdiff_lib.webui.progress import WebUIProgress
 
 RUN_ATTRIBUTE = "_accdiffusion_run"
-OVERRIDES_ATTRIBUTE = "_accdiffusion_overrides"
 
 
 def process(_script: Any, p: Any, args: Sequence[Any]) -> None:
@@ -47,14 +46,12 @@ def process(_script: Any, p: Any, args: Sequence[Any]) -> None:
     error = None
     job = None
     try:
-        job = parse(args, overrides=getattr(p, OVERRIDES_ATTRIBUTE, None), defaults=options_page.defaults())
+        job = parse(args, overrides=xyz.overrides(p), defaults=options_page.defaults())
     except InputError as wrong:
         error = wrong
-    if job is None and error is None:
-        return
-    setattr(p, RUN_ATTRIBUTE, Run(p, job, error))
-    if job is not None:
-        p.extra_generation_params.update(infotext(job))
+    p.extra_generation_params = stamped(p.extra_generation_params, job)
+    if job is not None or error is not None:
+        setattr(p, RUN_ATTRIBUTE, Run(p, job, error))
 
 
 def process_batch(_script: Any, p: Any, _args: Sequence[Any], **_: Any) -> None:

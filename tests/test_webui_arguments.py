@@ -1,0 +1,185 @@
+"""Arguments of the panel and the API, and generation parameters: every form leads to the same job."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from accdiff_lib import __version__, infotext
+from accdiff_lib.errors import InputError
+from accdiff_lib.settings import METHODS, OPTIONS, PRESETS, Settings, make
+from accdiff_lib.webui.arguments import (
+    EXTRA,
+    NONE,
+    POSITIONAL,
+    Job,
+    exact,
+    parse,
+    picked,
+    restored,
+    stamped,
+)
+from accdiff_lib.webui.arguments import infotext as of_job
+
+#: The order of the values as it was released. Callers of the API rely on it: names may only follow after the last one.
+RELEASED = (
+    "enabled", "controlnet_model", "method", "preset", "scale", "target_width", "target_height", "progressive",
+    "stage_steps", "stage_sampler", "stage_scheduler", "start", "tolerance", "base_pass", "skip_residual",
+    "cosine_scale_1", "windows", "window", "stride", "jitter", "window_prompts", "membership", "c", "local_guidance",
+    "controlnet", "control_strength", "control_start", "control_end", "canny_sigma", "dilated", "cosine_scale_2",
+    "gaussian", "gaussian_sigma", "cosine_scale_3", "interaction", "dilated_guidance", "guidance_rescale",
+    "window_batch", "vae_tile")
+
+
+def values_of(option):
+    """Any allowed value, as a slider may send it: with all its digits."""
+    if option.kind is bool:
+        return st.booleans()
+    if option.choices:
+        return st.sampled_from(option.choices)
+    if option.kind is str:
+        return st.sampled_from(["Same", "Euler a", "DPM++ 2M", "Karras"])
+    if option.kind is int:
+        return st.integers(int(option.minimum), int(option.maximum))
+    return st.floats(option.minimum, option.maximum)
+
+
+some_values = st.lists(st.sampled_from(list(OPTIONS)), unique=True).flatmap(
+    lambda names: st.fixed_dictionaries({name: values_of(OPTIONS[name]) for name in names}))
+models = st.sampled_from([NONE, "canny.safetensors", "xl/canny, new: 2.safetensors"])
+
+
+def positional(settings: Settings, model: str = NONE) -> list:
+    named = {"enabled": True, "controlnet_model": model, **{name: getattr(settings, name) for name in OPTIONS}}
+    return [named[name] for name in POSITIONAL]
+
+
+def job_of(values, model):
+    try:
+        return parse([{**values, "controlnet_model": model}])
+    except InputError:
+        assume(False)
+
+
+def test_the_order_of_values_is_append_only():
+    assert POSITIONAL[:len(RELEASED)] == RELEASED
+    assert set(POSITIONAL) == {*OPTIONS, *EXTRA}
+    assert len(set(POSITIONAL)) == len(POSITIONAL)
+
+
+@given(some_values, models)
+def test_both_forms_are_the_same_job(values, model):
+    job = job_of(values, model)
+    assert job is not None
+    assert parse(positional(job.settings, model)) == job
+    # The WebUI fills up what follows a dict with the panel's values: they don't count.
+    assert parse([{**values, "controlnet_model": model}, "other.safetensors", *positional(make())[2:]]) == job
+
+
+@given(some_values, models)
+def test_round_trip_through_the_parameters(values, model):
+    job = job_of(values, model)
+    text = infotext.write("a cat", "", {"Steps": 1, "Seed": 2, "Size": "8x8", **of_job(job)})
+    found = restored(infotext.parse(text).values)
+    assert found is not None and found.settings == job.settings
+    # Where no ControlNet takes part, its name is no part of the parameters.
+    assert found.controlnet == (job.controlnet if job.settings.uses_controlnet else NONE)
+    assert parse(positional(found.settings, job.controlnet)) == job
+
+
+def test_off():
+    assert parse([]) is None
+    assert parse([False, "gone.safetensors", "no such method"]) is None
+    assert parse([{"enabled": False, "scale": 3}]) is None
+    assert parse([{"scale": 3}]) == Job(make({"scale": 3}))
+    assert parse([None, None]) is None
+
+
+def test_methods_and_presets_fill_in_for_a_dict_only():
+    assert parse([{"preset": "fast", "start": 0.1}]) == Job(make({"preset": "fast", "start": 0.1}))
+    sent = positional(make())
+    sent[POSITIONAL.index("preset")] = "fast"
+    job = parse(sent)
+    assert job is not None and job.settings.preset == "fast" and job.settings.stage_steps == 0
+
+
+def test_numbers_as_gradio_sends_them():
+    job = parse([{"scale": 2, "window": 64.0, "c": 0.1 + 0.2, "jitter": "off"}])
+    assert job is not None
+    settings = job.settings
+    assert (settings.scale, settings.window, settings.c, settings.jitter) == (2.0, 64, 0.3, False)
+    assert isinstance(settings.window, int) and isinstance(settings.scale, float)
+    assert exact(0.1 + 0.2) == 0.3
+
+
+@pytest.mark.parametrize(("args", "named", "what"), [
+    ([{"sclae": 2}], "sclae", "there is no such option; the options are enabled, controlnet_model, method, "),
+    ([{"scale": 9}], "scale", "9 is not allowed; it takes a number from 1 to 8"),
+    ([{"enabled": "perhaps"}], "enabled", "'perhaps' is not allowed; it takes on or off"),
+    ([{"controlnet_model": 3}], "controlnet_model", "3 is not allowed; it takes any text"),
+    ([{"method": "hires"}], "method", "'hires' is not allowed; it takes accdiffusion-v2, "),
+    ([{"target_width": 1024}], "target_width, target_height", "give both"),
+    ([{1: 2}], "args", "the keys are the options' names"),
+    ([True, NONE, "accdiffusion-v2", "paper", 0.5], "scale", "0.5 is not allowed"),
+    ([True] * 60, "args", "60 values are not allowed"),
+    ([{"enabled": False, "sclae": 2}], "sclae", "there is no such option")])
+def test_wrong_values(args, named, what):
+    with pytest.raises(InputError) as caught:
+        parse(args)
+    assert str(caught.value).startswith(f"{named}: ") and what in str(caught.value)
+
+
+def test_the_settings_pages_defaults():
+    defaults = {"controlnet_model": "canny.safetensors", "vae_tile": 64}
+    assert parse([{}], defaults=defaults) == Job(make({"vae_tile": 64}), "canny.safetensors")
+    assert parse([{"controlnet_model": NONE, "vae_tile": 0}], defaults=defaults) == Job(make())
+    job = parse([{"preset": "low-vram"}], defaults=defaults)
+    assert job is not None and job.settings.vae_tile == PRESETS["low-vram"]["vae_tile"]
+    assert parse(positional(make()), defaults=defaults) == Job(make())
+
+
+def test_overrides():
+    sent = positional(make(), "canny.safetensors")
+    assert parse(sent, overrides={"scale": 3, "controlnet_model": NONE}) == Job(make({"scale": 3}))
+    assert parse(sent, overrides={"enabled": "off"}) is None
+    assert parse([False], overrides={"enabled": "on"}) is not None
+    # An axis of methods or presets brings what they stand for, though the panel sends every value; other axes win.
+    assert parse(sent, overrides={"method": "demofusion", "preset": "fast", "start": 0.2}) == Job(
+        make({"method": "demofusion", "preset": "fast", "start": 0.2}), "canny.safetensors")
+    assert parse([{"preset": "fast", "stage_steps": 7}], overrides={"method": "demofusion"}) == Job(
+        make({"method": "demofusion", "preset": "fast", "stage_steps": 7}))
+    for name in ("method", "preset"):
+        with pytest.raises(InputError, match=f"^{name}: 'wrong' is not allowed"):
+            parse(sent, overrides={name: "wrong"})
+    with pytest.raises(InputError, match=r"^sclae: there is no such option"):
+        parse(sent, overrides={"sclae": 3})
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_picking_method_and_preset_in_any_order_gives_their_settings(method, preset):
+    plain = make()
+    for order in (("method", "preset"), ("preset", "method")):
+        now = {name: getattr(plain, name) for name in OPTIONS}
+        for which in order:
+            now[which] = {"method": method, "preset": preset}[which]
+            now.update(picked(which, now["method"], now["preset"]))
+        assert make(now) == make({"method": method, "preset": preset})
+    assert set(picked("preset", method, preset)) == {name for p in PRESETS.values() for name in p}
+
+
+def test_parameters_of_a_job():
+    assert of_job(Job(make())) == {"AccDiffusion": __version__}
+    assert of_job(Job(make({"scale": 4}), "canny.safetensors")) == {
+        "AccDiffusion": __version__, "AccDiffusion scale": "4", "AccDiffusion ControlNet model": "canny.safetensors"}
+    assert "AccDiffusion ControlNet model" not in of_job(Job(make({"controlnet": False}), "canny.safetensors"))
+    assert restored({"Steps": "20"}) is None
+
+
+def test_parameters_do_not_stay_behind_in_the_next_cell_of_a_grid():
+    before = {"Style": "x", "Script": "X/Y/Z plot"}
+    first = stamped(before, Job(make({"scale": 4}), "canny.safetensors"))
+    assert first["AccDiffusion scale"] == "4" and first["Style"] == "x"
+    assert stamped(first, Job(make())) == {**before, "AccDiffusion": __version__}
+    assert stamped(first, None) == before

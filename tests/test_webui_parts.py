@@ -1,0 +1,247 @@
+"""API, X/Y/Z axes, settings page, ControlNet lists, script and install.py, beside a stand-in of the WebUI."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from accdiff_lib.errors import InputError
+from accdiff_lib.settings import METHODS, OPTIONS, make
+from accdiff_lib.webui import api, arguments, callbacks, controlnets, hires, model, options_page, panel, xyz
+from accdiff_lib.webui.arguments import EXTRA, POSITIONAL
+from tests.webui_stand_in import stood_in, webui  # noqa: F401 (a fixture)
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+# --- API -------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def client(webui):  # noqa: F811
+    fastapi = pytest.importorskip("fastapi")
+    testclient = pytest.importorskip("fastapi.testclient")
+    app = fastapi.FastAPI()
+    api.register(None, app)
+    return testclient.TestClient(app)
+
+
+def test_options_are_a_schema(client):
+    schema = client.get("/accdiffusion/v1/options").json()
+    assert set(schema["properties"]) == set(POSITIONAL) and schema["x-positional"] == list(POSITIONAL)
+    assert schema["properties"]["scale"] == {
+        "type": "number", "title": "scale", "description": OPTIONS["scale"].help, "default": 2.0, "minimum": 1,
+        "maximum": 8, "x-step": 0.05, "x-group": "main", "x-infotext": "AccDiffusion scale"}
+    assert schema["properties"]["method"]["enum"] == list(METHODS)
+    # What the schema says is what the arguments are without it.
+    defaults = {name: row["default"] for name, row in schema["properties"].items()}
+    assert arguments.parse([defaults]) == arguments.parse([{}])
+
+
+def test_plan(client):
+    answer = client.post("/accdiffusion/v1/plan", json={"width": 1024, "height": 1024, "steps": 20, "batch": 3,
+                                                        "controlnet_model": "canny.safetensors"}).json()
+    assert answer["base"] == {"width": 1024, "height": 1024} and answer["target"] == {"width": 2048, "height": 2048}
+    base, stage = answer["parts"]
+    assert (base["name"], base["model_calls"], base["unet"]) == ("base", 20, 40)
+    assert (stage["name"], stage["windows"], stage["views"]) == ("2x", 9, 4)
+    assert stage["controlnet"] > 0
+    assert answer["model_calls"] == 3 * (base["model_calls"] + stage["model_calls"])
+    assert stage["model_calls"] == stage["window_calls"] + stage["view_calls"]
+    assert answer["unet"] == 3 * (base["unet"] + stage["unet"])
+    assert 10 < answer["relative_cost"] < 20 and answer["native"] == 128
+    assert client.post("/accdiffusion/v1/plan").json()["target"] == {"width": 2048, "height": 2048}
+    small = client.post("/accdiffusion/v1/plan", json={"width": 512, "height": 512, "from_image": True}).json()
+    assert small["native"] == 64 and small["parts"][0]["steps"] == 1
+
+
+@pytest.mark.parametrize(("body", "what"), [
+    ({"sclae": 2}, "sclae: there is no such option"),
+    ({"scale": 9}, "scale: 9 is not allowed; it takes a number from 1"),
+    ({"width": 1001}, "width: 1001 is not allowed; it takes a multiple of 8"), ({"steps": "many"}, "steps: 'many'"),
+    ({"target_width": 256, "target_height": 256}, "target: 256x256 is 0.25 times"), ([], "must be a JSON object"),
+    ("text", "must be a JSON object")])
+def test_wrong_plans_are_422(client, body, what):
+    answer = client.post("/accdiffusion/v1/plan", json=body)
+    assert answer.status_code == 422 and what in answer.json()["detail"]
+
+
+def test_the_loaded_models_size(client):
+    from modules import sd_models
+
+    assert client.get("/accdiffusion/v1/model").json() == {"native": 0, "multiple": 0}
+    sd_models.model_data.sd_model = SimpleNamespace(is_sdxl=True)
+    assert client.get("/accdiffusion/v1/model").json() == {"native": 128, "multiple": 4}
+    assert model.for_size(512, 512) == (128, 4)
+    sd_models.model_data.sd_model = SimpleNamespace(is_sdxl=False)
+    assert client.get("/accdiffusion/v1/model").json() == {"native": 64, "multiple": 8}
+
+
+# --- X/Y/Z -----------------------------------------------------------------------------------------------------
+
+class Axis:
+    def __init__(self, label, type, apply, confirm=None, choices=None):
+        self.label, self.type, self.apply, self.confirm, self.choices = label, type, apply, confirm, choices
+
+
+@pytest.fixture
+def axes(webui):  # noqa: F811
+    from modules import scripts
+
+    grid = SimpleNamespace(axis_options=[Axis("Nothing", str, None)], AxisOption=Axis)
+    other = SimpleNamespace()
+    scripts.scripts_data = [SimpleNamespace(path="/webui/scripts/xyz_grid.py", module=grid),
+                            SimpleNamespace(path="/webui/scripts/other.py", module=other)]
+    xyz.register()
+    xyz.register()  # as after "Reload UI"
+    return {axis.label: axis for axis in grid.axis_options}, grid.axis_options
+
+
+def test_an_axis_for_everything_once(axes):
+    by_label, all_axes = axes
+    assert len(all_axes) == len(by_label) == 1 + len(POSITIONAL)
+    for option in [*EXTRA.values(), *OPTIONS.values()]:
+        axis = by_label[f"[AccDiffusion] {option.label}"]
+        assert axis.type is (option.kind if option.kind in (int, float) else str)
+        if option.kind is bool:
+            assert [option.parse(choice) for choice in axis.choices()] == [True, False]
+        elif option.choices:
+            assert axis.choices() == list(option.choices)
+
+
+def test_a_cell_keeps_its_values_to_itself(axes):
+    by_label, _ = axes
+    p = SimpleNamespace()
+    first, second = copy.copy(p), copy.copy(p)
+    for cell, scale in ((first, 3.0), (second, 4.0)):
+        by_label["[AccDiffusion] scale"].apply(cell, scale, [3.0, 4.0])
+        then = copy.copy(cell)
+        by_label["[AccDiffusion] jitter"].apply(then, "off", ["off"])
+        assert xyz.overrides(then) == {"scale": scale, "jitter": "off"} and xyz.overrides(cell) == {"scale": scale}
+    assert xyz.overrides(p) == {}
+    assert arguments.parse([{"scale": 2}], overrides=xyz.overrides(first)) == arguments.Job(make({"scale": 3}))
+
+
+def test_wrong_values_of_an_axis(axes):
+    by_label, _ = axes
+    by_label["[AccDiffusion] scale"].confirm(None, [1.0, 8.0])
+    with pytest.raises(InputError, match=r"^\[AccDiffusion\] scale: 9.0 is not allowed; it takes a number from 1 to 8"):
+        by_label["[AccDiffusion] scale"].confirm(None, [2.0, 9.0])
+
+
+def test_without_the_grid_there_are_no_axes(webui):  # noqa: F811
+    xyz.register()
+
+
+# --- settings page, models, panel ------------------------------------------------------------------------------
+
+def test_settings_page(webui, monkeypatch):  # noqa: F811
+    from modules import shared
+
+    monkeypatch.setitem(sys.modules, "gradio", SimpleNamespace(Dropdown=object, Slider=object))
+    assert options_page.defaults() == {"controlnet_model": "None", "vae_tile": 0}  # before the page is there
+    options_page.register()
+    assert {info.section for info in shared.opts.data_labels.values()} == {("accdiffusion", "AccDiffusion")}
+    assert set(shared.opts.data_labels) == {f"accdiffusion_{name}" for name in options_page.DEFAULTS}
+    assert shared.opts.data_labels["accdiffusion_controlnet_model"].component_args()["choices"] == ["None"]
+    shared.opts.data["accdiffusion_vae_tile"] = 64
+    assert options_page.defaults()["vae_tile"] == 64 and options_page.value("explain") is False
+
+
+def test_controlnet_models(tmp_path, webui):  # noqa: F811
+    from modules import paths, shared
+
+    own, given = tmp_path / "models" / "ControlNet", tmp_path / "given"
+    for path in (own / "depth.safetensors", own / "sdxl" / "Canny xl.safetensors", own / "old.pth",
+                 given / "depth.safetensors"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    paths.models_path, shared.cmd_opts.controlnet_dir = str(tmp_path / "models"), str(given)
+    assert controlnets.folders() == [given, own]
+    assert controlnets.names() == ["None", "sdxl/Canny xl.safetensors", "depth.safetensors"]
+    assert controlnets.find("None") is None
+    assert controlnets.find("depth") == given / "depth.safetensors"  # the first folder's
+    assert controlnets.find("SDXL/canny XL.safetensors") == own / "sdxl" / "Canny xl.safetensors"
+    with pytest.raises(InputError, match=r"^controlnet_model: 'gone' is not allowed; it takes None, depth.safetensors"):
+        controlnets.find("gone")
+
+
+def test_labels_are_unique_and_defaults_lie_on_the_sliders():
+    """Labels are the keys of the WebUI's ui-config.json."""
+    rows = [*EXTRA.values(), *OPTIONS.values()]
+    assert len({panel.label(option) for option in rows}) == len(rows)
+    for option in OPTIONS.values():
+        if option.kind in (int, float):
+            steps = (option.default - option.minimum) / panel.slider_step(option)
+            assert steps == pytest.approx(round(steps)), option.name
+
+
+def test_hires_fix_as_the_driver():
+    base = {"scale": 2.0, "resize_x": 0, "resize_y": 0, "steps": 0, "denoising": 0.7}
+    assert hires.values(512, 768, **base) == {
+        "target_width": 1024, "target_height": 1536, "stage_steps": 0, "start": 0.3}
+    assert hires.values(512, 768, **{**base, "resize_x": 1000})["target_height"] == 1496
+    assert hires.values(512, 768, **{**base, "resize_y": 1536})["target_width"] == 1024
+    assert hires.values(512, 768, **{**base, "resize_x": 1024, "resize_y": 1024})["target_height"] == 1024
+    assert hires.values(512, 768, **{**base, "steps": 10, "denoising": 0.5})["stage_steps"] == 20
+    assert hires.values(512, 768, **{**base, "denoising": 0})["start"] == 0.95
+
+
+# --- the script, install.py ------------------------------------------------------------------------------------
+
+def load(path: Path):
+    spec = importlib.util.spec_from_file_location("accdiff.py", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_script_on_an_unknown_host(capsys):
+    """One line in the log, nothing registered."""
+    with stood_in():
+        import modules
+
+        sys.modules["modules.scripts"] = SimpleNamespace()  # another program's: without Script
+        modules.scripts = sys.modules["modules.scripts"]
+        sys.modules["modules.script_callbacks"] = None  # and without callbacks
+        module = load(ROOT / "scripts" / "accdiff.py")
+    assert not hasattr(module, "Script")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("[AccDiffusion] is off, this WebUI lacks what it needs: ")
+
+
+def test_a_failing_registration_is_one_line(capsys):
+    def fails(*_):
+        raise AttributeError("no such thing")
+
+    callbacks.guarded("API", fails)(None, None)
+    assert capsys.readouterr().out == "[AccDiffusion] has no API in this WebUI: AttributeError: no such thing\n"
+
+
+def test_install_says_nothing_where_all_is_well_and_one_line_otherwise(monkeypatch, capsys):
+    install = load(ROOT / "install.py")
+    capsys.readouterr()
+    versions = {"torch": "2.1.2+cu121", "gradio": "3.41.2", "numpy": "1.26.2", "opencv-python-headless": "4.11.0.86"}
+    monkeypatch.setattr(install, "_version", versions.get)
+    assert install.problems() == []
+    versions.update({"torch": "1.13.1", "gradio": None})
+    assert install.problems() == ["torch 1.13.1 is too old, 2.1 is needed",
+                                  "gradio is missing, 3.41 or newer is needed"]
+    done = subprocess.run([sys.executable, ROOT / "install.py"], capture_output=True, text=True, check=True)
+    assert done.stdout.count("\n") <= 1 and not done.stderr
+
+
+def test_the_table_on_the_page_is_readable():
+    import html
+
+    written = panel._live_line(lambda name: f"script_txt2img_accdiffusion_{name}")
+    table = json.loads(html.unescape(written.partition("data-table='")[2].partition("'></div>")[0]))
+    assert table["prefix"] == "script_txt2img_accdiffusion_" and set(table["options"]) == set(OPTIONS)
+    assert table["options"]["c"]["help"] == OPTIONS["c"].help
