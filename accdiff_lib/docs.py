@@ -1,7 +1,7 @@
-"""The option tables of README.md, made from the settings table.
+"""The tables of docs/options.md, made from the settings table.
 
     python -m accdiff_lib.docs            prints them
-    python -m accdiff_lib.docs --write    puts them into README.md
+    python -m accdiff_lib.docs --write    puts them there
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from accdiff_lib.arguments import GENERAL, allowed, default, flag
 from accdiff_lib.settings import METHODS, OPTIONS, PRESETS, Option
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs/options.md"
 BEGIN, END = "<!-- python -m accdiff_lib.docs --write: begin -->", "<!-- end -->"
 
 
@@ -26,9 +26,9 @@ def tables() -> str:
         "### Presets\n\nSo is a preset; an option on the command line wins over both.\n\n" + _sets(PRESETS, "Preset")])
 
 
-def updated(readme: str) -> str:
-    """The text of a README with the tables between its two marks. Raises ValueError where a mark is missing."""
-    before, rest = readme.split(BEGIN)
+def updated(page: str) -> str:
+    """The text of a page with the tables between its two marks. Raises ValueError where a mark is missing."""
+    before, rest = page.split(BEGIN)
     _, after = rest.split(END)
     return f"{before}{BEGIN}\n\n{tables()}\n\n{END}{after}"
 
@@ -58,6 +58,6 @@ def _value(name: str, value: object) -> str:
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["--write"]:
-        README.write_text(updated(README.read_text(encoding="utf-8")), encoding="utf-8")
+        PAGE.write_text(updated(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     else:
         print(tables())

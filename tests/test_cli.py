@@ -235,7 +235,7 @@ def test_version(capsys):
 
 
 def test_readme_has_the_tables():
-    text = docs.README.read_text(encoding="utf-8")
+    text = docs.PAGE.read_text(encoding="utf-8")
     assert docs.updated(text) == text, "run: python -m accdiff_lib.docs --write"
 
 
