@@ -128,7 +128,7 @@ class Batch:
     tokens: Tensor
     sizes: Tensor
     noise: Tensor
-    #: Of each picture's loss: min-SNR (Hang et al. 2023, gamma 5).
+    #: Of each picture's loss; see `loss_weight`.
     weight: Tensor
     token_regions: Tensor
     cell_regions: Tensor
@@ -162,7 +162,7 @@ class Batches:
         snr = alpha / (1 - alpha)
         noised = _image_like(alpha.sqrt()) * latents + _image_like((1 - alpha).sqrt()) * noise
         batch = Batch(noised, t, torch.where(dropped, self._empty, data.tokens[rows]), random_sizes(generator), noise,
-                      snr.clamp(max=5) / snr, torch.where(dropped, 0, data.token_regions[rows]),
+                      loss_weight(snr), torch.where(dropped, 0, data.token_regions[rows]),
                       data.cell_regions[rows], rows)
         for name, tensor in vars(batch).items():
             setattr(batch, name, tensor.to(self._device))
@@ -179,6 +179,14 @@ class Batches:
 def scaling_factor(data: Shard) -> float:
     """What brings the VAE's latents to a standard deviation of 1."""
     return 1 / float(data.latents[:1000].float().std())
+
+
+def loss_weight(snr: Tensor) -> Tensor:
+    """Min-SNR (Hang et al. 2023, gamma 5), and up to 5 where there is more noise than picture.
+
+    What and where things are is decided there, by small differences of the predicted noise.
+    """
+    return snr.clamp(max=5) / snr * snr.clamp(max=1).rsqrt().clamp(max=5)
 
 
 def _image_like(values: Tensor) -> Tensor:
