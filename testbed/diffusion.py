@@ -46,6 +46,8 @@ UNET = {
 TEXT = {"hidden_size": 32, "intermediate_size": 128, "num_attention_heads": 2, "num_hidden_layers": 3,
         "projection_dim": 32, "vocab_size": 49408, "max_position_embeddings": 77, "bos_token_id": 49406,
         "eos_token_id": 49407}
+#: Where a run begins that has no checkpoint yet: an earlier run's averaged weights (testbed/README.md).
+KEPT = Path(__file__).parent / "diffusion.fp16.npz"
 BATCH = 32
 RATE = 1e-3
 #: Share of captions replaced by the empty one, for CFG.
@@ -198,7 +200,11 @@ def main() -> None:
     torch.manual_seed(0)
     device = torch.device(options.device)
     batches = Batches(load_shards(options.run), device, DROPPED)
-    networks = Networks().to(device)
+    networks = Networks()
+    if KEPT.exists():
+        with np.load(KEPT) as kept:
+            networks.load_state_dict({name: torch.from_numpy(kept[name]) for name in kept})
+    networks.to(device)
     networks.unet.to(memory_format=torch.channels_last)
     mixed_precision(networks)
     optimizer = torch.optim.AdamW(networks.parameters(), lr=RATE, betas=(0.9, 0.99), weight_decay=1e-3)
