@@ -63,10 +63,11 @@ class AttentionRecorder:
         if text is None or image.ndim != 3 or image.shape[1] != self.size[0] * self.size[1]:
             return
         rows = self._cond_rows(image.shape[0])
-        if rows.start >= rows.stop:  # a call for the unconditional rows alone
+        image, text = image[rows], text[rows]
+        if not len(image):  # a call for the unconditional rows alone
             return
         with torch.no_grad():
-            probabilities = attention_probabilities(layer, image[rows], text[rows])
+            probabilities = attention_probabilities(layer, image, text)
             total = probabilities.sum(dim=1)
         self._sum = total if self._sum is None else self._sum + total
         self._count += probabilities.shape[1]

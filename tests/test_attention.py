@@ -8,6 +8,7 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 from accdiff_lib.attention import AttentionRecorder, map_size
 from accdiff_lib.hosts.loading import load
+from tests import tiny
 
 
 @pytest.fixture(scope="module")
@@ -125,3 +126,13 @@ def test_no_layer_of_that_size_is_an_error(unet):
         call(unet)
     with pytest.raises(RuntimeError, match="7x5"):
         recorder.maps  # noqa: B018
+
+
+def test_a_call_for_unconditional_rows_alone_is_not_recorded():
+    unet = tiny.sdxl().unet
+    size = map_size(32, 32, 2)
+    recorder = AttentionRecorder(layers(unet), size, lambda batch: slice(0, 0))
+    with recorder, torch.no_grad():
+        unet(torch.zeros(1, 4, 32, 32), 500, torch.zeros(1, 77, 32),
+             added_cond_kwargs={"text_embeds": torch.zeros(1, 16), "time_ids": torch.zeros(1, 6)})
+    assert not recorder.recorded

@@ -12,7 +12,7 @@ from accdiff_lib.errors import InputError
 from accdiff_lib.hosts import samplers
 from accdiff_lib.hosts.loading import alphas_cumprod
 from accdiff_lib.hosts.noise import NoiseLevels
-from accdiff_lib.hosts.samplers import SAMPLERS, SCHEDULERS, KSolver, find_sampler, schedule, solver
+from accdiff_lib.hosts.samplers import SAMPLERS, SCHEDULERS, KSolver, brownian_noise, find_sampler, schedule, solver
 from tests import golden
 
 LEVELS = NoiseLevels(alphas_cumprod({}))
@@ -143,7 +143,7 @@ def test_brownian_increments(scheduler):
     """Of a tail they are the same; of two half steps they add up; of different steps they are independent."""
     k = solver("DPM++ SDE", scheduler, 10, LEVELS)
     x = torch.zeros(1, 4, 64, 64)
-    noise, sigmas = k._brownian_noise(x, 3), k.sigmas
+    noise, sigmas = brownian_noise(x, k.sigmas, 3, k.name), k.sigmas
     for i in range(9):
         high, low = sigmas[i], sigmas[i + 1]
         middle = (high.log() / 2 + low.log() / 2).exp()
@@ -152,7 +152,7 @@ def test_brownian_increments(scheduler):
         torch.testing.assert_close(whole * (high - low).sqrt(), total, rtol=0, atol=1e-4)
         assert float(whole.std()) == pytest.approx(1, abs=0.03)
         assert abs(float((first * second).mean())) < 0.04
-        torch.testing.assert_close(k._brownian_noise(x, 3)(high, low), whole, rtol=0, atol=0)
+        torch.testing.assert_close(brownian_noise(x, k.sigmas, 3, k.name)(high, low), whole, rtol=0, atol=0)
     assert abs(float((noise(sigmas[2], sigmas[3]) * noise(sigmas[3], sigmas[4])).mean())) < 0.04
 
 
