@@ -5,9 +5,11 @@ from __future__ import annotations
 try:
     from modules import script_callbacks, scripts
 
-    from accdiff_lib.hosts.a1111 import on_cfg_denoiser
+    from accdiff_lib.hosts import webui_host
     from accdiff_lib.webui import api, options_page, panel, run, xyz
     from accdiff_lib.webui.callbacks import guarded
+
+    webui = webui_host.recognise()
 except Exception as error:  # an unknown host, or one too old: nothing is registered, so nothing changes
     print(f"[AccDiffusion] is off, this WebUI lacks what it needs: {type(error).__name__}: {error}")
 else:
@@ -35,7 +37,7 @@ else:
         def postprocess(self, p, processed, *args):
             run.postprocess(self, p, processed, args)
 
-    script_callbacks.on_cfg_denoiser(on_cfg_denoiser)
+    webui.register()
     script_callbacks.on_ui_settings(guarded("settings", options_page.register))
     script_callbacks.on_before_ui(guarded("X/Y/Z axes", xyz.register))
     script_callbacks.on_app_started(guarded("API", api.register))

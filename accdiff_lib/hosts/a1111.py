@@ -1,38 +1,47 @@
-"""AUTOMATIC1111's WebUI as a host: its model, its CFGDenoiser, its samplers, its text encoders and its VAE.
+"""AUTOMATIC1111's WebUI: its model, its CFGDenoiser, its samplers, its text encoders and its VAE.
 
-Windows are evaluated by the WebUI's own CFGDenoiser on a batch of "images", so everything that hangs on it (CFG
-features, other extensions' callbacks, LoRA, attention optimisations) sees an ordinary generation.
+An adapter module: see webui_host.WebUI.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from accdiff_lib.errors import Interrupted, Skipped
-from accdiff_lib.hosts import memory
+from accdiff_lib.attention import AttentionRecorder
+from accdiff_lib.errors import InputError
+from accdiff_lib.hosts import ldm_unet
 from accdiff_lib.hosts.base import Progress, Rows, Solver
 from accdiff_lib.hosts.ldm_controlnet import LdmControlNet
 from accdiff_lib.hosts.ldm_rows import RowOrder
 from accdiff_lib.hosts.noise import NoiseLevels
 from accdiff_lib.hosts.prediction import denoised, output_of, rescaled
 from accdiff_lib.hosts.vae_runner import VaeRunner
-from accdiff_lib.hosts.webui_samplers import own_view
-from accdiff_lib.hosts.webui_text import SizeVectors, WebUIText, WebUITextEncoder
-from accdiff_lib.prompts import Word
+from accdiff_lib.hosts.webui_host import lacking
+from accdiff_lib.hosts.webui_text import SizeVectors, WebUITextEncoder
+from accdiff_lib.hosts.webui_windows import WindowHost
 
 #: The attribute of a generation under which the WebUI's callback finds the row order of the run.
 ROWS_ATTRIBUTE = "_accdiffusion_rows"
 
 
-def unet_of(p: Any) -> Any:
-    """The UNet of the loaded model."""
-    return p.sd_model.model.diffusion_model
+# --- the adapter -----------------------------------------------------------------------------------------------
+
+def missing() -> str:
+    """See webui_host.WebUI."""
+    return lacking("modules.processing", "modules.sd_samplers_cfg_denoiser")
+
+
+def register() -> None:
+    """See webui_host.WebUI."""
+    from modules import script_callbacks
+
+    script_callbacks.on_cfg_denoiser(on_cfg_denoiser)
 
 
 def native_window(sd_model: Any) -> int:
@@ -42,20 +51,24 @@ def native_window(sd_model: Any) -> int:
     return 96 if getattr(sd_model, "is_sd2", False) and sd_model.parameterization == "v" else 64
 
 
-def cross_attention(unet: Any) -> list[tuple[str, nn.Module]]:
-    """The cross-attention layers of the down and up blocks, by name."""
-    return [(name, module) for name, module in unet.named_modules()
-            if name.endswith(".attn2") and name.startswith(("input_blocks.", "output_blocks."))]
+def remember(_p: Any) -> Callable[[], None]:
+    """See webui_host.WebUI."""
+    return lambda: None
 
 
-def halvings(unet: Any) -> tuple[int, int]:
-    """How often the UNet halves a latent: until its deepest attention outside the middle block, and in all."""
-    level = deepest = 0
-    for block in unet.input_blocks:
-        level += any(type(layer).__name__ == "Downsample" for layer in block)
-        if any(name.endswith("attn2") for name, _ in block.named_modules()):
-            deepest = level
-    return deepest, level
+def session(p: Any, *, hires: bool) -> A1111Session:
+    """See webui_host.WebUI."""
+    return A1111Session(p, hires=hires)
+
+
+def controlnet_folders() -> list[Path]:
+    """See webui_host.WebUI."""
+    return []
+
+
+def controlnet_suffixes() -> tuple[str, ...]:
+    """See webui_host.WebUI."""
+    return ()
 
 
 def on_cfg_denoiser(params: Any) -> None:
@@ -65,39 +78,122 @@ def on_cfg_denoiser(params: Any) -> None:
         order.begin(params)
 
 
-class A1111Host:
+def unet_of(p: Any) -> Any:
+    """The UNet of the loaded model."""
+    return p.sd_model.model.diffusion_model
+
+
+# --- a batch ---------------------------------------------------------------------------------------------------
+
+class A1111Session:
+    """Implements webui_host.Session."""
+
+    def __init__(self, p: Any, *, hires: bool) -> None:
+        """Raises InputError for a model that has no UNet of its own."""
+        from modules import sd_unet
+
+        if getattr(p.sd_model, "is_sd3", False) or not hasattr(unet_of(p), "input_blocks"):
+            raise InputError("AccDiffusion: the checkpoint has no UNet; it works with SD1.5, SD2 and SDXL checkpoints")
+        if sd_unet.current_unet is not None:
+            raise InputError("AccDiffusion: the SD Unet setting must be None, as another UNet cannot take window sizes")
+        self._p, self._hires = p, hires
+        self.native = native_window(p.sd_model)
+        self.halvings = ldm_unet.halvings(unet_of(p))
+        self._rows = RowOrder()
+        self._levels = NoiseLevels(p.sd_model.alphas_cumprod)
+        self._controlnet: LdmControlNet | None = None
+
+    @property
+    def has_control(self) -> bool:
+        """See webui_host.Session."""
+        return self._controlnet is not None
+
+    @property
+    def guidance(self) -> float:
+        """See webui_host.Session; its Hires. fix has none of its own."""
+        return float(self._p.cfg_scale)
+
+    def load_controlnet(self, path: Path) -> None:
+        """See webui_host.Session."""
+        from modules import devices
+
+        unet = unet_of(self._p)
+        self._controlnet = LdmControlNet.load(path, unet, dtype=next(unet.parameters()).dtype,
+                                              device=torch.device(devices.device))
+
+    def timestep(self, sigma: float) -> float:
+        """See base.Host."""
+        return self._levels.timestep(sigma)
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Within it, the WebUI's callback finds the row order of this batch."""
+        setattr(self._p, ROWS_ATTRIBUTE, self._rows)
+        try:
+            yield
+        finally:
+            delattr(self._p, ROWS_ATTRIBUTE)
+
+    @contextmanager
+    def base(self, size: tuple[int, int], *, record: bool) -> Iterator[AttentionRecorder]:
+        """See webui_host.Session."""
+        unet = unet_of(self._p)
+        recorder = AttentionRecorder(ldm_unet.cross_attention(unet), size, self._rows.cond_rows)
+        with ExitStack() as stack:
+            stack.enter_context(self._rows.following(unet))
+            if record:
+                stack.enter_context(recorder)
+            yield recorder
+
+    @contextmanager
+    def stages(self, _given: Mapping[str, Any]) -> Iterator[None]:
+        """With Hires. fix, its checkpoint and its LoRAs; and a refiner gives way to the checkpoint again."""
+        from modules import devices, extra_networks, sd_models
+
+        p = self._p
+        with sd_models.SkipWritingToConfig():
+            sd_models.reload_model_weights(info=getattr(p, "hr_checkpoint_info", None) if self._hires else None)
+        if self._hires and not p.disable_extra_networks:
+            with devices.autocast():
+                extra_networks.activate(p, p.hr_extra_network_data)
+        devices.torch_gc()
+        ratio = p.get_token_merging_ratio(for_hr=True)
+        sd_models.apply_token_merging(p.sd_model, ratio)
+        try:
+            yield
+        finally:
+            sd_models.apply_token_merging(p.sd_model, p.get_token_merging_ratio())
+
+    def host(self, *, prompt: str, negative: str, size: tuple[int, int], solver: Solver, progress: Progress,
+             vae_tile: int) -> A1111Host:
+        """See webui_host.Session."""
+        return A1111Host(self._p, prompt=prompt, negative=negative, size=size, solver=solver, progress=progress,
+                         rows=self._rows, controlnet=self._controlnet, vae_tile=vae_tile)
+
+
+# --- a picture -------------------------------------------------------------------------------------------------
+
+class A1111Host(WindowHost):
     """Implements base.Host for one image of a generation `p`."""
 
     def __init__(self, p: Any, *, prompt: str, negative: str, size: tuple[int, int], solver: Solver,
                  progress: Progress, rows: RowOrder, controlnet: LdmControlNet | None, vae_tile: int) -> None:
         """`size` is the result's (height, width) in pixels; `rows` is attached to `p` under ROWS_ATTRIBUTE."""
-        from modules import devices, sd_samplers
+        from modules import devices
 
-        model: Any = p.sd_model
-        self.progress, self.solver, self.stage_solver = progress, solver, solver
-        self.device = torch.device(devices.device)
+        model, unet = p.sd_model, unet_of(p)
+        device = torch.device(devices.device)
+        super().__init__(p, unet=unet, device=device, itemsize=next(unet.parameters()).element_size(),
+                         levels=NoiseLevels(model.alphas_cumprod), rows=rows,
+                         text=WebUITextEncoder(model, prompt, negative, size), place=SizeVectors(model).place,
+                         solver=solver, progress=progress)
         self.window = native_window(model)
-        self._unet: Any = unet_of(p)
-        self.attention_halvings, levels = halvings(self._unet)
-        self.multiple = 2 ** levels
-        self.channels = int(self._unet.in_channels) if not model.is_sdxl_inpaint else 4
+        self.channels = int(unet.in_channels) if not model.is_sdxl_inpaint else 4
         self.has_control = controlnet is not None
-        self._controlnet, self._rows = controlnet, rows
-        self._levels = NoiseLevels(model.alphas_cumprod)
+        self._controlnet, self._order = controlnet, rows
         self._prediction = "v_prediction" if model.parameterization == "v" else "epsilon"
-        self._text = WebUITextEncoder(model, prompt, negative, size)
-        self._sizes = SizeVectors(model)
-        self._view = own_view(p)
-        # Euler's is the plain one: x in sigma space in, x0 out.
-        sampler = sd_samplers.create_sampler("Euler", model)
-        sampler.p = self._view
-        self._denoiser = sampler.model_wrap_cfg
-        self._denoiser.p = self._view
-        self._denoiser.steps = self._denoiser.total_steps = 1
-        width = int(self._unet.model_channels)
-        self._memory = memory.RowMemory(self.device, width, next(self._unet.parameters()).element_size())
         vae = model.first_stage_model
-        self._runner = VaeRunner(vae, float(model.scale_factor), self.device, progress, tile=vae_tile,
+        self._runner = VaeRunner(vae, float(model.scale_factor), device, progress, tile=vae_tile,
                                  width=int(vae.decoder.ch))
 
     @contextmanager
@@ -106,66 +202,23 @@ class A1111Host:
         with ExitStack() as stack:
             if self._controlnet is not None:
                 stack.enter_context(self._controlnet.attached(self._unet))
-            stack.enter_context(self._rows.following(self._unet))
+            stack.enter_context(super().attached())
             yield
 
-    # Text and noise levels
+    def _vae(self, latent: tuple[int, int]) -> VaeRunner:
+        return self._runner
 
-    def timestep(self, sigma: float) -> float:
-        """See base.Host."""
-        return self._levels.timestep(sigma)
-
-    def words(self, prompt: str) -> list[Word]:
-        """See base.Host."""
-        return self._text.words(prompt)
-
-    def encode_texts(self, prompts: Sequence[str]) -> list[WebUIText]:
-        """See base.Host."""
-        return self._text.encode(prompts)
-
-    # Model
-
-    @torch.no_grad()
-    def denoise(self, x: Tensor, sigma: Tensor, rows: Rows) -> Tensor:
-        """See base.Host."""
-        from modules import shared
-        from modules.prompt_parser import (
-            ComposableScheduledPromptConditioning,
-            MulticondLearnedConditioning,
-            ScheduledPromptConditioning,
-        )
-        from modules.sd_samplers_common import InterruptedException
-
-        conds, unconds = [], []
-        for text, origin in zip(rows.texts, rows.origins, strict=True):
-            conds.append([ComposableScheduledPromptConditioning(
-                [ScheduledPromptConditioning(1, self._sizes.place(cond, origin, rows.canvas))], weight)
-                for cond, weight in text.parts])
-            unconds.append([ScheduledPromptConditioning(1, self._sizes.place(text.uncond, origin, rows.canvas))])
-        self._rows.repeats = [len(parts) for parts in conds]
-        denoiser = self._denoiser
-        # At scale 1 the unconditional rows count for nothing; odd steps below this sigma leave them out.
-        denoiser.step, no_uncond = 1, float("inf") if rows.guidance == 1 else 0.0
-        preview, step = shared.state.current_latent, shared.state.sampling_step
-        try:
-            with self._memory.measured(2 * len(rows), *x.shape[-2:]), self._hint(rows), \
-                    self._rescaled(x, sigma, rows.rescale):
-                return denoiser(
-                    x, sigma.to(x).flatten()[:1].expand(len(rows)), uncond=unconds,
-                    cond=MulticondLearnedConditioning((len(rows),), conds), cond_scale=rows.guidance,
-                    s_min_uncond=no_uncond, image_cond=self._view.txt2img_image_conditioning(
-                        x, 8 * x.shape[-1], 8 * x.shape[-2])).to(x.dtype)
-        except InterruptedException:  # no Exception: it would pass by everything that waits for one
-            raise (Skipped if shared.state.skipped else Interrupted) from None
-        finally:  # the preview shows the canvas, not a window
-            shared.state.current_latent, shared.state.sampling_step = preview, step
+    @contextmanager
+    def _evaluating(self, x: Tensor, sigma: Tensor, rows: Rows) -> Iterator[None]:
+        with self._hint(rows), self._rescaled(x, sigma, rows.rescale):
+            yield
 
     @contextmanager
     def _hint(self, rows: Rows) -> Iterator[None]:
         if self._controlnet is None or rows.hint is None or rows.strength <= 0:
             yield
             return
-        self._controlnet.set(rows.hint.to(self.device), rows.strength, self._rows.images)
+        self._controlnet.set(rows.hint.to(self.device), rows.strength, self._order.images)
         try:
             yield
         finally:
@@ -190,25 +243,3 @@ class A1111Host:
             yield
         finally:
             del denoiser.combine_denoised
-
-    def cross_attention(self) -> list[tuple[str, nn.Module]]:
-        """See base.Host."""
-        return cross_attention(self._unet)
-
-    def cond_rows(self, batch: int) -> slice:
-        """See base.Host."""
-        return self._rows.cond_rows(batch)
-
-    def rows_that_fit(self, height: int, width: int) -> int:
-        """See base.Host."""
-        return self._memory.fit(height, width)
-
-    # VAE
-
-    def decode(self, latent: Tensor, *, interruptible: bool = True) -> np.ndarray:
-        """See base.Host."""
-        return self._runner.decode(latent, interruptible=interruptible)
-
-    def encode_image(self, image: np.ndarray) -> Tensor:
-        """See base.Host."""
-        return self._runner.encode(image)

@@ -67,7 +67,7 @@ class LdmControlNet:
         if not all(hasattr(unet, part) for part in ("time_embed", "input_blocks", "middle_block", "output_blocks")):
             raise GivenControlNet(path).error("the loaded model is none of SDXL, SD1.5 and SD2")
         file = ControlNetFile(path)
-        by_name = file.names(_layers_per_level(unet))
+        by_name = file.names(layers_per_level(unet))
         check_family(file, by_name, unet)
         shapes = {name: file.shapes[file.prefix + key] for name, key in by_name.items()}
         encoder = Encoder(unet, shapes)
@@ -92,6 +92,22 @@ class LdmControlNet:
         """Moves the weights (to the CPU and back, between stages). It must be on the UNet's device while it runs."""
         self._encoder.to(device)
         return self
+
+    @property
+    def network(self) -> nn.Module:
+        """The network itself, for a host that manages where weights lie."""
+        return self._encoder
+
+    def residuals(self, hint: Tensor, rows: Sequence[int], x: Tensor, timesteps: Tensor, context: Tensor,
+                  y: Tensor | None) -> tuple[list[Tensor], Tensor]:
+        """Residuals of the input blocks' outputs and of the middle, for a host that adds them by itself.
+
+        `hint` [M, 3, 8h, 8w] in 0..1; `rows` says to which of its images each row belongs; the rest is what the UNet
+        is called with.
+        """
+        guidance = self._encoder.guidance(hint)
+        *down, middle = self._encoder(x, timesteps, context, y, guidance[torch.tensor(rows, device=guidance.device)])
+        return down, middle
 
     def set(self, hint: Tensor, strength: float = 1.0, rows: ImagesOfRows | None = None) -> None:
         """What the UNet's next calls are steered by: hints [M, 3, 8h, 8w] in 0..1 and the factor on all residuals.
@@ -346,7 +362,7 @@ def _width(block: nn.Module) -> int:
     return [weight.shape[0] for weight in block.parameters() if weight.ndim > 1][-1]
 
 
-def _layers_per_level(unet: nn.Module) -> int:
+def layers_per_level(unet: nn.Module) -> int:
     """Resnets in each level of the encoder: the blocks between the first convolution and the first downsampling."""
     parts: Any = unet
     downs = [index for index, block in enumerate(parts.input_blocks) if hasattr(block[0], "op")]

@@ -1,12 +1,13 @@
 """Which rows of a UNet call are conditional, and of which image, when the WebUI's CFGDenoiser makes the calls.
 
-It evaluates the conditional rows of all images first (with AND, several of an image), then the unconditional ones, in
-one call of the UNet or in several.
+A1111's evaluates the conditional rows of all images first (with AND, several of an image), then the unconditional ones,
+in one call of the UNet or in several; `RowOrder` counts them. Forge and reForge run the rows in an order of their own
+and say with every call which they are; `MarkedRows` reads that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, repeat
 from typing import Any
@@ -54,3 +55,41 @@ class RowOrder:
 
 def _states(cond: Any) -> Any:
     return cond["crossattn"] if isinstance(cond, dict) else cond
+
+
+class MarkedRows:
+    """Reads the marks that Forge's and reForge's sampling puts on every call of the UNet.
+
+    Its batch is a row of chunks of equal size, each with one row of every image; `cond_or_uncond` of its
+    `transformer_options` holds a 0 for every conditional chunk (with AND there are several) and a 1 for the others.
+    """
+
+    def __init__(self) -> None:
+        self._chunks: list[int] = []
+        #: Not needed here: see RowOrder.
+        self.repeats: Sequence[int] | None = None
+
+    @contextmanager
+    def following(self, unet: nn.Module) -> Iterator[None]:
+        """Reads the marks of the calls of `unet` inside."""
+        def read(_module: nn.Module, _args: tuple, kwargs: Mapping[str, Any]) -> None:
+            self._chunks = list((kwargs.get("transformer_options") or {}).get("cond_or_uncond", ()))
+
+        handle = unet.register_forward_pre_hook(read, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+            self._chunks = []
+
+    def cond_rows(self, batch: int) -> slice:
+        """The conditional rows of the running UNet call of `batch` rows; none when it is not marked, or when another
+        extension has cut the images into pieces."""
+        chunks = self._chunks
+        if not chunks or batch % len(chunks):
+            return slice(0, 0)
+        places = [place for place, kind in enumerate(chunks) if kind == 0]
+        if not places or places != list(range(places[0], places[-1] + 1)):
+            return slice(0, 0)
+        size = batch // len(chunks)
+        return slice(places[0] * size, (places[-1] + 1) * size)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from accdiff_lib import seeds
 from accdiff_lib.errors import InputError
 from accdiff_lib.hosts.base import Denoiser, Solver
 from accdiff_lib.hosts.samplers import SAMPLERS, brownian_noise, step_noise
@@ -61,6 +62,8 @@ def webui_solver(p: Any, name: str, scheduler: str, steps: int) -> Solver:
     view = own_view(p, scheduler)
     try:
         sampler = sd_samplers.create_sampler(name, p.sd_model)
+        if hasattr(sampler, "scheduler_name"):  # reForge's samplers of ComfyUI look there
+            sampler.scheduler_name = scheduler
     except Exception as error:
         raise InputError(f"stage_sampler: {name} is not allowed with this model ({error})") from error
     kind = KSampler if hasattr(sampler, "get_sigmas") else TimestepSampler
@@ -87,14 +90,20 @@ class _WebUISampler:
         raise NotImplementedError
 
     def _draws_noise(self) -> bool:
-        """Whether the result depends on the seed, found out on a single number."""
+        """Whether the result depends on the seed, found out on a single number. Raises ValueError where it is NaN."""
+        finite = True
+
         def model(x: Tensor, sigma: Tensor, **_: object) -> Tensor:
+            nonlocal finite
+            finite = finite and bool(x.isfinite().all() and sigma.isfinite().all())
             return torch.zeros_like(x)
 
         try:
             first, second = (self.integrate(model, torch.zeros(1, 1, 1, 1), self.sigmas, seed) for seed in (1, 2))
         except Exception:
             return False  # `webui_solver` refuses it with the reason
+        if not finite or not first.isfinite().all():  # reForge's samplers for rectified flow
+            raise ValueError("it makes NaN of this model's noise levels")
         return not torch.equal(first, second)
 
     def integrate(self, model: Denoiser, x: Tensor, sigmas: Tensor, seed: int,
@@ -104,14 +113,24 @@ class _WebUISampler:
     @contextmanager
     def _initialized(self, noise: StepNoise) -> Iterator[dict[str, Any]]:
         """The sampler's own options. The WebUI lets k-diffusion draw from `view.rng`, through a name in its module."""
-        from k_diffusion import sampling
-
+        sampling = _k_diffusion()
         before = sampling.torch
         self._view.rng = noise
         try:
             yield self._sampler.initialize(self._view)
         finally:
             sampling.torch = before
+
+
+def _k_diffusion() -> Any:
+    """The module of k-diffusion's samplers that the WebUI uses; reForge has several."""
+    from modules import sd_samplers_common
+
+    if hasattr(sd_samplers_common, "sampling"):
+        return sd_samplers_common.sampling
+    from k_diffusion import sampling
+
+    return sampling
 
 
 class StepNoise:
@@ -160,8 +179,27 @@ class KSampler(_WebUISampler):
                     options["noise_sampler"] = brownian_noise(x, self.sigmas, seed, self.name)
                     if config.get("solver_type") == "heun":
                         options["solver_type"] = "heun"
-            return function(_Model(model, self._sampler), x, extra_args={}, disable=True,
-                            callback=noise.callback(callback), **options)
+            elif "noise_sampler" in parameters and not self._is_hijacked():
+                brownian = "sde" in getattr(function, "__name__", "") and len(sigmas) > 2
+                options["noise_sampler"] = brownian_noise(x, self.sigmas, seed, self.name) if brownian else (
+                    lambda *_: noise.next())
+            with self._own_randomness(x, seed):
+                return function(_Model(model, self._sampler), x, extra_args={}, disable=True,
+                                callback=noise.callback(callback), **options)
+
+    def _is_hijacked(self) -> bool:
+        """Whether the function draws its noise where the WebUI gives it ours."""
+        return inspect.getmodule(self._sampler.func) is _k_diffusion()
+
+    @contextmanager
+    def _own_randomness(self, x: Tensor, seed: int) -> Iterator[None]:
+        """For samplers that draw from torch's own generator, in modules that the WebUI does not look after."""
+        if self._is_hijacked():
+            yield
+            return
+        with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
+            torch.manual_seed(seeds.derive(seed, "torch", self.name))
+            yield
 
 
 class TimestepSampler(_WebUISampler):

@@ -76,11 +76,19 @@ class WebUITextEncoder:
 
     def words(self, prompt: str) -> list[Word]:
         """The words of a prompt with the columns their tokens have in the attention maps."""
-        embedder = first_embedder(self._model)
+        embedder = self._tokenizing()
         chunks, _ = embedder.tokenize_line(prompt)
-        return align(prompt, lambda text: _split(embedder, text), [
+        return align(prompt, lambda text: _split(embedder, self._tokenizer(embedder), text), [
             [token if 0 < place <= CONTEXT - 2 else None for place, token in enumerate(chunk.tokens)]
             for chunk in chunks], [chunk.fixes for chunk in chunks])
+
+    def _tokenizing(self) -> Any:
+        """What tokenizes the prompt for the text encoder that the attention's columns are counted by."""
+        return first_embedder(self._model)
+
+    def _tokenizer(self, embedder: Any) -> Any:
+        """Its tokenizer of transformers; None where it is open_clip's."""
+        return getattr(embedder.wrapped, "tokenizer", None)
 
 
 def first_embedder(sd_model: Any) -> Any:
@@ -89,9 +97,8 @@ def first_embedder(sd_model: Any) -> Any:
     return conditioner.embedders[0] if conditioner is not None else sd_model.cond_stage_model
 
 
-def _split(embedder: Any, text: str) -> list[tuple[str, list[int]]]:
-    """Words of a plain text with their tokens: of transformers' tokenizer, or of open_clip's (SD2)."""
-    tokenizer = getattr(embedder.wrapped, "tokenizer", None)
+def _split(embedder: Any, tokenizer: Any, text: str) -> list[tuple[str, list[int]]]:
+    """Words of a plain text with their tokens: of transformers' tokenizer, or of open_clip's (SD2) if that is None."""
     if tokenizer is not None:
         return split_words(tokenizer, text)
     words: list[tuple[str, list[int]]] = []
@@ -113,8 +120,8 @@ def align(prompt: str, split: Callable[[str], Sequence[tuple[str, Sequence[int]]
     """The words of a prompt at the columns where the WebUI has put their tokens.
 
     `chunks` holds the tokens of every context (None for BOS and EOS at its ends), `fixes` its embeddings (objects with
-    `offset` and `embedding.vec`/`.name`). Tokens come in the prompt's order, whatever padding lies between them. A word
-    that cannot be found (an unknown grammar) ends the search: what follows has no words.
+    `offset` and `embedding.vec`/`.vectors`/`.name`). Tokens come in the prompt's order, whatever padding lies between
+    them. A word that cannot be found (an unknown grammar) ends the search: what follows has no words.
     """
     embedded: dict[int, Any] = {}
     for number, of_chunk in enumerate(fixes):
@@ -131,7 +138,8 @@ def align(prompt: str, split: Callable[[str], Sequence[tuple[str, Sequence[int]]
                 return words
             if found in embedded:
                 embedding = embedded.pop(found)
-                length = len(embedding.vec)
+                # SDXL's embeddings have a dict of vectors, one for each text encoder.
+                length = int(getattr(embedding, "vectors", 0) or len(embedding.vec))
                 words.append(Word(embedding.name, tuple(range(found, found + length)), fragment.weight,
                                   fragment.section))
                 place = found + length

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from accdiff_lib.errors import InputError
+from accdiff_lib.hosts import webui_host
 from accdiff_lib.webui.arguments import NONE
 
 
@@ -13,7 +14,8 @@ def folders() -> list[Path]:
     """Where this WebUI keeps ControlNet models; folders that don't exist are left out."""
     from modules import paths, shared
 
-    candidates = [getattr(shared.cmd_opts, "controlnet_dir", None),
+    candidates = [*(webui_host.current().controlnet_folders() or []),
+                  getattr(shared.cmd_opts, "controlnet_dir", None),
                   shared.opts.data.get("control_net_models_path"),  # sd-webui-controlnet's setting
                   Path(paths.models_path) / "ControlNet",
                   Path(getattr(paths, "extensions_dir", "extensions")) / "sd-webui-controlnet" / "models"]
@@ -50,7 +52,9 @@ def key(name: str) -> str:
 def _files(places: Iterable[Path]) -> dict[str, Path]:
     """Paths by their names within their folder; of two alike the first folder's counts."""
     found: dict[str, Path] = {}
+    suffixes = (".safetensors", *(webui_host.current().controlnet_suffixes() or ()))
     for folder in places:
-        for path in sorted(folder.rglob("*.safetensors")):
-            found.setdefault(path.relative_to(folder).as_posix(), path)
+        for path in sorted(folder.rglob("*")):
+            if path.suffix in suffixes:
+                found.setdefault(path.relative_to(folder).as_posix(), path)
     return found

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from accdiff_lib.hosts import webui_host
+
 #: The latent a model was trained on: its side in cells of 8 pixels, and the multiple that sides must have.
 SDXL, SD15 = (128, 4), (64, 8)
 
@@ -12,12 +14,10 @@ def shape() -> tuple[int, int] | None:
     """(native side, multiple) of the loaded checkpoint; None as long as none is loaded."""
     from modules import sd_models
 
-    from accdiff_lib.hosts.a1111 import native_window
-
     model: Any = sd_models.model_data.sd_model  # `shared.sd_model` would begin to load one
     if model is None or type(model).__name__ == "FakeInitialModel":  # Forge's placeholder
         return None
-    return native_window(model), (SDXL if getattr(model, "is_sdxl", False) else SD15)[1]
+    return webui_host.current().native_window(model), (SDXL if getattr(model, "is_sdxl", False) else SD15)[1]
 
 
 def for_size(width: int, height: int) -> tuple[int, int]:

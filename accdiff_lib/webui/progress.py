@@ -60,9 +60,11 @@ class WebUIProgress:
         if not self._stage_jobs:
             return
         before, self._done = self._done, self._done + rows
-        job, step = divmod(self._done * self._stage_jobs, self._rows)
-        shared.state.job_no = self._first_job + min(job, self._stage_jobs - 1)
-        shared.state.sampling_step = int(step / self._rows * shared.state.sampling_steps)
+        # The last job ends with all its steps done: the bar stays there during the decode.
+        job = min(self._done * self._stage_jobs // self._rows, self._stage_jobs - 1)
+        part = self._done * self._stage_jobs / self._rows - job
+        shared.state.job_no = self._first_job + job
+        shared.state.sampling_step = int(part * shared.state.sampling_steps)
         ticks = [done * self._stage_jobs * self._p.steps // self._rows for done in (before, self._done)]
         for _ in range(ticks[1] - ticks[0]):
             shared.total_tqdm.update()

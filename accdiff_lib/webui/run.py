@@ -7,8 +7,7 @@ wrong is found out there and before the base pass: errors of the WebUI's callbac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,15 +17,12 @@ import torch
 from torch import Tensor
 
 from accdiff_lib import seeds
-from accdiff_lib.attention import AttentionRecorder, map_size
+from accdiff_lib.attention import map_size
 from accdiff_lib.cost import estimate
 from accdiff_lib.errors import InputError
 from accdiff_lib.extrapolate import Extrapolation, Request, Result
-from accdiff_lib.hosts.a1111 import ROWS_ATTRIBUTE, A1111Host, cross_attention, halvings, native_window, unet_of
+from accdiff_lib.hosts import webui_host
 from accdiff_lib.hosts.base import Picture
-from accdiff_lib.hosts.ldm_controlnet import LdmControlNet
-from accdiff_lib.hosts.ldm_rows import RowOrder
-from accdiff_lib.hosts.noise import NoiseLevels
 from accdiff_lib.hosts.webui_samplers import stage_solver
 from accdiff_lib.hosts.webui_text import final_prompt, is_composed
 from accdiff_lib.plan import make_plan
@@ -86,6 +82,7 @@ class Run:
         p = self._p
         before = p.__dict__.get("sample")
         original = p.sample
+        put_back = webui_host.current().remember(p)
 
         def restore() -> None:
             if before is None:
@@ -99,6 +96,7 @@ class Run:
                 return self._sample(original, *args, **kwargs)
             except BaseException:
                 _forget_conds(p)
+                put_back()
                 raise
 
         p.sample = sample
@@ -128,19 +126,20 @@ class Batch:
         self._p, self._extras = p, extras
         self._from_image = getattr(p, "init_latent", None) is not None
         self._hires = not self._from_image and bool(getattr(p, "enable_hr", False))
-        _check_model(p)
+        self._session = webui_host.current().session(p, hires=self._hires)
         self._settings = _settings(p, job.settings, hires_ticked=self._hires, from_image=self._from_image)
         if getattr(p, "image_mask", None) is not None:
             raise InputError("AccDiffusion: inpainting is not possible; use it without a mask")
-        levels = halvings(unet_of(p))
-        self._plan = make_plan((p.height, p.width), self._settings, native=native_window(p.sd_model),
-                               multiple=2 ** levels[1])
+        deepest, levels = self._session.halvings
+        self._plan = make_plan((p.height, p.width), self._settings, native=self._session.native,
+                               multiple=2 ** levels)
         name, scheduler = _stage_sampler(p, self._settings, self._hires)
         self._solver = stage_solver(p, name, scheduler, self._settings.stage_steps or p.steps,
                                     chosen=self._settings.stage_sampler != SAME)
-        self._map_size = map_size(*self._plan.base, levels[0])
+        self._map_size = map_size(*self._plan.base, deepest)
         path = controlnets.find(job.controlnet) if self._settings.uses_controlnet else None
-        self._controlnet = LdmControlNet.load(path, unet_of(p), **_placement(unet_of(p))) if path else None
+        if path is not None:
+            self._session.load_controlnet(path)
         self._prompts: list[tuple[str, str]] = []
 
     # --- the base ----------------------------------------------------------------------------------------------
@@ -150,23 +149,21 @@ class Batch:
         from modules import shared
 
         p = self._p
-        rows = RowOrder()
-        setattr(p, ROWS_ATTRIBUTE, rows)
-        first_job = self._begin_jobs()
         try:
-            self._prompts = self._final_prompts(given["prompts"])
-            images, base, maps = self._base(original, rows)
-            if shared.state.interrupted:
-                return original() if base is None else base  # the WebUI's sampler stops at once
-            with self._hires_pass():
-                results = [self._extrapolate(index, rows, first_job, images, base, maps)
-                           for index in range(len(given["seeds"]))]
+            with self._session.attached():
+                first_job = self._begin_jobs()
+                self._prompts = self._final_prompts(given["prompts"])
+                images, base, maps = self._base(original)
+                if shared.state.interrupted:
+                    return original() if base is None else base  # the WebUI's sampler stops at once
+                with self._session.stages(given):
+                    results = [self._extrapolate(index, first_job, images, base, maps)
+                               for index in range(len(given["seeds"]))]
         finally:
-            delattr(p, ROWS_ATTRIBUTE)
             p.sampler = None
         return self._decoded([result.pictures[-1] for result in results])
 
-    def _base(self, original: Callable[[], Any], rows: RowOrder) -> tuple[Any, Any, Any]:
+    def _base(self, original: Callable[[], Any]) -> tuple[Any, Any, Any]:
         """A given picture, or the base latents [B, C, h, w] with their maps [B, rows, columns, tokens]; None each."""
         p = self._p
         if self._from_image:
@@ -176,13 +173,9 @@ class Batch:
         settings = self._settings
         if not settings.base_pass:
             return None, None, None
-        recorder = AttentionRecorder(cross_attention(unet_of(p)), self._map_size, rows.cond_rows)
         record = settings.uses_window_prompts and bool(self._plan.stages) and self._same_prompts()
         before = getattr(p, "enable_hr", None)
-        with ExitStack() as stack:
-            stack.enter_context(rows.following(unet_of(p)))
-            if record:
-                stack.enter_context(recorder)
+        with self._session.base(self._map_size, record=record) as recorder:
             try:
                 if before is not None:
                     p.enable_hr = False
@@ -208,7 +201,7 @@ class Batch:
 
     # --- the stages --------------------------------------------------------------------------------------------
 
-    def _extrapolate(self, index: int, rows: RowOrder, first_job: int, images: Any, base: Any, maps: Any) -> Result:
+    def _extrapolate(self, index: int, first_job: int, images: Any, base: Any, maps: Any) -> Result:
         from modules import shared
 
         p, plan, settings = self._p, self._plan, self._settings
@@ -218,12 +211,12 @@ class Batch:
             settings = replace(settings, window_prompts=False)
         shared.state.job_no = first_job + index * sum(self._jobs)
         progress = WebUIProgress(p, self._jobs, lambda picture: self._extras.keep(index, picture, plan))
-        host = A1111Host(p, prompt=prompt, negative=negative, size=plan.pixels, solver=self._solver,
-                         progress=progress, rows=rows, controlnet=self._controlnet, vae_tile=settings.vae_tile)
+        host = self._session.host(prompt=prompt, negative=negative, size=plan.pixels, solver=self._solver,
+                                  progress=progress, vae_tile=settings.vae_tile)
         sampled = None
         if base is not None:
             sampled = base[index:index + 1].float(), None if maps is None else maps[index]
-        request = Request(prompt, self._seed(index), p.cfg_scale, settings, plan, image=images, base=sampled,
+        request = Request(prompt, self._seed(index), self._session.guidance, settings, plan, image=images, base=sampled,
                           intermediate=self._extras.wants_stages)
         with host.attached():
             result = Extrapolation(host, settings.window_batch).run(request)
@@ -238,25 +231,6 @@ class Batch:
             return int(p.seeds[index])
         return seeds.derive(p.seeds[index], "subseed", p.subseeds[index], p.subseed_strength)
 
-    @contextmanager
-    def _hires_pass(self) -> Iterator[None]:
-        """With Hires. fix, its checkpoint and its LoRAs; and a refiner gives way to the checkpoint again."""
-        from modules import devices, extra_networks, sd_models
-
-        p = self._p
-        with sd_models.SkipWritingToConfig():
-            sd_models.reload_model_weights(info=getattr(p, "hr_checkpoint_info", None) if self._hires else None)
-        if self._hires and not p.disable_extra_networks:
-            with devices.autocast():
-                extra_networks.activate(p, p.hr_extra_network_data)
-        devices.torch_gc()
-        ratio = p.get_token_merging_ratio(for_hr=True)
-        sd_models.apply_token_merging(p.sd_model, ratio)
-        try:
-            yield
-        finally:
-            sd_models.apply_token_merging(p.sd_model, p.get_token_merging_ratio())
-
     # --- jobs and pictures -------------------------------------------------------------------------------------
 
     def _begin_jobs(self) -> int:
@@ -264,10 +238,9 @@ class Batch:
         from modules import shared
 
         p, state = self._p, shared.state
-        timestep = NoiseLevels(p.sd_model.alphas_cumprod).timestep
         parts = estimate(self._plan, self._settings, solver=self._solver, stage_solver=self._solver,
-                         timestep=timestep, guidance=p.cfg_scale, has_control=self._controlnet is not None,
-                         from_image=True)
+                         timestep=self._session.timestep, guidance=self._session.guidance,
+                         has_control=self._session.has_control, from_image=True)
         work = [part.unet * part.stage.window[0] * part.stage.window[1] for part in parts if part.stage]
         base = 2 * p.steps * self._plan.base[0] * self._plan.base[1]
         self._jobs = [max(1, round(each / base)) for each in work]
@@ -317,20 +290,3 @@ def _stage_sampler(p: Any, settings: Settings, hires_ticked: bool) -> tuple[str,
     if scheduler == SAME:
         scheduler = (hires_ticked and p.hr_scheduler) or p.scheduler or "Automatic"
     return sampler, scheduler
-
-
-def _check_model(p: Any) -> None:
-    from modules import sd_unet
-
-    model = p.sd_model
-    if getattr(model, "is_sd3", False) or not hasattr(unet_of(p), "input_blocks"):
-        raise InputError("AccDiffusion: the checkpoint has no UNet; it works with SD1.5, SD2 and SDXL checkpoints")
-    if sd_unet.current_unet is not None:
-        raise InputError("AccDiffusion: the SD Unet setting must be None, as another UNet cannot take window sizes")
-
-
-def _placement(unet: Any) -> dict[str, Any]:
-    from modules import devices
-
-    return {"dtype": next(unet.parameters()).dtype, "device": torch.device(devices.device)}
-

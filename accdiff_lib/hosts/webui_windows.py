@@ -1,0 +1,148 @@
+"""Windows evaluated by the WebUI's own CFGDenoiser: what the hosts of all WebUIs have in common.
+
+A batch of windows is a batch of "images" to it, so everything that hangs on it (CFG features, other extensions'
+callbacks, LoRA, attention optimisations) sees an ordinary generation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from accdiff_lib.errors import Interrupted, Skipped
+from accdiff_lib.hosts import ldm_unet, memory
+from accdiff_lib.hosts.base import Progress, Rows, Solver
+from accdiff_lib.hosts.noise import NoiseLevels
+from accdiff_lib.hosts.vae_runner import VaeRunner
+from accdiff_lib.hosts.webui_samplers import own_view
+from accdiff_lib.hosts.webui_text import WebUIText, WebUITextEncoder
+from accdiff_lib.prompts import Word
+
+
+class UNetRows(Protocol):
+    """Tells the rows of a UNet call apart."""
+
+    #: How many conditional rows each image has; None is one.
+    repeats: Sequence[int] | None
+
+    def following(self, unet: nn.Module) -> AbstractContextManager[None]: ...
+
+    def cond_rows(self, batch: int) -> slice: ...
+
+
+class WindowHost:
+    """Implements base.Host for one image of a generation `p`, but for what the hosts below it differ in."""
+
+    window: int
+    has_control: bool
+    channels: int
+
+    def __init__(self, p: Any, *, unet: Any, device: torch.device, itemsize: int, levels: NoiseLevels, rows: UNetRows,
+                 text: WebUITextEncoder, place: Callable[..., Any], solver: Solver, progress: Progress) -> None:
+        """`itemsize`: bytes of the UNet's numbers; `place`: SizeVectors.place or its like."""
+        from modules import sd_samplers
+
+        self.progress, self.solver, self.stage_solver = progress, solver, solver
+        self.device = device
+        self.attention_halvings, halvings = ldm_unet.halvings(unet)
+        self.multiple = 2 ** halvings
+        self._unet, self._rows, self._levels, self._text, self._place = unet, rows, levels, text, place
+        self._view = own_view(p)
+        # Euler's is the plain one: x in sigma space in, x0 out.
+        sampler = sd_samplers.create_sampler("Euler", p.sd_model)
+        sampler.p = self._view
+        self._denoiser = sampler.model_wrap_cfg
+        self._denoiser.p = self._view
+        self._denoiser.steps = self._denoiser.total_steps = 1
+        self._memory = memory.RowMemory(device, int(unet.model_channels), itemsize)
+
+    def _evaluating(self, x: Tensor, sigma: Tensor, rows: Rows) -> AbstractContextManager[None]:
+        """Around the call of the denoiser: hint and guidance rescale."""
+        raise NotImplementedError
+
+    def _vae(self, latent: tuple[int, int]) -> VaeRunner:
+        """The VAE, ready for a latent of (height, width) cells."""
+        raise NotImplementedError
+
+    # Text and noise levels
+
+    def timestep(self, sigma: float) -> float:
+        """See base.Host."""
+        return self._levels.timestep(sigma)
+
+    def words(self, prompt: str) -> list[Word]:
+        """See base.Host."""
+        return self._text.words(prompt)
+
+    def encode_texts(self, prompts: Sequence[str]) -> list[WebUIText]:
+        """See base.Host."""
+        return self._text.encode(prompts)
+
+    # Model
+
+    @torch.no_grad()
+    def denoise(self, x: Tensor, sigma: Tensor, rows: Rows) -> Tensor:
+        """See base.Host."""
+        from modules import shared
+        from modules.prompt_parser import (
+            ComposableScheduledPromptConditioning,
+            MulticondLearnedConditioning,
+            ScheduledPromptConditioning,
+        )
+        from modules.sd_samplers_common import InterruptedException
+
+        conds, unconds = [], []
+        for text, origin in zip(rows.texts, rows.origins, strict=True):
+            conds.append([ComposableScheduledPromptConditioning(
+                [ScheduledPromptConditioning(1, self._place(cond, origin, rows.canvas))], weight)
+                for cond, weight in text.parts])
+            unconds.append([ScheduledPromptConditioning(1, self._place(text.uncond, origin, rows.canvas))])
+        self._rows.repeats = [len(parts) for parts in conds]
+        denoiser = self._denoiser
+        # At scale 1 the unconditional rows count for nothing; odd steps below this sigma leave them out.
+        denoiser.step, no_uncond = 1, float("inf") if rows.guidance == 1 else 0.0
+        preview, step = shared.state.current_latent, shared.state.sampling_step
+        try:
+            with self._memory.measured(2 * len(rows), *x.shape[-2:]), self._evaluating(x, sigma, rows):
+                return denoiser(
+                    x, sigma.to(x).flatten()[:1].expand(len(rows)), uncond=unconds,
+                    cond=MulticondLearnedConditioning((len(rows),), conds), cond_scale=rows.guidance,
+                    s_min_uncond=no_uncond, image_cond=self._view.txt2img_image_conditioning(
+                        x, 8 * x.shape[-1], 8 * x.shape[-2])).to(x.dtype)
+        except InterruptedException:  # no Exception: it would pass by everything that waits for one
+            raise (Skipped if shared.state.skipped else Interrupted) from None
+        finally:  # the preview shows the canvas, not a window
+            shared.state.current_latent, shared.state.sampling_step = preview, step
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Within it the host's hooks are on the UNet."""
+        with self._rows.following(self._unet):
+            yield
+
+    def cross_attention(self) -> list[tuple[str, nn.Module]]:
+        """See base.Host."""
+        return ldm_unet.cross_attention(self._unet)
+
+    def cond_rows(self, batch: int) -> slice:
+        """See base.Host."""
+        return self._rows.cond_rows(batch)
+
+    def rows_that_fit(self, height: int, width: int) -> int:
+        """See base.Host."""
+        return self._memory.fit(height, width)
+
+    # VAE
+
+    def decode(self, latent: Tensor, *, interruptible: bool = True) -> np.ndarray:
+        """See base.Host."""
+        return self._vae((latent.shape[-2], latent.shape[-1])).decode(latent, interruptible=interruptible)
+
+    def encode_image(self, image: np.ndarray) -> Tensor:
+        """See base.Host."""
+        return self._vae((image.shape[0] // 8, image.shape[1] // 8)).encode(image)

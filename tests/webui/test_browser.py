@@ -1,0 +1,258 @@
+"""The panel in a real browser: what a user does, from opening it to the button under the gallery."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import time
+from pathlib import Path
+from urllib.parse import urljoin
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from accdiff_lib.infotext import parse
+from accdiff_lib.webui import arguments
+from tests.webui.client import BASE, SOON, URL, WINDOW, alike, encoded, size, stage
+
+CHROMIUM = os.environ.get("ACCDIFF_CHROMIUM") or shutil.which("chromium")
+# The flags keep chromium from looking for hosts outside.
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync", "--no-proxy-server"]
+PANEL = "#script_txt2img_accdiffusion_"
+#: What the tests set in the panel.
+SMALL = {"window": WINDOW, "stage_steps": 5, "start": 0.4}
+
+
+class Page:
+    """txt2img's page."""
+
+    def __init__(self, page, shots: Path) -> None:
+        self.page, self.shots = page, shots
+
+    def number(self, element: str, value: float) -> None:
+        field = self.page.locator(f"{element} input[type=number]").first
+        field.fill(str(value))
+        field.blur()
+
+    def pick(self, name: str, choice: str) -> None:
+        self.page.locator(f"{PANEL}{name} input").first.click()
+        self.page.locator(f"{PANEL}{name} li").filter(has_text=choice).first.click()
+        self.page.wait_for_timeout(1000)  # the server sets what the choice stands for
+
+    def value(self, name: str) -> str:
+        fields = self.page.locator(f"{PANEL}{name} input[type=number]")
+        return (fields if fields.count() else self.page.locator(f"{PANEL}{name} input")).first.input_value()
+
+    def is_on(self) -> bool:
+        return self.page.locator(f"{PANEL}enabled-checkbox input").first.is_checked()
+
+    def switch(self, on: bool, accordion: str = f"{PANEL}enabled") -> None:
+        """An accordion that is open is switched on."""
+        if self.page.locator(f"{accordion}-checkbox input").first.is_checked() != on:
+            self.page.locator(f"{accordion} .label-wrap").first.click()
+            self.page.wait_for_function(
+                "([id, on]) => document.querySelector(`${id}-checkbox input`).checked === on", arg=[accordion, on])
+        self.page.wait_for_timeout(300)
+
+    def cost(self) -> str:
+        return self.page.text_content(f"{PANEL}enabled .accdiff-cost")
+
+    def shown(self) -> list[str]:
+        """The addresses of the gallery's pictures."""
+        return self.page.eval_on_selector_all("#txt2img_gallery img", "all => [...new Set(all.map(one => one.src))]")
+
+    def said(self) -> list[str]:
+        """What the page says against a generation."""
+        return self.page.locator("#html_log_txt2img .error").all_inner_texts()
+
+    def press(self, button: str) -> None:
+        self._before, self._said = set(self.shown()), self.said()
+        self.page.click(button)
+
+    def done(self, seconds: float = 120) -> tuple[np.ndarray, str]:
+        """The new picture and its infotext; what the page says instead raises."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            said = self.said()
+            if said and said[0] not in self._said:
+                raise RuntimeError(said[0])
+            new = [address for address in self.shown() if address not in self._before and "/file=" in address]
+            if new and self.page.locator("#txt2img_interrupt").first.is_hidden():
+                self.page.wait_for_timeout(700)  # the text follows the picture
+                answer = httpx.get(urljoin(URL, new[-1]), trust_env=False)
+                picture = Image.open(io.BytesIO(answer.content))
+                return np.asarray(picture.convert("RGB")), picture.info.get("parameters", "")
+            self.page.wait_for_timeout(100)
+        raise AssertionError(f"no picture in {seconds} s")
+
+    def generate(self) -> tuple[np.ndarray, str]:
+        self.press("#txt2img_generate")
+        return self.done()
+
+    def shot(self, name: str) -> None:
+        self.page.screenshot(path=self.shots / f"{name}.png")
+
+
+@pytest.fixture(scope="module")
+def browser(webui, tmp_path_factory):
+    if CHROMIUM is None:
+        pytest.skip("chromium is missing: apt-get install chromium, or name it with ACCDIFF_CHROMIUM")
+    sync_api = pytest.importorskip("playwright.sync_api")
+    if httpx.get(f"{URL}/", trust_env=False, follow_redirects=True).status_code != 200:
+        pytest.skip("this WebUI runs without its page (--nowebui)")
+    shots = Path(os.environ.get("ACCDIFF_SHOTS") or tmp_path_factory.mktemp("shots"))
+    with sync_api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield started, shots
+        started.close()
+
+
+@pytest.fixture
+def txt2img(browser):
+    """A fresh page with the panel open and small values everywhere."""
+    started, shots = browser
+    opened = started.new_page(viewport={"width": 1400, "height": 1500})
+    errors: list[str] = []
+    opened.on("pageerror", lambda error: errors.append(str(error)))
+    opened.goto(f"{URL}/?__theme=light")
+    opened.wait_for_selector(f"{PANEL}enabled", timeout=90000)
+    opened.wait_for_timeout(2000)  # the WebUI's own scripts
+    page = Page(opened, shots)
+    for name, value in (("width", BASE), ("height", BASE), ("steps", 6), ("cfg_scale", 5), ("seed", 3)):
+        page.number(f"#txt2img_{name}", value)
+    opened.fill("#txt2img_prompt textarea", "a red ball on snow")
+    page.switch(True)
+    opened.wait_for_function(f"document.querySelector('{PANEL}enabled .accdiff-cost').textContent !== ''")
+    opened.locator(f"{PANEL}advanced .label-wrap").first.click()
+    for name, value in SMALL.items():
+        page.number(f"{PANEL}{name}", value)
+    yield page
+    assert not [error for error in errors if "accdiff" in error.lower()]
+    opened.close()
+
+
+def from_text(webui, text: str) -> np.ndarray:
+    """The picture that the API makes of an infotext."""
+    found = parse(text)
+    job = arguments.restored(found.values)
+    options = None if job is None else {
+        **{name: getattr(job.settings, name) for name in arguments.OPTIONS}, "controlnet_model": job.controlnet}
+    width, height = map(int, found.values["Size"].split("x"))
+    return webui.generate(
+        options, prompt=found.prompt, negative_prompt=found.negative, seed=int(found.values["Seed"]), width=width,
+        height=height, steps=int(found.values["Steps"]), cfg_scale=float(found.values["CFG scale"]),
+        sampler_name=found.values["Sampler"], scheduler=found.values.get("Schedule type", "Automatic")).picture
+
+
+def test_the_panel_generates_what_the_api_does(txt2img, webui):
+    txt2img.number(f"{PANEL}scale", 1.5)
+    txt2img.pick("method", "accdiffusion-v1")
+    txt2img.number(f"{PANEL}c", 0.4)
+    txt2img.page.wait_for_timeout(500)
+    side = BASE * 3 // 2
+    assert txt2img.cost().startswith(f"{side}x{side}: ")
+    picture, text = txt2img.generate()
+    txt2img.shot("generated")
+    assert picture.shape == size(side)
+    shown = txt2img.page.inner_text("#html_info_txt2img")
+    for part in ("AccDiffusion scale: 1.5", "AccDiffusion method: accdiffusion-v1", "AccDiffusion prompt fit c: 0.4"):
+        assert part in text and part in shown
+    assert np.array_equal(from_text(webui, text), picture)
+
+
+def check_restored(txt2img, picture) -> None:
+    """The panel is as it was when the picture was made, and makes it again."""
+    for name, wanted in (("scale", "1.5"), ("c", "0.4"), ("stage_steps", "5"), ("start", "0.4"),
+                         ("window", str(WINDOW)), ("method", "accdiffusion-v1")):
+        assert txt2img.value(name) == wanted, name
+    assert txt2img.is_on()
+    again, _ = txt2img.generate()
+    assert np.array_equal(again, picture)
+
+
+def made(webui, name: str = "accdiffusion-v1"):
+    """A picture and its parameters from the API."""
+    answer = webui.generate({**SMALL, "scale": 1.5, "method": name, "c": 0.4})
+    return answer.picture, answer.texts[0]
+
+
+def spoil(txt2img) -> None:
+    txt2img.number(f"{PANEL}c", 0.9)
+    txt2img.number(f"{PANEL}scale", 3)
+    txt2img.number(f"{PANEL}start", 0.1)
+    txt2img.switch(False)
+
+
+def test_pasted_parameters_restore_the_panel(txt2img, webui):
+    picture, text = made(webui)
+    spoil(txt2img)
+    txt2img.page.fill("#txt2img_prompt textarea", text)
+    txt2img.page.locator("#paste").first.click()
+    txt2img.page.wait_for_function(f"document.querySelector('{PANEL}c input[type=number]').value === '0.4'")
+    txt2img.page.wait_for_timeout(1000)
+    txt2img.shot("pasted")
+    check_restored(txt2img, picture)
+
+
+def test_png_info_sends_to_txt2img(txt2img, webui, tmp_path):
+    import base64
+
+    picture, text = made(webui)
+    spoil(txt2img)
+    (tmp_path / "made.png").write_bytes(base64.b64decode(encoded(picture, text)))
+    page = txt2img.page
+    page.locator("#tabs button").filter(has_text="PNG Info").first.click()
+    page.locator("#tab_pnginfo input[type=file]").first.set_input_files(tmp_path / "made.png")
+    page.wait_for_function("document.querySelector('#tab_pnginfo').textContent.includes('AccDiffusion scale: 1.5')")
+    page.locator("#tab_pnginfo button").filter(has_text="txt2img").first.click()
+    page.wait_for_function(f"document.querySelector('{PANEL}c input[type=number]').value === '0.4'")
+    page.wait_for_timeout(1000)
+    check_restored(txt2img, picture)
+
+
+def test_interrupt_gives_the_base_picture(txt2img, webui):
+    txt2img.number(f"{PANEL}stage_steps", 60)
+    txt2img.press("#txt2img_generate")
+    end = time.monotonic() + 60
+    while stage(webui.progress()) != "2x":
+        assert time.monotonic() < end
+        txt2img.page.wait_for_timeout(50)
+    txt2img.page.wait_for_timeout(1000)
+    txt2img.shot("running")
+    begin = time.monotonic()
+    txt2img.page.click("#txt2img_interrupt")
+    if webui.get("/sdapi/v1/options").get("interrupt_after_current"):  # as with Hires. fix, the first click only warns
+        txt2img.page.wait_for_timeout(1000)
+        txt2img.page.click("#txt2img_interrupting")
+    picture, _ = txt2img.done()
+    assert time.monotonic() - begin < SOON + 3 and picture.shape == size(BASE)
+
+
+def test_an_error_is_shown(txt2img, webui):
+    txt2img.number(f"{PANEL}target_width", 2 * BASE)
+    with pytest.raises(RuntimeError, match="target_width"):
+        txt2img.generate()
+    txt2img.shot("error")
+    txt2img.number(f"{PANEL}target_width", 0)
+    assert txt2img.generate()[0].shape == size(2 * BASE)
+
+
+def test_the_button_under_the_gallery(txt2img, webui):
+    """With Hires. fix's size, steps and strength, on the picture that is shown."""
+    txt2img.switch(False)
+    plain, _ = txt2img.generate()
+    assert plain.shape == size(BASE)
+    txt2img.switch(True)
+    txt2img.switch(True, "#txt2img_hr")
+    txt2img.number("#txt2img_hr_scale", 1.5)
+    txt2img.number("#txt2img_hires_steps", 3)
+    txt2img.number("#txt2img_denoising_strength", 0.5)
+    txt2img.press("#txt2img_upscale")
+    picture, text = txt2img.done()
+    txt2img.shot("upscaled")
+    assert picture.shape == size(BASE * 3 // 2) and alike(picture, plain)
+    assert "AccDiffusion" in parse(text).values

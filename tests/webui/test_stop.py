@@ -1,0 +1,116 @@
+"""Interrupt, Skip, the bar and the preview, while stages run."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+
+from tests.webui.client import BASE, SOON, WINDOW, alike, difference, image, size, stage
+
+#: Long enough to press a button in.
+LONG = {"window": WINDOW, "stage_steps": 40}
+
+
+def press(webui, button: str, running) -> tuple:
+    """The answer, and how long it took from the button on."""
+    begin = time.perf_counter()
+    webui.post(f"/sdapi/v1/{button}")
+    return running.result(120), time.perf_counter() - begin
+
+
+def test_interrupt_in_the_first_stage_gives_the_base_picture(webui, plain):
+    running = webui.start({**LONG, "scale": 2})
+    webui.wait(running, lambda now: stage(now) == "2x" and now["state"]["sampling_step"] > 0)
+    answer, seconds = press(webui, "interrupt", running)
+    assert seconds < SOON
+    assert difference(answer.picture, plain.picture) <= 1
+    assert np.array_equal(webui.generate().picture, plain.picture)
+
+
+def test_interrupt_in_the_second_stage_gives_the_first(webui, plain):
+    running = webui.start({"window": WINDOW, "stage_steps": 6, "start": 0.4, "scale": 3})
+    webui.wait(running, lambda now: stage(now) == "3x")
+    answer, seconds = press(webui, "interrupt", running)
+    assert seconds < SOON
+    assert answer.picture.shape == size(BASE * 2) and alike(answer.picture, plain.picture)
+
+
+def test_interrupt_in_the_base_pass(webui, plain):
+    running = webui.start(LONG, steps=150)
+    webui.wait(running, lambda now: now["state"]["sampling_step"] > 0)
+    answer, seconds = press(webui, "interrupt", running)
+    assert seconds < SOON and answer.picture.shape == size(BASE)
+    assert np.array_equal(webui.generate().picture, plain.picture)
+
+
+def test_interrupt_in_the_decode_gives_the_picture_before(webui, plain):
+    def decodes(now):
+        state = now["state"]
+        return stage(now) == "4x" and state["job_no"] == state["job_count"] - 1 and \
+            state["sampling_step"] >= state["sampling_steps"] > 1
+
+    options = {"window": WINDOW, "scale": 4, "progressive": False, "stage_steps": 4, "start": 0.7, "vae_tile": 16}
+    running = webui.start(options)
+    webui.wait(running, decodes)
+    answer, seconds = press(webui, "interrupt", running)
+    assert seconds < SOON and difference(answer.picture, plain.picture) <= 1
+
+
+def test_interrupt_of_a_batch_ends_it(webui):
+    running = webui.start({**LONG, "scale": 2}, n_iter=3)
+    webui.wait(running, lambda now: stage(now) == "2x")
+    answer, seconds = press(webui, "interrupt", running)
+    assert seconds < SOON and len(answer.pictures) == 1
+
+
+def test_skip_decodes_what_is_there(webui, plain):
+    running = webui.start({**LONG, "scale": 2})
+    webui.wait(running, lambda now: stage(now) == "2x" and now["progress"] > 0.4)
+    answer, seconds = press(webui, "skip", running)
+    assert seconds < SOON + 2 and answer.picture.shape == size(BASE * 2)
+    assert np.array_equal(webui.generate().picture, plain.picture)
+
+
+def test_skip_is_for_one_picture_of_a_batch(webui, options):
+    options = {**options, "stage_steps": 12, "start": 0.3}
+    running = webui.start(options, batch_size=2)
+    webui.wait(running, lambda now: stage(now) == "2x" and now["state"]["sampling_step"] > 0)
+    answer, _ = press(webui, "skip", running)
+    assert [picture.shape for picture in answer.pictures] == [size(BASE * 2)] * 2
+    whole = webui.generate(options, batch_size=2)
+    assert difference(answer.pictures[1], whole.pictures[1]) <= 1 < difference(answer.pictures[0], whole.pictures[0])
+
+
+@pytest.mark.parametrize(("scale", "batch"), [(2, 1), (3, 1), (2, 2)])
+def test_the_bar_rises_to_its_end(webui, scale, batch):
+    running = webui.start({"window": WINDOW, "scale": scale, "stage_steps": 6, "start": 0.4}, batch_size=batch)
+    seen, left = [], []
+    while not running.done():
+        now = webui.progress()
+        if stage(now):
+            seen.append(now["progress"])
+            left.append(now["eta_relative"])
+        time.sleep(0.02)
+    running.result()
+    assert len(seen) > 5
+    assert all(after >= before for before, after in zip(seen[:-1], seen[1:], strict=True)), seen
+    assert seen[0] < 0.6 and seen[-1] > 0.9
+    assert min(left) > -1 and max(left) > 0
+
+
+def test_the_preview_shows_the_growing_canvas(webui, settings):
+    settings(live_previews_enable=True, show_progress_every_n_steps=1)
+    running = webui.start({**LONG, "scale": 2, "stage_steps": 10}, steps=30)
+    base, large = {}, {}
+    while not running.done():
+        now = webui.progress(with_picture=True)
+        if now["current_image"]:
+            (large if stage(now) else base)[now["current_image"]] = True
+        time.sleep(0.05)
+    running.result()
+    assert len(large) >= 3, "the preview does not change"
+    sizes = [image(text).size for text in large]
+    assert sizes[-1][0] == sizes[-1][1] and base
+    assert sizes[-1][0] == 2 * image(next(iter(base))).size[0]
