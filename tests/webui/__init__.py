@@ -12,6 +12,7 @@ What depends on the checkpoint, with values for the tiny SDXL-shaped model of 25
     ACCDIFF_WEBUI_BASE=256       width and height of a base picture in pixels: the model's native size
     ACCDIFF_WEBUI_WINDOW=32      the option `window` in latent cells: BASE / 8; 0 takes the checkpoint's own
     ACCDIFF_WEBUI_CONTROLNET=    a canny ControlNet of the checkpoint's family; by default the panel's first
+    ACCDIFF_WEBUI_TRAINED=1      0: random weights, whose pictures are not compared by what they show
     ACCDIFF_WEBUI_SECONDS=5      how soon after Interrupt the picture must be there
     ACCDIFF_CHROMIUM=            the browser; by default Debian's chromium
     ACCDIFF_SHOTS=               a folder for the browser's screenshots; by default a temporary one
