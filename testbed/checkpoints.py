@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -68,10 +70,12 @@ class Average:
 
 def training(checkpoint: Checkpoint, *, steps: int, minutes: float, log: Mapping[str, Any],
              every: float = 10.0, save_every: float = 120.0) -> Iterator[int]:
-    """The steps of a run until it has `steps` or the time is up; logs and saves on the way and at the end.
+    """The steps of a run until it has `steps` or the time is up; logs and saves on the way and at the end, also when
+    it is interrupted or terminated.
 
     `log` is read when a line is due: its tensors and numbers are printed as JSON. Yields the number of each step.
     """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     begin = logged = saved = time.monotonic()
     since = checkpoint.step
     try:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +17,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import Attention, AttnProcessor
+from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from accdiff_lib.attention import attention_probabilities
 from accdiff_lib.hosts.loading import EMBEDDED, alphas_cumprod, load_tokenizer
 from testbed.checkpoints import Average, Checkpoint, training
 from testbed.dataset import CELLS, Shard, load_shards
@@ -73,10 +70,30 @@ class Networks(nn.Module):
         second_out = self.text_2(second, output_hidden_states=True)
         return torch.cat([first_out.hidden_states[-2], second_out.hidden_states[-2]], -1), second_out.text_embeds
 
-    def forward(self, x: Tensor, t: Tensor, tokens: Tensor, sizes: Tensor) -> Tensor:
-        """The predicted noise [B, 4, 32, 32]."""
+    def forward(self, x: Tensor, t: Tensor, tokens: Tensor, sizes: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The predicted noise [B, 4, 32, 32], and the mean probabilities over heads [B, 256, 77] of each layer with
+        16 x 16 cells, after `mixed_precision`."""
         states, pooled = self.encode(tokens)
-        return self.unet(x, t, states, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes}).sample
+        predicted = self.unet(x, t, states, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes}).sample
+        return predicted, [processor.probabilities for processor in self.unet.attn_processors.values()
+                           if processor.probabilities is not None]
+
+
+class RecordedAttention:
+    """Attention of one layer (a diffusers processor) that keeps the text's mean probabilities over heads."""
+
+    def __init__(self) -> None:
+        self.probabilities: Tensor | None = None
+
+    def __call__(self, layer: Any, image: Tensor, encoder_hidden_states: Tensor | None = None, **_: Any) -> Tensor:
+        text = image if encoder_hidden_states is None else encoder_hidden_states
+        query, key, value = (part.unflatten(-1, (layer.heads, -1)).transpose(1, 2)
+                             for part in (layer.to_q(image), layer.to_k(text), layer.to_v(text)))
+        probabilities = (query @ key.transpose(-1, -2) * layer.scale).float().softmax(dim=-1)
+        if encoder_hidden_states is not None and image.shape[1] == CELLS * CELLS:
+            self.probabilities = probabilities.mean(1)
+        out = (probabilities.to(value.dtype) @ value).transpose(1, 2).flatten(2)
+        return layer.to_out[1](layer.to_out[0](out))
 
 
 def mixed_precision(networks: nn.Module) -> None:
@@ -85,25 +102,7 @@ def mixed_precision(networks: nn.Module) -> None:
         if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
             module.register_forward_pre_hook(lambda norm, args: (args[0].float(),))
         if isinstance(module, Attention):
-            module.set_processor(AttnProcessor())
-
-
-@contextmanager
-def recorded_attention(unet: nn.Module) -> Iterator[list[Tensor]]:
-    """Collects the mean probabilities over heads [B, 256, 77] of the layers with 16 x 16 cells, with gradients."""
-    found: list[Tensor] = []
-
-    def record(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if args[0].shape[1] == CELLS * CELLS:
-            found.append(attention_probabilities(layer, args[0], kwargs["encoder_hidden_states"]).mean(1))
-
-    layers = [module for name, module in unet.named_modules() if name.endswith("attn2") and "mid" not in name]
-    handles = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in layers]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
+            module.set_processor(RecordedAttention())
 
 
 def attention_loss(probabilities: list[Tensor], cell_regions: Tensor, token_regions: Tensor) -> Tensor:
@@ -207,7 +206,7 @@ def main() -> None:
     networks.to(device)
     networks.unet.to(memory_format=torch.channels_last)
     mixed_precision(networks)
-    optimizer = torch.optim.AdamW(networks.parameters(), lr=RATE, betas=(0.9, 0.99), weight_decay=1e-3)
+    optimizer = torch.optim.AdamW(networks.parameters(), lr=RATE, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
     average = Average(networks, 0.999)
     checkpoint = Checkpoint(options.run / "diffusion.pt", {
         "networks": networks, "optimizer": optimizer, "average": average})
@@ -216,8 +215,8 @@ def main() -> None:
     for step in training(checkpoint, steps=options.steps, minutes=options.minutes, log=log):
         batch = batches(step)
         set_rate(optimizer, RATE, step, options.steps)
-        with recorded_attention(networks.unet) as probabilities, torch.autocast(device.type, torch.bfloat16):
-            predicted = networks(batch.noised, batch.t, batch.tokens, batch.sizes)
+        with torch.autocast(device.type, torch.bfloat16):
+            predicted, probabilities = networks(batch.noised, batch.t, batch.tokens, batch.sizes)
         error = batch.error(predicted)
         looks = attention_loss(probabilities, batch.cell_regions, batch.token_regions)
         loss = (batch.weight * error).mean()

@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 
 from accdiff_lib.hosts.export import controlnet_to_checkpoint, to_checkpoint
 from accdiff_lib.hosts.loading import Models
-from testbed import random_model, saving
+from testbed import saving
+from tests import random_model
 
 _TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2,
          "projection_dim": 16}
