@@ -177,10 +177,11 @@ def match(found: Sequence[Found], target: Scene | Sequence[Found], by_place: boo
 def _pairs(found: Sequence[Found], others: Sequence[Found], by_place: bool) -> list[tuple[Found, Found]]:
     """The best pairs first, each thing in at most one."""
     scores = []
+    first, second = ([painted([thing], 256, 256) > 0 for thing in things] for things in (found, others))
     for row, thing in enumerate(found):
         for column, other in enumerate(others):
             alike = 2 * (thing.colour == other.colour) + (thing.shape == other.shape)
-            overlap = iou([thing], [other], colours=False)
+            overlap = _overlap(first[row], second[column])
             if overlap > 0.1 if by_place else alike >= 2:
                 scores.append(((overlap, alike) if by_place else (alike, overlap), row, column))
     pairs: list[tuple[Found, Found]] = []
@@ -193,12 +194,16 @@ def _pairs(found: Sequence[Found], others: Sequence[Found], by_place: bool) -> l
     return pairs
 
 
-def iou(found: Sequence[Found], others: Sequence[Found], colours: bool = True) -> float:
-    """Intersection over union of all their areas, on a grid of 256 x 256; `colours` must agree where they meet."""
+def iou(found: Sequence[Found], others: Sequence[Found]) -> float:
+    """Intersection over union of all their areas, on a grid of 256 x 256; colours must agree where they meet."""
     first, second = (painted(things, 256, 256) for things in (found, others))
-    both = (first == second) & (first > 0) if colours else (first > 0) & (second > 0)
     either = (first > 0) | (second > 0)
-    return float(both.sum() / either.sum()) if either.any() else 1.0
+    return float(((first == second) & either).sum() / either.sum()) if either.any() else 1.0
+
+
+def _overlap(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> float:
+    either = first | second
+    return float((first & second).sum() / either.sum()) if either.any() else 1.0
 
 
 def painted(things: Sequence[Found], rows: int, columns: int) -> NDArray[np.uint8]:
