@@ -21,6 +21,8 @@ from testbed.diffusion import Batches, Networks, arguments, mixed_precision, set
 HINT = {"conditioning_embedding_out_channels": [8, 16, 24, 32]}
 RATE = 5e-4
 DROPPED = 0.5
+#: Of these many shards edges are made, which takes as long as rendering them.
+SHARDS = 24
 
 
 def trained_networks(run: Path) -> Networks:
@@ -40,7 +42,7 @@ def main() -> None:
     options = arguments("controlnet", __doc__ or "", steps=3000)
     torch.manual_seed(1)
     device = torch.device(options.device)
-    data = load_shards(options.run)
+    data = load_shards(options.run, SHARDS)
     edges = load_edges(options.run, len(data.latents))
     batches = Batches(data, device, DROPPED)
     networks: Any = trained_networks(options.run).to(device)

@@ -102,7 +102,7 @@ def mixed_precision(networks: nn.Module) -> None:
         if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
             module.register_forward_pre_hook(lambda norm, args: (args[0].float(),))
         if isinstance(module, Attention):
-            module.set_processor(RecordedAttention())
+            module.set_processor(RecordedAttention())  # type: ignore[arg-type]
 
 
 def attention_loss(probabilities: list[Tensor], cell_regions: Tensor, token_regions: Tensor) -> Tensor:
