@@ -86,4 +86,5 @@ def attention_probabilities(layer: nn.Module, image: Tensor, text: Tensor) -> Te
     heads = int(layer.heads)  # type: ignore[arg-type]
     query, key = (part.float().unflatten(-1, (heads, -1)).transpose(1, 2) for part in (query, key))
     scale = query.shape[-1] ** -0.5
-    return (query @ key.transpose(-1, -2) * scale).softmax(dim=-1)
+    with torch.autocast(query.device.type, enabled=False):  # in which WebUIs run a base pass; it would round these
+        return (query @ key.transpose(-1, -2) * scale).softmax(dim=-1)

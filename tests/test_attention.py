@@ -120,6 +120,16 @@ def test_the_mean_is_over_calls_layers_and_heads(unet):
     torch.testing.assert_close(recorder.maps, once)
 
 
+def test_half_precision_by_autocast_is_for_the_layers_alone(unet):
+    """Their queries and keys are rounded; the probabilities are not, and sum to 1 in float32."""
+    plain, _ = recorded(unet)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        maps, _ = recorded(unet)
+    assert maps.dtype == torch.float32
+    torch.testing.assert_close(maps.sum(dim=-1), torch.ones(maps.shape[:-1]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(maps, plain, atol=0.01, rtol=0.1)
+
+
 def test_no_layer_of_that_size_is_an_error(unet):
     recorder = AttentionRecorder(layers(unet), (5, 7), lambda batch: slice(None))
     with recorder:

@@ -16,8 +16,10 @@ from accdiff_lib.errors import InputError
 from accdiff_lib.hosts import forge, ldm_unet, reforge, webui_forge, webui_forge_control, webui_host
 from accdiff_lib.hosts.ldm_controlnet import LdmControlNet
 from accdiff_lib.hosts.ldm_rows import MarkedRows
+from accdiff_lib.webui import run
 from tests import ldm_unet as stand_in
 from tests import tiny
+from tests.webui_stand_in import stood_in
 
 
 class Sampling:
@@ -108,6 +110,34 @@ def test_a_model_without_unet_is_refused(adapter):
     flux = nn.Module()
     with pytest.raises(InputError, match="the checkpoint has no UNet"):
         adapter.session(generation(flux), hires=False)
+
+
+@pytest.mark.parametrize(("names", "adapter"), [
+    (("backend", "backend.patcher", "backend.patcher.unet"), "forge"), (("ldm_patched", "modules_forge"), "reforge")])
+def test_flux_is_refused_before_the_base_pass_and_its_plain_picture_comes(names, adapter):
+    """On Generate, in both programs: in one sentence where AccDiffusion is ticked, and untouched where it is not."""
+    def generate(**options: Any) -> str:
+        p = generation(nn.Module())
+        p.extra_generation_params = {}
+        p.sample = plain = lambda **_: sampled.append("base") or "latents"
+        run.process(None, p, [options])
+        run.process_batch(None, p, [options])
+        try:
+            latents: str = p.sample(conditioning=None)
+        finally:
+            assert p.sample is plain
+        return latents
+
+    sampled: list[str] = []
+    with stood_in(), present(*names):
+        found: Any = webui_host.current()
+        assert found.__name__ == f"accdiff_lib.hosts.{adapter}"
+        with pytest.raises(InputError) as caught:
+            generate(scale=2)
+        assert str(caught.value) == (
+            "AccDiffusion: the checkpoint has no UNet; it works with SD1.5, SD2 and SDXL checkpoints")
+        assert sampled == []
+        assert generate(enabled=False) == "latents" and sampled == ["base"]
 
 
 @pytest.mark.parametrize("adapter", [forge, reforge])
@@ -222,6 +252,20 @@ def test_the_controlnet_is_linked_only_where_it_acts(unet):
     assert patcher.controlnet_linked_list is None and control.cond_hint_original is None
     stage.put_away()
     assert backend.done[1:] == [("cleanup", control)] and patcher.controlnet_linked_list is None
+
+
+def test_a_controlnet_is_read_once_for_a_generation(unet, monkeypatch):
+    """And anew for another file, another model or another generation."""
+    read: list[Any] = []
+    monkeypatch.setattr(webui_forge_control, "load", lambda path, patcher, _backend: read.append(path) or object())
+    canny, depth, p = Path("canny.safetensors"), Path("depth.safetensors"), generation(unet)
+    control = webui_forge_control.load_once(p, canny, None)
+    assert webui_forge_control.load_once(p, canny, None) is control and read == [canny]
+    webui_forge_control.load_once(p, depth, None)
+    p.sd_model = generation(nn.Identity()).sd_model
+    webui_forge_control.load_once(p, depth, None)
+    webui_forge_control.load_once(generation(unet), depth, None)
+    assert read == [canny, depth, depth, depth]
 
 
 def test_our_controlnet_in_the_webuis_form_gives_the_same_residuals(tmp_path: Path, unet):

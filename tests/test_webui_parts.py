@@ -14,7 +14,7 @@ import pytest
 
 from accdiff_lib.errors import InputError
 from accdiff_lib.settings import METHODS, OPTIONS, make
-from accdiff_lib.webui import api, arguments, callbacks, controlnets, hires, model, options_page, panel, xyz
+from accdiff_lib.webui import api, arguments, callbacks, controlnets, hires, model, options_page, panel, run, xyz
 from accdiff_lib.webui.arguments import EXTRA, POSITIONAL
 from tests.webui_stand_in import stood_in, webui  # noqa: F401 (a fixture)
 
@@ -245,3 +245,36 @@ def test_the_table_on_the_page_is_readable():
     table = json.loads(html.unescape(written.partition("data-table='")[2].partition("'></div>")[0]))
     assert table["prefix"] == "script_txt2img_accdiffusion_" and set(table["options"]) == set(OPTIONS)
     assert table["options"]["c"]["help"] == OPTIONS["c"].help
+
+
+# --- schedules -------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def samplers(webui, monkeypatch):  # noqa: F811
+    """DPM++ 2M has a schedule of its own, Euler has none."""
+    from modules import sd_samplers
+
+    found = {"DPM++ 2M": SimpleNamespace(options={"scheduler": "karras"}), "Euler": SimpleNamespace(options={})}
+    monkeypatch.setattr(sd_samplers, "find_sampler_config", found.get)
+
+
+def stage_sampler(**options):
+    """Sampler and schedule of the stages after a base pass with DPM++ 2M, whose own schedule is Karras."""
+    p = SimpleNamespace(sampler_name="DPM++ 2M", scheduler=options.pop("scheduler"), hr_sampler_name=None,
+                        hr_scheduler=options.pop("hr_scheduler", None))
+    return run._stage_sampler(p, make(options), p.hr_scheduler is not None)
+
+
+def test_the_stages_take_the_base_pass_schedule_however_it_was_chosen(samplers):
+    """The generation parameters of both say Karras, and both must make the picture again."""
+    assert stage_sampler(scheduler="Karras", stage_sampler="Euler") == ("Euler", "Karras")
+    assert stage_sampler(scheduler="Automatic", stage_sampler="Euler") == ("Euler", "Karras")
+    assert stage_sampler(scheduler="Automatic", hr_scheduler="Automatic") == ("DPM++ 2M", "Karras")
+
+
+def test_the_stages_own_schedule_stays_as_it_is(samplers):
+    for scheduler in ("Karras", "Automatic"):
+        for own in ("Automatic", "Exponential"):
+            assert stage_sampler(scheduler=scheduler, stage_sampler="Euler", stage_scheduler=own) == ("Euler", own)
+    assert stage_sampler(scheduler="Karras", hr_scheduler="Automatic") == ("DPM++ 2M", "Automatic")
+    assert run.own_schedule("Euler", "Automatic") == "Automatic"  # it has none of its own

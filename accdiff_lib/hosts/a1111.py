@@ -15,14 +15,14 @@ from torch import Tensor
 
 from accdiff_lib.attention import AttentionRecorder
 from accdiff_lib.errors import InputError
-from accdiff_lib.hosts import ldm_unet
+from accdiff_lib.hosts import a1111_lowvram, ldm_unet
 from accdiff_lib.hosts.base import Progress, Rows, Solver
 from accdiff_lib.hosts.ldm_controlnet import LdmControlNet
 from accdiff_lib.hosts.ldm_rows import RowOrder
 from accdiff_lib.hosts.noise import NoiseLevels
 from accdiff_lib.hosts.prediction import denoised, output_of, rescaled
 from accdiff_lib.hosts.vae_runner import VaeRunner
-from accdiff_lib.hosts.webui_host import lacking
+from accdiff_lib.hosts.webui_host import lacking, loaded_once
 from accdiff_lib.hosts.webui_text import SizeVectors, WebUITextEncoder
 from accdiff_lib.hosts.webui_windows import WindowHost
 
@@ -83,6 +83,15 @@ def unet_of(p: Any) -> Any:
     return p.sd_model.model.diffusion_model
 
 
+def _dtype(unet: Any) -> torch.dtype:
+    """What the UNet computes in; its weights may be stored in 8 bits (the FP8 setting)."""
+    from modules import devices
+
+    stored: torch.dtype = next(unet.parameters()).dtype
+    computed: torch.dtype = stored if stored.itemsize > 1 else devices.dtype
+    return computed
+
+
 # --- a batch ---------------------------------------------------------------------------------------------------
 
 class A1111Session:
@@ -118,8 +127,8 @@ class A1111Session:
         from modules import devices
 
         unet = unet_of(self._p)
-        self._controlnet = LdmControlNet.load(path, unet, dtype=next(unet.parameters()).dtype,
-                                              device=torch.device(devices.device))
+        self._controlnet = loaded_once(self._p, path, unet, lambda: LdmControlNet.load(
+            path, unet, dtype=_dtype(unet), device=torch.device(devices.device)))
 
     def timestep(self, sigma: float) -> float:
         """See base.Host."""
@@ -183,14 +192,14 @@ class A1111Host(WindowHost):
 
         model, unet = p.sd_model, unet_of(p)
         device = torch.device(devices.device)
-        super().__init__(p, unet=unet, device=device, itemsize=next(unet.parameters()).element_size(),
+        super().__init__(p, unet=unet, device=device, itemsize=_dtype(unet).itemsize,
                          levels=NoiseLevels(model.alphas_cumprod), rows=rows,
                          text=WebUITextEncoder(model, prompt, negative, size), place=SizeVectors(model).place,
                          solver=solver, progress=progress)
         self.window = native_window(model)
         self.channels = int(unet.in_channels) if not model.is_sdxl_inpaint else 4
         self.has_control = controlnet is not None
-        self._controlnet, self._order = controlnet, rows
+        self._model, self._controlnet, self._order = model, controlnet, rows
         self._prediction = "v_prediction" if model.parameterization == "v" else "epsilon"
         vae = model.first_stage_model
         self._runner = VaeRunner(vae, float(model.scale_factor), device, progress, tile=vae_tile,
@@ -205,11 +214,18 @@ class A1111Host(WindowHost):
             stack.enter_context(super().attached())
             yield
 
+    def rows_that_fit(self, height: int, width: int) -> int:
+        """See base.Host."""
+        a1111_lowvram.bring_unet(self._model)  # what is free is known when the weights are where they belong
+        return super().rows_that_fit(height, width)
+
     def _vae(self, latent: tuple[int, int]) -> VaeRunner:
+        a1111_lowvram.bring_vae(self._model)
         return self._runner
 
     @contextmanager
     def _evaluating(self, x: Tensor, sigma: Tensor, rows: Rows) -> Iterator[None]:
+        a1111_lowvram.bring_unet(self._model)
         with self._hint(rows), self._rescaled(x, sigma, rows.rescale):
             yield
 

@@ -22,7 +22,7 @@ from accdiff_lib.hosts.ldm_rows import MarkedRows
 from accdiff_lib.hosts.noise import NoiseLevels
 from accdiff_lib.hosts.prediction import denoised, output_of, rescaled
 from accdiff_lib.hosts.vae_runner import VaeRunner
-from accdiff_lib.hosts.webui_forge_control import load
+from accdiff_lib.hosts.webui_forge_control import load_once
 from accdiff_lib.hosts.webui_text import WebUITextEncoder
 from accdiff_lib.hosts.webui_windows import WindowHost
 
@@ -96,6 +96,8 @@ def remember(p: Any, backend: Backend) -> Callable[[], None]:
     """See webui_host.WebUI: with zero terminal SNR the noise levels are put back only after a `p.sample` that returns.
     """
     model = p.sd_model
+    if not ldm_unet.is_unet(unet_of(p)):  # the session will refuse it
+        return lambda: None
     sampling = backend.sampling(model.forge_objects.unet)
     sigmas, alphas = getattr(sampling, "sigmas", None), getattr(model, "alphas_cumprod", None)
 
@@ -159,7 +161,7 @@ class ForgeSession:
 
     def load_controlnet(self, path: Path) -> None:
         """See webui_host.Session."""
-        self._control = load(path, self._p.sd_model.forge_objects.unet, self._backend)
+        self._control = load_once(self._p, path, self._backend)
 
     def timestep(self, sigma: float) -> float:
         """See base.Host."""

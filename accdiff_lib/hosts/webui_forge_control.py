@@ -14,8 +14,18 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from accdiff_lib.hosts import webui_host
 from accdiff_lib.hosts.ldm_controlnet import LdmControlNet, layers_per_level
 from accdiff_lib.hosts.ldm_controlnet_file import ControlNetFile, check_family
+
+
+def load_once(p: Any, path: Path, backend: Any) -> Any:
+    """What `load` gives for the loaded model, read once for all batches of a generation `p`.
+
+    Its weights lie where the WebUI's memory management wants them meanwhile.
+    """
+    unet = p.sd_model.forge_objects.unet
+    return webui_host.loaded_once(p, path, unet.model.diffusion_model, lambda: load(path, unet, backend))
 
 
 def load(path: Path, unet: Any, backend: Any) -> Any:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import importlib
 import sys
+import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 if TYPE_CHECKING:  # with torch: who only asks which WebUI this is has no need of it
     from accdiff_lib.hosts.base import Host, Progress, Solver
@@ -21,6 +22,12 @@ if TYPE_CHECKING:  # with torch: who only asks which WebUI this is has no need o
         """A Host whose hooks are on the model only within `attached()`."""
 
         def attached(self) -> AbstractContextManager[None]: ...
+
+
+T = TypeVar("T")
+
+#: Where a generation keeps its ControlNet, with what it was loaded from and for.
+_CONTROLNET = "_accdiffusion_controlnet"
 
 
 class Session(Protocol):
@@ -125,6 +132,21 @@ def recognise() -> WebUI:
     if missing:
         raise ImportError(f"{missing}; known are AUTOMATIC1111's, Forge and reForge")
     return adapter
+
+
+def loaded_once(p: Any, path: Path, unet: Any, load: Callable[[], T]) -> T:
+    """What `load()` gives for a ControlNet's file and a UNet, called once for all batches of a generation `p`."""
+    kept: tuple[Path, weakref.ref[Any], T] | None = getattr(p, _CONTROLNET, None)
+    if kept is None or kept[0] != path or kept[1]() is not unet:
+        kept = path, weakref.ref(unet), load()
+        setattr(p, _CONTROLNET, kept)
+    return kept[2]
+
+
+def forget_controlnet(p: Any) -> None:
+    """The end of a generation: lets go of what `loaded_once` kept."""
+    if hasattr(p, _CONTROLNET):
+        delattr(p, _CONTROLNET)
 
 
 def lacking(*names: str) -> str:

@@ -55,6 +55,21 @@ def stage_solver(p: Any, name: str, scheduler: str, steps: int, *, chosen: bool)
         return webui_solver(p, FALLBACK, scheduler, steps)
 
 
+def own_schedule(sampler: str, scheduler: str) -> str:
+    """The schedule that a sampler takes: for "Automatic" its own, where it has one.
+
+    The generation parameters name that one, and "Send to txt2img" brings it back as "Automatic". For another sampler,
+    the stages', the two are not the same.
+    """
+    from modules import sd_samplers, sd_schedulers
+
+    if scheduler != "Automatic":
+        return scheduler
+    options = getattr(sd_samplers.find_sampler_config(sampler), "options", {})
+    found = sd_schedulers.schedulers_map.get(options.get("scheduler"))
+    return scheduler if found is None else str(found.label)
+
+
 def webui_solver(p: Any, name: str, scheduler: str, steps: int) -> Solver:
     """The WebUI's sampler of this name. Raises InputError where it cannot drive the stages."""
     from modules import sd_samplers

@@ -108,7 +108,8 @@ class WindowHost:
         denoiser.step, no_uncond = 1, float("inf") if rows.guidance == 1 else 0.0
         preview, step = shared.state.current_latent, shared.state.sampling_step
         try:
-            with self._memory.measured(2 * len(rows), *x.shape[-2:]), self._evaluating(x, sigma, rows):
+            # What weights take when `_evaluating` loads them is not the rows'.
+            with self._evaluating(x, sigma, rows), self._memory.measured(2 * len(rows), *x.shape[-2:]):
                 return denoiser(
                     x, sigma.to(x).flatten()[:1].expand(len(rows)), uncond=unconds,
                     cond=MulticondLearnedConditioning((len(rows),), conds), cond_scale=rows.guidance,

@@ -29,17 +29,23 @@ class Extras:
         from modules import images, shared
 
         p = self._p
-        images.save_image(Image.fromarray(picture.image), p.outpath_samples, "", p.seeds[index], p.prompts[index],
-                          shared.opts.samples_format, info=_infotext(p, index), p=p,
-                          suffix=f"-accdiffusion-{picture.name}")
+        try:
+            images.save_image(Image.fromarray(picture.image), p.outpath_samples, "", p.seeds[index], p.prompts[index],
+                              shared.opts.samples_format, info=_infotext(p, index), p=p,
+                              suffix=f"-accdiffusion-{picture.name}")
+        except Exception as error:  # a full disk, say: no reason to lose the picture that comes of it
+            p.comment(f"AccDiffusion: the {picture.name} picture could not be saved: {error}")
 
     def explain(self, result: Result, plan: Plan, host: Host) -> None:
         """Keeps the sheet for the gallery, when it is wanted and there is something to explain."""
         base = result.pictures[0]
         if not (options_page.value("explain") and result.explanation.words and base.stage is None):
             return
-        image = base.image if base.image is not None else host.decode(base.latent, interruptible=False)
-        self._sheets.append(Image.fromarray(sheet(image, result.explanation, plan.part)))
+        try:
+            image = base.image if base.image is not None else host.decode(base.latent, interruptible=False)
+            self._sheets.append(Image.fromarray(sheet(image, result.explanation, plan.part)))
+        except Exception as error:  # no memory for one more decode, say
+            self._p.comment(f"AccDiffusion: the window prompts' sheet could not be made: {error}")
 
     def show(self, processed: Any) -> None:
         """Adds the sheets to the end of the gallery."""

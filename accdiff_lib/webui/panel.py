@@ -167,11 +167,11 @@ def _paste_fields(made: Mapping[str, Any], is_img2img: bool) -> list[Any]:
     """A field for each control. Parameters of a picture made without AccDiffusion switch it off and leave the rest."""
     from modules.infotext_utils import PasteField
 
+    # No `api` names: those are of fields of the API's request, and script arguments are none.
     # Whoever sends a large picture to img2img seldom wants it enlarged once more, so there the switch stays as it is.
-    switch = [] if is_img2img else [PasteField(made["enabled"], lambda parameters: VERSION_KEY in parameters,
-                                               api="accdiffusion_enabled")]
-    model = PasteField(made["controlnet_model"], _pasted_model, api="accdiffusion_controlnet_model")
-    return [*switch, model, *(PasteField(made[name], _pasted(name), api=f"accdiffusion_{name}") for name in OPTIONS)]
+    switch = [] if is_img2img else [PasteField(made["enabled"], lambda parameters: VERSION_KEY in parameters)]
+    model = PasteField(made["controlnet_model"], _pasted_model)
+    return [*switch, model, *(PasteField(made[name], _pasted(name)) for name in OPTIONS)]
 
 
 def _pasted(name: str) -> Callable[[Mapping[str, str]], Any]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -23,7 +25,7 @@ from accdiff_lib.errors import InputError
 from accdiff_lib.extrapolate import Extrapolation, Request, Result
 from accdiff_lib.hosts import webui_host
 from accdiff_lib.hosts.base import Picture
-from accdiff_lib.hosts.webui_samplers import stage_solver
+from accdiff_lib.hosts.webui_samplers import own_schedule, stage_solver
 from accdiff_lib.hosts.webui_text import final_prompt, is_composed
 from accdiff_lib.plan import make_plan
 from accdiff_lib.settings import OPTIONS, SAME, Settings, make
@@ -63,6 +65,7 @@ def postprocess(_script: Any, p: Any, processed: Any, _args: Sequence[Any]) -> N
     if run is not None:
         run.extras.show(processed)
         delattr(p, RUN_ATTRIBUTE)
+        webui_host.forget_controlnet(p)
 
 
 def _is_inner(p: Any) -> bool:
@@ -75,6 +78,7 @@ class Run:
 
     def __init__(self, p: Any, job: Job | None, error: InputError | None) -> None:
         self._p, self._job, self._error = p, job, error
+        self._find = cache(controlnets.find)  # a file that goes away after the first batch is loaded already
         self.extras = Extras(p)
 
     def install(self) -> None:
@@ -105,7 +109,7 @@ class Run:
         if self._error is not None:
             raise self._error
         assert self._job is not None
-        batch = Batch(self._p, self._job, self.extras)
+        batch = Batch(self._p, self._job, self._find, self.extras)
         with torch.no_grad():
             return batch.sample(lambda: original(*args, **kwargs), kwargs)
 
@@ -121,8 +125,8 @@ def _forget_conds(p: Any) -> None:
 class Batch:
     """One call of `p.sample`: the pictures of a batch."""
 
-    def __init__(self, p: Any, job: Job, extras: Extras) -> None:
-        """Finds out everything that can be wrong. Raises InputError."""
+    def __init__(self, p: Any, job: Job, find: Callable[[str], Path | None], extras: Extras) -> None:
+        """`find` is controlnets.find. Finds out everything that can be wrong. Raises InputError."""
         self._p, self._extras = p, extras
         self._from_image = getattr(p, "init_latent", None) is not None
         self._hires = not self._from_image and bool(getattr(p, "enable_hr", False))
@@ -137,7 +141,7 @@ class Batch:
         self._solver = stage_solver(p, name, scheduler, self._settings.stage_steps or p.steps,
                                     chosen=self._settings.stage_sampler != SAME)
         self._map_size = map_size(*self._plan.base, deepest)
-        path = controlnets.find(job.controlnet) if self._settings.uses_controlnet else None
+        path = find(job.controlnet) if self._settings.uses_controlnet else None
         if path is not None:
             self._session.load_controlnet(path)
         self._prompts: list[tuple[str, str]] = []
@@ -220,8 +224,7 @@ class Batch:
                           intermediate=self._extras.wants_stages)
         with host.attached():
             result = Extrapolation(host, settings.window_batch).run(request)
-        if result.stopped == "skipped":  # the next picture of the batch may still be wanted
-            shared.state.skipped = False
+        shared.state.skipped = False  # the next picture of the batch may still be wanted
         self._extras.explain(result, plan, host)
         return result
 
@@ -289,4 +292,6 @@ def _stage_sampler(p: Any, settings: Settings, hires_ticked: bool) -> tuple[str,
         sampler = (hires_ticked and p.hr_sampler_name) or p.sampler_name
     if scheduler == SAME:
         scheduler = (hires_ticked and p.hr_scheduler) or p.scheduler or "Automatic"
+        if scheduler == p.scheduler:
+            scheduler = own_schedule(p.sampler_name, scheduler)
     return sampler, scheduler

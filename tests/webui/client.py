@@ -83,8 +83,10 @@ class WebUI:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        # Proxies of the environment are for other machines than the one under test.
-        self._http = httpx.Client(base_url=url, trust_env=False, timeout=httpx.Timeout(600, connect=10))
+        # Proxies of the environment are for other machines than the one under test; and a WebUI closes a connection
+        # after an error, or when it has been idle for a while, just when the next request goes out on it.
+        self._http = httpx.Client(base_url=url, trust_env=False, timeout=httpx.Timeout(600, connect=10),
+                                  limits=httpx.Limits(max_keepalive_connections=0))
         self._schemas = self.get("/openapi.json")["components"]["schemas"]
         self._scripts = self.get("/sdapi/v1/script-info")
 

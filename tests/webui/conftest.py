@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,17 @@ MISSING = "needs a running WebUI: set ACCDIFF_WEBUI_URL (tests/webui/__init__.py
 
 
 @pytest.hookimpl(hookwrapper=True, tryfirst=True)
-def pytest_runtest_protocol() -> Iterator[None]:
-    """One test at a time for each address; the wait does not count into a test's time."""
-    if not URL:
-        yield
-        return
-    lock = Path(tempfile.gettempdir()) / f"accdiffusion-{hashlib.sha256(URL.encode()).hexdigest()[:16]}.lock"
-    with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """One test at a time for each address; the wait does not count into a test's time.
+
+    A test module for several WebUIs names them in its URLS.
+    """
+    with ExitStack() as stack:
+        for url in sorted({*getattr(getattr(item, "module", None), "URLS", [URL])}):
+            if url:
+                name = f"accdiffusion-{hashlib.sha256(url.encode()).hexdigest()[:16]}.lock"
+                file = stack.enter_context((Path(tempfile.gettempdir()) / name).open("w"))
+                fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 

@@ -223,13 +223,14 @@ def test_interrupt_gives_the_base_picture(txt2img, webui):
         txt2img.page.wait_for_timeout(50)
     txt2img.page.wait_for_timeout(1000)
     txt2img.shot("running")
-    begin = time.monotonic()
     txt2img.page.click("#txt2img_interrupt")
     if webui.get("/sdapi/v1/options").get("interrupt_after_current"):  # as with Hires. fix, the first click only warns
         txt2img.page.wait_for_timeout(1000)
         txt2img.page.click("#txt2img_interrupting")
-    picture, _ = txt2img.done()
-    assert time.monotonic() - begin < SOON + 3 and picture.shape == size(BASE)
+    begin = time.monotonic()  # how long the browser took for the clicks, and takes to show the picture, is its own
+    webui.idle()
+    assert time.monotonic() - begin < SOON
+    assert txt2img.done()[0].shape == size(BASE)
 
 
 def test_an_error_is_shown(txt2img, webui):

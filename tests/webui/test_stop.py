@@ -11,6 +11,8 @@ from tests.webui.client import BASE, SOON, WINDOW, alike, difference, image, siz
 
 #: Long enough to press a button in.
 LONG = {"window": WINDOW, "stage_steps": 40}
+#: With a decode that is long enough.
+SLOW_DECODE = {"window": WINDOW, "scale": 4, "progressive": False, "stage_steps": 4, "start": 0.7, "vae_tile": 16}
 
 
 def press(webui, button: str, running) -> tuple:
@@ -45,17 +47,43 @@ def test_interrupt_in_the_base_pass(webui, plain):
     assert np.array_equal(webui.generate().picture, plain.picture)
 
 
-def test_interrupt_in_the_decode_gives_the_picture_before(webui, plain):
-    def decodes(now):
-        state = now["state"]
-        return stage(now) == "4x" and state["job_no"] == state["job_count"] - 1 and \
-            state["sampling_step"] >= state["sampling_steps"] > 1
+def decodes(now, pictures: int = 1) -> bool:
+    """Whether the first of so many pictures of SLOW_DECODE is decoded."""
+    state = now["state"]
+    return stage(now) == "4x" and state["job_no"] == (state["job_count"] - 1) // pictures and \
+        state["sampling_step"] >= state["sampling_steps"] > 1
 
-    options = {"window": WINDOW, "scale": 4, "progressive": False, "stage_steps": 4, "start": 0.7, "vae_tile": 16}
-    running = webui.start(options)
+
+def test_interrupt_in_the_decode_gives_the_picture_before(webui, plain):
+    running = webui.start(SLOW_DECODE)
     webui.wait(running, decodes)
     answer, seconds = press(webui, "interrupt", running)
     assert seconds < SOON and difference(answer.picture, plain.picture) <= 1
+
+
+def test_skip_in_the_decode_changes_nothing(webui):
+    """Of this picture there is nothing left to skip, and the next is not meant."""
+    whole = webui.generate(SLOW_DECODE, batch_size=2)
+    running = webui.start(SLOW_DECODE, batch_size=2)
+    webui.wait(running, lambda now: decodes(now, 2))
+    answer, _ = press(webui, "skip", running)
+    for one, other in zip(answer.pictures, whole.pictures, strict=True):
+        assert np.array_equal(one, other)
+
+
+@pytest.mark.parametrize("batch", [{"n_iter": 4}, {"batch_size": 4}], ids=["n_iter", "batch_size"])
+def test_interrupt_at_the_third_picture_keeps_the_two_before(webui, options, batch):
+    options = {**options, "stage_steps": 12}
+    whole = webui.generate(options, **dict.fromkeys(batch, 2))
+    running = webui.start(options, **batch)
+    webui.wait(running, lambda now: stage(now) == "2x" and now["state"]["job_no"] > now["state"]["job_count"] // 2)
+    answer, seconds = press(webui, "interrupt", running)
+    assert seconds < SOON
+    for one, other in zip(answer.pictures, whole.pictures, strict=False):
+        assert difference(one, other) <= 1
+    # A batch that was sampled as one is as large as its largest; of single pictures, the third is the base picture.
+    sides = [2, 2, 1] if "n_iter" in batch else [2, 2, 2, 2]
+    assert [picture.shape for picture in answer.pictures] == [size(BASE * side) for side in sides]
 
 
 def test_interrupt_of_a_batch_ends_it(webui):

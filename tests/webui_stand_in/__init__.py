@@ -1,4 +1,5 @@
-"""A WebUI as far as the panel, the axes and the API know one: `modules`, and a page under real gradio (app.py)."""
+"""A WebUI as far as the extension knows one: `modules`, a page under real gradio (app.py), and whole generations with a
+tiny model (generation.py)."""
 
 from __future__ import annotations
 

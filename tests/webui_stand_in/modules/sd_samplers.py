@@ -1,5 +1,23 @@
-"""modules.sd_samplers: the names in the dropdown."""
+"""modules.sd_samplers: the names in the dropdown, and the samplers behind them."""
+
+_FUNCTIONS = {"DPM++ 2M": "sample_dpmpp_2m", "Euler a": "sample_euler_ancestral", "Euler": "sample_euler",
+              "Heun": "sample_heun"}
 
 
 def visible_sampler_names():
-    return ["DPM++ 2M", "Euler a", "Euler", "Heun"]
+    return list(_FUNCTIONS)
+
+
+def find_sampler_config(name):
+    from modules import sd_samplers_common  # with torch
+
+    options = {"second_order": True} if name == "Heun" else {"scheduler": "karras"} if name == "DPM++ 2M" else {}
+    return sd_samplers_common.SamplerData(name, None, [], options)
+
+
+def create_sampler(name, model):
+    from modules import sd_samplers_kdiffusion  # with torch
+
+    sampler = sd_samplers_kdiffusion.KDiffusionSampler(_FUNCTIONS[name], model)
+    sampler.config = find_sampler_config(name)
+    return sampler

@@ -1,16 +1,10 @@
-"""modules.shared: settings and command line."""
+"""modules.shared: settings, command line and progress."""
 
 from types import SimpleNamespace
 
+from modules import options, shared_state, shared_total_tqdm
 
-class Options:
-    def __init__(self):
-        self.data, self.data_labels = {}, {}
-
-    def add_option(self, key, info):
-        self.data_labels[key] = info
-        self.data.setdefault(key, info.default)
-
-
-opts = Options()
+opts: options.Options = options.Options({}, set())
 cmd_opts = SimpleNamespace(controlnet_dir=None)
+state: shared_state.State = shared_state.State()
+total_tqdm: shared_total_tqdm.TotalTQDM = shared_total_tqdm.TotalTQDM()

@@ -14,7 +14,7 @@ class ToolButton(gr.Button):
 
 
 class InputAccordion(gr.Checkbox):
-    def __init__(self, value=False, **kwargs):
+    def __init__(self, value, **kwargs):
         self.accordion_id = kwargs.pop("elem_id")
         super().__init__(value, elem_id=f"{self.accordion_id}-checkbox", **kwargs)
         self.accordion = gr.Accordion(kwargs["label"], open=True, elem_id=self.accordion_id)

@@ -1,0 +1,362 @@
+"""Whole generations with the extension, and what must not spoil them, in the stand-in of A1111 with a tiny model.
+
+After every test the next plain generation is, bit by bit, the one without the extension, and the model has no hook,
+no attribute and no weight that it did not have before.
+"""
+
+from __future__ import annotations
+
+import copy
+import errno
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from accdiff_lib.errors import InputError
+from accdiff_lib.hosts import ldm_controlnet
+from tests import tiny
+from tests.webui_stand_in.generation import BASE, OPTIONS, WebUI, at_call, started
+from tests.webui_stand_in.model import checkpoint
+
+#: Calls of the UNet in the base pass.
+STEPS = BASE["steps"]
+CANNY = {**OPTIONS, "controlnet_model": "canny"}
+
+
+@pytest.fixture(scope="module")
+def webui() -> Iterator[WebUI]:
+    with started() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def plain(webui):
+    """The base picture, made without the extension."""
+    return webui.without().picture
+
+
+@pytest.fixture(scope="module")
+def large(webui, plain):
+    """What an undisturbed generation gives."""
+    return webui.generate(OPTIONS).picture
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return {name: weight.clone() for name, weight in checkpoint().state_dict().items()}
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(webui, plain, weights):
+    """Of a test and its fault."""
+    attributes = {name: set(vars(module)) for name, module in checkpoint().named_modules()}
+    yield
+    webui.scripts.clear()
+    webui.load(checkpoint())
+    answer = webui.generate()
+    assert np.array_equal(answer.picture, plain) and "AccDiffusion" not in answer.processed.infotexts[0]
+    for name, module in checkpoint().named_modules():
+        assert set(vars(module)) == attributes[name], name
+        assert not (module._forward_hooks or module._forward_pre_hooks), name
+    for name, weight in checkpoint().state_dict().items():
+        assert weight.dtype == weights[name].dtype and torch.equal(weight, weights[name]), name
+
+
+@contextmanager
+def hooked(module: Any, act: Callable[..., Any], *, after: bool = False) -> Iterator[None]:
+    """Within it `act` is called before (or after) every call of a module."""
+    handle = module.register_forward_hook(act) if after else module.register_forward_pre_hook(act)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def unet(webui: WebUI) -> Any:
+    return webui.model.model.diffusion_model
+
+
+def out_of_memory() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def same(first: np.ndarray, second: np.ndarray) -> bool:
+    """Equal but for how the WebUI and the engine turn numbers into pixels: the one cuts off, the other rounds."""
+    return first.shape == second.shape and int(np.abs(first.astype(int) - second.astype(int)).max()) <= 1
+
+
+@pytest.fixture
+def controlnet(webui, tmp_path):
+    """A folder with a ControlNet of the checkpoint's family, called canny."""
+    from modules import shared
+
+    path = tiny.export_controlnet(tiny.sdxl(), tmp_path / "canny.safetensors")
+    shared.cmd_opts.controlnet_dir = str(tmp_path)
+    yield path
+    shared.cmd_opts.controlnet_dir = None
+
+
+@pytest.fixture
+def setting(webui, monkeypatch):
+    """Ticks boxes of the settings page."""
+    from modules import shared
+
+    return lambda name: monkeypatch.setitem(shared.opts.data, f"accdiffusion_{name}", True)
+
+
+# --- without a fault -------------------------------------------------------------------------------------------
+
+def test_unticked_changes_nothing(webui, plain):
+    answer = webui.generate()
+    assert np.array_equal(answer.picture, plain) and answer.comments == ""
+    assert answer.processed.infotexts == webui.without().processed.infotexts
+    assert np.array_equal(webui.generate({"enabled": False, "scale": 4}).picture, plain)
+
+
+def test_ticked_gives_the_target_size_again_and_again(webui, large):
+    answer = webui.generate({**OPTIONS, "target_width": 112, "target_height": 128})
+    assert answer.picture.shape == (128, 112, 3) and large.shape == (128, 128, 3)
+    assert "AccDiffusion target width: 112" in answer.processed.infotexts[0] and answer.comments == ""
+    assert answer.p.sampler is None and "sample" not in vars(answer.p)
+    state = webui.state
+    assert state.job_no == state.job_count and state.sampling_step == 0
+    assert np.array_equal(webui.generate(OPTIONS).picture, large)
+
+
+def test_hires_fix_takes_over(webui):
+    given = {**OPTIONS, "scale": 4, "stage_steps": 0}
+    hires = {"enable_hr": True, "hr_scale": 2.0, "denoising_strength": 0.75}
+    answer = webui.generate(given, **hires)
+    assert answer.picture.shape == (128, 128, 3) and answer.p.enable_hr is True
+    by_panel = {**given, "target_width": 128, "target_height": 128, "start": 0.25, "stage_steps": 4}
+    assert np.array_equal(answer.picture, webui.generate(by_panel).picture)
+
+
+def test_a_batch_is_its_pictures(webui, large):
+    answer = webui.generate(OPTIONS, batch_size=2)
+    assert len(answer.pictures) == 2 and same(answer.pictures[0], large)
+    assert same(answer.pictures[1], webui.generate(OPTIONS, seed=BASE["seed"] + 1, subseed=2).picture)
+
+
+def test_stages_are_saved_and_explained(webui, large, setting, tmp_path):
+    setting("save_stages")
+    setting("explain")
+    answer = webui.generate(OPTIONS, outpath_samples=str(tmp_path / "out"))
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["00000-7-accdiffusion-base.png", "00001-7.png"] and np.array_equal(answer.picture, large)
+    assert len(answer.pictures) == len(answer.processed.infotexts) == 2
+    assert answer.pictures[1].shape[2] == 3 and answer.comments == ""
+
+
+# --- Interrupt and Skip ----------------------------------------------------------------------------------------
+
+def test_interrupt_in_a_stage_gives_the_picture_before(webui, plain):
+    with hooked(unet(webui), at_call(STEPS + 3, webui.state.interrupt)):
+        answer = webui.generate(OPTIONS)
+    assert same(answer.picture, plain) and "interrupted; the picture is the base one" in answer.comments
+
+
+def test_interrupt_in_a_later_stage_gives_the_best_finished_one(webui, large):
+    calls: list[int] = []
+    with hooked(unet(webui), lambda *_: calls.append(1)):
+        webui.generate(OPTIONS)
+    options = {**OPTIONS, "scale": 3}
+    with hooked(unet(webui), at_call(len(calls) + 2, webui.state.interrupt)):
+        answer = webui.generate(options)
+    assert answer.picture.shape == large.shape and "interrupted; the picture is the 2x one" in answer.comments
+
+
+def test_interrupt_in_the_base_pass_gives_what_the_webui_gives(webui):
+    with hooked(unet(webui), at_call(2, webui.state.interrupt)):
+        answer = webui.generate(OPTIONS)
+    with hooked(unet(webui), at_call(2, webui.state.interrupt)):
+        assert np.array_equal(answer.picture, webui.without().picture)
+
+
+def test_skip_goes_to_the_decode(webui, plain, large):
+    with hooked(unet(webui), at_call(STEPS + 5, webui.state.skip)):
+        answer = webui.generate(OPTIONS, n_iter=2)
+    first, second = answer.pictures
+    assert first.shape == large.shape and not same(first, large)
+    assert webui.state.skipped is False
+    assert same(second, webui.generate(OPTIONS, seed=BASE["seed"] + 1, subseed=2).picture)
+
+
+def test_a_batch_interrupted_at_its_third_picture(webui):
+    whole = webui.generate(OPTIONS, batch_size=3).pictures
+    calls: list[int] = []
+    with hooked(unet(webui), lambda *_: calls.append(1)):
+        webui.generate(OPTIONS)
+    stage = len(calls) - STEPS
+    with hooked(unet(webui), at_call(STEPS + 2 * stage + 2, webui.state.interrupt)):
+        answer = webui.generate(OPTIONS, batch_size=3)
+    assert np.array_equal(answer.pictures[0], whole[0]) and np.array_equal(answer.pictures[1], whole[1])
+    assert answer.pictures[2].shape == whole[2].shape and not same(answer.pictures[2], whole[2])
+    assert "pictures that were not finished are enlarged" in answer.comments
+
+
+# --- memory ----------------------------------------------------------------------------------------------------
+
+def test_out_of_memory_in_the_unet(webui, large):
+    with hooked(unet(webui), at_call(STEPS + 2, out_of_memory)):
+        answer = webui.generate(OPTIONS)
+    assert same(answer.picture, large)
+
+
+def test_out_of_memory_in_the_controlnet(webui, large, controlnet, monkeypatch):
+    whole = webui.generate(CANNY).picture
+    assert not same(whole, large)
+    forward, fails = ldm_controlnet.Encoder.forward, at_call(2, out_of_memory)
+
+    def tight(self: Any, *args: Any, **kwargs: Any) -> Any:
+        fails()
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(ldm_controlnet.Encoder, "forward", tight)
+    assert same(webui.generate(CANNY).picture, whole)
+
+
+def test_out_of_memory_in_the_vae(webui, large):
+    with hooked(webui.model.first_stage_model.decoder.conv_out, at_call(1, out_of_memory)):
+        assert same(webui.generate(OPTIONS).picture, large)
+
+
+def test_no_memory_at_all_gives_the_base_picture(webui, plain):
+    base = iter(range(STEPS))
+
+    def full(*_: Any) -> None:
+        if next(base, None) is None:
+            out_of_memory()
+
+    with hooked(unet(webui), full):
+        answer = webui.generate({**OPTIONS, "window_prompts": False})
+    assert same(answer.picture, plain) and "out of memory" in answer.comments
+
+
+# --- NaN in the VAE --------------------------------------------------------------------------------------------
+
+def test_nan_in_half_precision_is_retried_in_float32(webui):
+    model = copy.deepcopy(checkpoint())
+    vae = model.first_stage_model.to(torch.bfloat16).to(torch.float32)
+    webui.load(model)
+    expected = webui.generate(OPTIONS).picture
+    vae.to(torch.bfloat16)
+    with hooked(vae.decoder.conv_out, lambda _m, _args, out: out * torch.nan if out.dtype == torch.bfloat16 else None,
+                after=True):
+        answer = webui.generate(OPTIONS)
+    assert np.array_equal(answer.picture, expected) and "made NaN in half precision" in answer.comments
+    assert {weight.dtype for weight in vae.parameters()} == {torch.bfloat16}
+
+
+def test_nan_in_float32_gives_the_last_good_stage(webui, plain):
+    with hooked(webui.model.first_stage_model.decoder.conv_out,
+                lambda _m, _args, out: out * torch.nan if out.shape[-1] > 64 else None, after=True):
+        answer = webui.generate(OPTIONS)
+    assert same(answer.picture, plain) and "the picture is the base one" in answer.comments
+
+
+# --- models ----------------------------------------------------------------------------------------------------
+
+def test_a_controlnet_that_was_deleted_is_named(webui, large, controlnet):
+    controlnet.unlink()
+    with pytest.raises(InputError, match=r"^controlnet_model: 'canny' is not allowed; it takes None"):
+        webui.generate(CANNY)
+    assert np.array_equal(webui.generate(OPTIONS).picture, large)
+
+
+def test_a_controlnet_of_another_family_is_named(webui, controlnet):
+    tiny.export_controlnet(tiny.sd15(), controlnet)
+    with pytest.raises(InputError, match=r"canny\.safetensors") as caught:
+        webui.generate(CANNY)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_checkpoint_between_two_jobs(webui, large, controlnet):
+    steered = webui.generate(CANNY).picture
+    webui.load(checkpoint(seed=5))
+    other = webui.generate(CANNY)
+    assert other.picture.shape == large.shape and not same(other.picture, steered)
+    webui.load(checkpoint())
+    assert np.array_equal(webui.generate(CANNY).picture, steered)
+
+
+# --- the WebUI and other extensions ----------------------------------------------------------------------------
+
+class Other:
+    """Another extension's script."""
+
+    args_from = args_to = 0
+    filename = "other.py"
+
+
+def test_a_failing_sample_of_another_extension(webui, large):
+    class Replacing(Other):
+        def process(self, p: Any) -> None:
+            def fails(**_: Any) -> Any:
+                raise RuntimeError("no luck today")
+            p.sample = self.put = fails
+
+    other = Replacing()
+    webui.scripts.append(other)
+    p = webui.generation(OPTIONS)
+    with pytest.raises(RuntimeError, match="no luck today"):
+        webui.run(p)
+    assert p.sample is other.put and p.cached_c == p.cached_uc == [None, None]
+    webui.scripts.clear()
+    assert np.array_equal(webui.generate(OPTIONS).picture, large)
+
+
+@pytest.mark.parametrize("call", [2, STEPS + 2])
+def test_a_failing_model(webui, call):
+    def fails() -> None:
+        raise ValueError("a bad day")
+
+    p = webui.generation(OPTIONS, enable_hr=True)
+    with hooked(unet(webui), at_call(call, fails)), pytest.raises(ValueError, match="a bad day"):
+        webui.run(p)
+    assert "sample" not in vars(p) and p.cached_c == [None, None] and p.enable_hr is True
+
+
+def test_another_extension_that_raises(webui, large, capsys):
+    def fails(*_: Any, **__: Any) -> None:
+        raise KeyError("its own affair")
+
+    callbacks = ("process", "process_batch", "process_before_every_sampling", "post_sample", "postprocess_image",
+                 "postprocess")
+    other = Other()
+    vars(other).update(dict.fromkeys(callbacks, fails))
+    webui.scripts.append(other)
+    assert np.array_equal(webui.generate(OPTIONS).picture, large)
+    output = capsys.readouterr().out
+    assert all(f"Error running {callback}: other.py" in output for callback in callbacks)
+
+
+def test_a_full_disk_while_stages_are_saved(webui, large, setting, tmp_path, monkeypatch):
+    from modules import images
+
+    save = images.save_image
+
+    def full(*args: Any, **kwargs: Any) -> Any:
+        if "accdiffusion" in kwargs.get("suffix", ""):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return save(*args, **kwargs)
+
+    monkeypatch.setattr(images, "save_image", full)
+    setting("save_stages")
+    answer = webui.generate(OPTIONS, outpath_samples=str(tmp_path))
+    assert np.array_equal(answer.picture, large)
+    assert "AccDiffusion: the base picture could not be saved: [Errno 28] No space left on device" in answer.comments
+
+
+def test_a_failing_sheet(webui, large, setting):
+    """The stage is finished when the base picture is decoded for its sheet."""
+    setting("explain")
+    with hooked(webui.model.first_stage_model.decoder.conv_out,
+                lambda _m, _args, out: out * torch.nan if out.shape[-1] == 64 else None, after=True):
+        answer = webui.generate(OPTIONS)
+    assert np.array_equal(answer.picture, large) and len(answer.pictures) == 1
+    assert "the window prompts' sheet could not be made" in answer.comments

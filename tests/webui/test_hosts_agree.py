@@ -1,0 +1,114 @@
+"""The same request to several running WebUIs, with the same checkpoint, gives the same picture.
+
+    ACCDIFF_WEBUI_URLS="http://127.0.0.1:7860 http://127.0.0.1:7861" \\
+        .venv/bin/python -m pytest tests/webui/test_hosts_agree.py
+
+MEASURED
+
+ACCDIFF_SHOTS, a folder, gets the pictures as HOST-CASE.png, the host by its address.
+"""
+
+from __future__ import annotations
+
+import os
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.webui.client import BASE, NAME, WINDOW, WebUI, size
+
+#: The running WebUIs; the tests take their turn at each.
+URLS = [url.rstrip("/") for url in (os.environ.get("ACCDIFF_WEBUI_URLS") or "").split()]
+
+#: The largest mean difference of 255 that two hosts' pictures of one request may have.
+CLOSE = 0.5
+#: The smallest that pictures of two requests have, which shows that CLOSE tells them apart.
+APART = 4 * CLOSE
+
+SMALL = {"scale": 2, "window": WINDOW, "stage_steps": 5, "start": 0.4}
+CASES: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
+    "plain": (None, {}),
+    "large": (SMALL, {}),
+    "euler": (SMALL, {"sampler_name": "Euler", "scheduler": "Normal"}),
+    "ancestral": (SMALL, {"sampler_name": "Euler a", "scheduler": "Automatic"}),
+    "long-prompt": (SMALL, {"prompt": "a red ball and a blue box on snow BREAK night sky, " + "a green tree, " * 25}),
+    "target": ({**SMALL, "target_width": BASE * 2, "target_height": BASE * 3 // 2}, {}),
+    "hires": ({"window": WINDOW}, {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent",
+                                   "hr_second_pass_steps": 4, "denoising_strength": 0.6}),
+    "batch": (SMALL, {"batch_size": 2}),
+    "controlnet": (SMALL, {})}
+
+
+@pytest.fixture(scope="module")
+def hosts() -> dict[str, WebUI]:
+    """The WebUIs by the names that their pictures' files get."""
+    if len(URLS) < 2:
+        pytest.skip("needs two or more running WebUIs: set ACCDIFF_WEBUI_URLS, their addresses with spaces between")
+    found = {urlsplit(url).netloc.replace(":", "-"): WebUI(url) for url in URLS}
+    for name, webui in found.items():
+        assert webui.script(NAME) is not None, f"{name} does not have the extension"
+    return found
+
+
+@pytest.fixture
+def webui(hosts: dict[str, WebUI]) -> WebUI:
+    """What the fixtures of the other tests look after."""
+    return next(iter(hosts.values()))
+
+
+def generated(hosts: dict[str, WebUI], case: str, **more: Any) -> dict[str, np.ndarray]:
+    """Every host's last picture of a case."""
+    options, request = CASES[case]
+    if case == "controlnet":
+        options = {**(options or {}), "controlnet_model": common_controlnet(hosts)}
+    pictures = {}
+    for name, webui in hosts.items():
+        webui.idle()
+        pictures[name] = webui.generate(options, **request, **more).pictures[-1]
+    return pictures
+
+
+def common_controlnet(hosts: dict[str, WebUI]) -> str:
+    """A ControlNet file that all of them have."""
+    listed = [webui.controlnets() for webui in hosts.values()]
+    for name in listed[0]:
+        if all(name in others for others in listed):
+            return name
+    pytest.skip("the hosts have no ControlNet file of the same name")
+
+
+def apart(one: np.ndarray, other: np.ndarray) -> float:
+    """The mean difference of two pictures, of 255."""
+    return float(np.abs(one.astype(float) - other).mean())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_hosts_agree(hosts, case):
+    pictures = generated(hosts, case)
+    shots = os.environ.get("ACCDIFF_SHOTS")
+    for name, picture in pictures.items():
+        assert picture.std() > 1, f"{name}: nothing is on the picture"
+        if shots:
+            Image.fromarray(picture).save(Path(shots) / f"{name}-{case}.png")
+    differences = {}
+    for one, other in combinations(pictures, 2):
+        assert pictures[one].shape == pictures[other].shape
+        differences[f"{one} {other}"] = apart(pictures[one], pictures[other])
+    print(case, differences)  # pytest -s shows them
+    assert max(differences.values()) < CLOSE, differences
+
+
+def test_what_is_close_tells_requests_apart(hosts):
+    """Of one host: an option, one sampling step more, the next seed."""
+    webui = {"first": next(iter(hosts.values()))}
+    large = generated(webui, "large")["first"]
+    assert large.shape == size(2 * BASE)
+    assert apart(large, generated(webui, "large", steps=7)["first"]) > APART
+    assert apart(large, generated(webui, "large", seed=4)["first"]) > APART
+    other = webui["first"].generate({**SMALL, "skip_residual": False}).picture
+    assert apart(large, other) > APART

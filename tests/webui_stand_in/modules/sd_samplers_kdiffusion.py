@@ -1,0 +1,38 @@
+"""modules.sd_samplers_kdiffusion: k-diffusion's own samplers on the WebUI's denoiser."""
+
+import k_diffusion.external
+import k_diffusion.sampling
+from modules import sd_models, sd_samplers_cfg_denoiser, sd_samplers_common
+
+
+class CFGDenoiserKDiffusion(sd_samplers_cfg_denoiser.CFGDenoiser):
+    @property
+    def inner_model(self):
+        if self.model_wrap is None:
+            self.model_wrap = k_diffusion.external.CompVisDenoiser(sd_models.model_data.sd_model)
+        return self.model_wrap
+
+
+class KDiffusionSampler(sd_samplers_common.Sampler):
+    def __init__(self, funcname, sd_model, options=None):
+        super().__init__(funcname)
+        self.func = getattr(k_diffusion.sampling, funcname)
+        self.model_wrap_cfg = CFGDenoiserKDiffusion(self)
+        self.model_wrap = self.model_wrap_cfg.inner_model
+
+    def get_sigmas(self, p, steps):
+        if p.scheduler == "Karras":
+            low, high = float(self.model_wrap.sigmas[0]), float(self.model_wrap.sigmas[-1])
+            return k_diffusion.sampling.get_sigmas_karras(n=steps, sigma_min=low, sigma_max=high, device="cpu")
+        return self.model_wrap.get_sigmas(steps).cpu()
+
+    def sample(self, p, x, conditioning, unconditional_conditioning, steps=None, image_conditioning=None):
+        sigmas = self.get_sigmas(p, p.steps)
+        x = x * sigmas[0]
+        options = self.initialize(p)
+        self.last_latent = x
+        self.sampler_extra_args = {"cond": conditioning, "uncond": unconditional_conditioning,
+                                   "cond_scale": p.cfg_scale, "s_min_uncond": 0.0, "image_cond": image_conditioning}
+        return self.launch_sampling(p.steps, lambda: self.func(
+            self.model_wrap_cfg, x, sigmas=sigmas, extra_args=self.sampler_extra_args, disable=True,
+            callback=self.callback_state, **options))
