@@ -119,7 +119,12 @@ def test_flux_is_refused_before_the_base_pass_and_its_plain_picture_comes(names,
     def generate(**options: Any) -> str:
         p = generation(nn.Module())
         p.extra_generation_params = {}
-        p.sample = plain = lambda **_: sampled.append("base") or "latents"
+
+        def plain(**_: Any) -> str:
+            sampled.append("base")
+            return "latents"
+
+        p.sample = plain
         run.process(None, p, [options])
         run.process_batch(None, p, [options])
         try:
@@ -257,7 +262,12 @@ def test_the_controlnet_is_linked_only_where_it_acts(unet):
 def test_a_controlnet_is_read_once_for_a_generation(unet, monkeypatch):
     """And anew for another file, another model or another generation."""
     read: list[Any] = []
-    monkeypatch.setattr(webui_forge_control, "load", lambda path, patcher, _backend: read.append(path) or object())
+
+    def load(path: Path, _patcher: Any, _backend: Any) -> object:
+        read.append(path)
+        return object()
+
+    monkeypatch.setattr(webui_forge_control, "load", load)
     canny, depth, p = Path("canny.safetensors"), Path("depth.safetensors"), generation(unet)
     control = webui_forge_control.load_once(p, canny, None)
     assert webui_forge_control.load_once(p, canny, None) is control and read == [canny]

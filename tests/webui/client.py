@@ -83,6 +83,8 @@ class WebUI:
 
     def __init__(self, url: str) -> None:
         self.url = url
+        #: Settings for the requests to come.
+        self.overrides: dict[str, Any] = {}
         # Proxies of the environment are for other machines than the one under test; and a WebUI closes a connection
         # after an error, or when it has been idle for a while, just when the next request goes out on it.
         self._http = httpx.Client(base_url=url, trust_env=False, timeout=httpx.Timeout(600, connect=10),
@@ -139,6 +141,8 @@ class WebUI:
             for name, value in (("hr_additional_modules", ["Use same choices"]), ("hr_cfg", request["cfg_scale"])):
                 if self.field(name):
                     request.setdefault(name, value)
+        if self.overrides:
+            request["override_settings"] = {**self.overrides, **request.get("override_settings", {})}
         if options is not None:
             args = options if isinstance(options, list) else [options]
             request["alwayson_scripts"] = {**request.get("alwayson_scripts", {}), NAME: {"args": args}}

@@ -79,13 +79,19 @@ def settings(webui: WebUI) -> Iterator[Any]:
 
     def change(**values: Any) -> None:
         now = webui.get("/sdapi/v1/options")
+        # Forge's and reForge's list was made before extensions had settings; a request can change those all the same.
+        webui.overrides.update({name: value for name, value in values.items()
+                                if name not in now and name.startswith("accdiffusion_")})
+        values = {name: value for name, value in values.items() if name not in webui.overrides}
         for name in values:
             if name not in now:
                 pytest.skip(f"this host has no setting {name}")
             before.setdefault(name, now[name])
-        webui.post("/sdapi/v1/options", values)
+        if values:
+            webui.post("/sdapi/v1/options", values)
 
     yield change
+    webui.overrides.clear()
     if before:
         webui.post("/sdapi/v1/options", before)
 
