@@ -68,6 +68,7 @@ class Canvas:
         #: The latest prediction, for previews and for Skip.
         self.denoised: Tensor | None = None
         self._calls = iter(enumerate(script.calls))
+        self._windows: Sequence[Window] = ()
 
     def __call__(self, x: Tensor, sigma: Tensor, **_: object) -> Tensor:
         """The x0 prediction of `x` [1, C, h, w] at noise level `sigma` ([1] or a scalar), of the same shape.
@@ -119,6 +120,7 @@ class Canvas:
         padded = self._pad(x, windows)
         value, count = torch.zeros_like(padded), torch.zeros_like(padded[:, :1])
         hint = self.scene.hint if call.control else None
+        again, self._windows = windows is self._windows, windows
 
         def evaluate(rows: slice) -> Tensor:
             part = windows[rows]
@@ -126,6 +128,7 @@ class Canvas:
                 texts[rows], [(CELL * w.top, CELL * w.left) for w in part], self.scene.picture,
                 self._guidance(self.settings.local_guidance, call), self.settings.guidance_rescale,
                 hint=None if hint is None else _hint_crops(hint, part, self.stage.padding, x.device),
+                hint_names=[(self, w) for w in part] if again else (),
                 strength=self.settings.control_strength))
 
         size = windows[0].height, windows[0].width

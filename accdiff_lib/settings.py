@@ -184,14 +184,14 @@ class Settings:
         0, "window", "Side of a window in latent cells (8 pixels each); 0 is the model's native size.",
         group="windows", minimum=0, maximum=256, step=8)
     stride: int = _option(
-        0, "stride", "Distance of neighbouring windows in latent cells; 0 goes by the overlap. Larger is faster, smaller "
-        "hides seams better.", group="windows", minimum=0, maximum=256, step=4)
+        0, "stride", "Distance of neighbouring windows in latent cells; 0 goes by the overlap. Larger is faster, "
+        "smaller hides seams better.", group="windows", minimum=0, maximum=256, step=4)
     overlap: float = _option(
-        0.5, "overlap", "The share of a window that its neighbour shows too, where no stride is given. Smaller is faster, "
-        "larger hides seams better.", group="windows", minimum=0, maximum=0.9, step=0.05)
+        0.5, "overlap", "The share of a window that its neighbour shows too, where no stride is given. Smaller is "
+        "faster, larger hides seams better.", group="windows", minimum=0, maximum=0.9, step=0.05)
     window_weights: str = _option(
-        "uniform", "window weights", "How windows are averaged where they overlap. uniform: all alike. cosine: each less "
-        "towards its border, which hides seams at a small overlap.", group="windows", choices=WEIGHTS)
+        "uniform", "window weights", "How windows are averaged where they overlap. uniform: all alike. cosine: each "
+        "less towards its border, which hides seams at a small overlap.", group="windows", choices=WEIGHTS)
     jitter: bool = _option(
         True, "jitter", "Moves the windows at random, so that no seam falls on the same place twice.", group="windows")
     window_prompts: bool = _option(

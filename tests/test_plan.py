@@ -63,7 +63,8 @@ def test_doubling(target, expected):
 
 def test_an_overlap_is_a_stride():
     def windows(**values):
-        return [stage.window_count for stage in make_plan((1024, 1024), make({"scale": 4, **values}), native=128).stages]
+        plan = make_plan((1024, 1024), make({"scale": 4, **values}), native=128)
+        return [stage.window_count for stage in plan.stages]
 
     assert windows(overlap=0.25) == windows(stride=96) == [9, 16, 25]
     assert windows(overlap=0) == windows(stride=128) == [4, 9, 16]
