@@ -111,9 +111,13 @@ METHODS: dict[str, dict[str, Any]] = {
 #: A preset is a starting point between quality and time.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
-    "balanced": {"start": 0.3, "stage_steps": 30, "stage_sampler": "DPM++ 2M", "stage_scheduler": "Karras"},
-    "fast": {"start": 0.5, "stage_steps": 24, "stage_sampler": "DPM++ 2M", "stage_scheduler": "Karras",
-             "progressive": False},
+    "balanced": {"start": 0.3, "stage_steps": 24, "stage_sampler": "DPM++ 2M", "stage_scheduler": "Karras",
+                 "overlap": 0.25, "window_weights": "cosine", "dilated_end": 0.8, "control_end": 0.8},
+    "fast": {"start": 0.4, "stage_steps": 16, "stage_sampler": "DPM++ 2M", "stage_scheduler": "Karras",
+             "doubling": True, "overlap": 0.25, "window_weights": "cosine", "dilated_end": 0.7, "control_end": 0.7,
+             "guidance_end": 0.8},
+    "few-step": {"start": 0.4, "stage_steps": 8, "local_guidance": 1.0, "dilated_guidance": 1.0, "doubling": True,
+                 "overlap": 0.25, "window_weights": "cosine"},
     "low-vram": {"window_batch": 1, "vae_tile": 32},
 }
 
