@@ -6,6 +6,7 @@ fusing stepped latents, because a sampler's step is linear in the prediction; so
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -67,6 +68,7 @@ class Canvas:
         #: The latest prediction, for previews and for Skip.
         self.denoised: Tensor | None = None
         self._calls = iter(enumerate(script.calls))
+        self._windows: Sequence[Window] = ()
 
     def __call__(self, x: Tensor, sigma: Tensor, **_: object) -> Tensor:
         """The x0 prediction of `x` [1, C, h, w] at noise level `sigma` ([1] or a scalar), of the same shape.
@@ -118,26 +120,33 @@ class Canvas:
         padded = self._pad(x, windows)
         value, count = torch.zeros_like(padded), torch.zeros_like(padded[:, :1])
         hint = self.scene.hint if call.control else None
+        again, self._windows = windows is self._windows, windows
 
         def evaluate(rows: slice) -> Tensor:
             part = windows[rows]
             return self.host.denoise(torch.cat([padded[..., w.rows, w.columns] for w in part]), sigma, Rows(
                 texts[rows], [(CELL * w.top, CELL * w.left) for w in part], self.scene.picture,
-                self.settings.local_guidance or self.scene.guidance, self.settings.guidance_rescale,
+                self._guidance(self.settings.local_guidance, call), self.settings.guidance_rescale,
                 hint=None if hint is None else _hint_crops(hint, part, self.stage.padding, x.device),
+                hint_names=[(self, w) for w in part] if again else (),
                 strength=self.settings.control_strength))
 
         size = windows[0].height, windows[0].width
+        weight = window_weights(*size, x) if self.settings.window_weights == "cosine" else 1
         for rows, denoised in self.batcher.run(len(windows), *size, evaluate):
             for window, prediction in zip(windows[rows], denoised, strict=True):
-                value[..., window.rows, window.columns] += prediction
-                count[..., window.rows, window.columns] += 1
+                value[..., window.rows, window.columns] += weight * prediction
+                count[..., window.rows, window.columns] += weight
         return self._mean(value, count, x, call)
+
+    def _guidance(self, own: float, call: Call) -> float:
+        """The CFG scale of a pass that may have its `own`."""
+        return own or self.scene.guidance if call.guided else 1.0
 
     def _mean(self, value: Tensor, count: Tensor, x: Tensor, call: Call) -> Tensor:
         edge, (height, width) = self.stage.padding, x.shape[-2:]
         inside = (..., slice(edge, edge + height), slice(edge, edge + width))
-        mean = value[inside] / count[inside].clamp(min=1)
+        mean = value[inside] / count[inside].clamp(min=1e-6)
         if bool((count[inside] == 0).any()):
             mean = torch.where(count[inside] > 0, mean, self.uncovered(x, call))
         return mean
@@ -172,7 +181,7 @@ class Canvas:
             count = rows.stop - rows.start
             return self.host.denoise(seen[rows], sigma, Rows(
                 [self.scene.text] * count, [(0, 0)] * count, self.scene.picture,
-                self.settings.dilated_guidance or self.scene.guidance, self.settings.guidance_rescale))
+                self._guidance(self.settings.dilated_guidance, call), self.settings.guidance_rescale))
 
         height, width = views.shape[-2:]
         for rows, denoised in self.batcher.run(stage.views, height, width, evaluate):
@@ -201,6 +210,13 @@ def _hint_crops(hint: Tensor, windows: Sequence[Window], padding: int, device: t
         bottom, right = top + CELL * w.height, left + CELL * w.width
         crops.append(F.pad(hint, (-left, right - width, -top, bottom - height)))  # negative padding cuts
     return torch.cat(crops).to(device).expand(-1, 3, -1, -1)
+
+
+def window_weights(height: int, width: int, like: Tensor) -> Tensor:
+    """Raised cosines, from nearly 0 at a window's border to 1 in its middle: [height, width], as `like`."""
+    rows, columns = (torch.sin((torch.arange(side, dtype=torch.float64) + 0.5) * (math.pi / side)) ** 2
+                     for side in (height, width))
+    return (rows[:, None] * columns).to(like)
 
 
 def split_views(x: Tensor, dilation: int) -> Tensor:

@@ -238,8 +238,8 @@ def _teraflop(job: Job, part: PartCost) -> float:
         seen = job.plan.base if job.image is None else coherent_size(job.plan.base, job.model.sample_size)
         return decode + part.unet * count(*seen).unet
     window, view = count(*part.stage.window), count(*part.stage.view_size)
-    in_views = part.views * (1 if (job.settings.dilated_guidance or job.general["cfg"]) == 1 else 2)
-    return decode + ((part.unet - in_views) * window.unet + part.controlnet * window.controlnet + in_views * view.unet)
+    return decode + ((part.unet - part.unet_views) * window.unet + part.controlnet * window.controlnet
+                     + part.unet_views * view.unet)
 
 
 # --- the run ---------------------------------------------------------------------------------------------------

@@ -24,8 +24,9 @@ class PartCost:
     #: Latents evaluated: windows, dilated views (for the base pass the picture itself).
     windows: int
     views: int
-    #: UNet and ControlNet evaluations, with the unconditional ones.
+    #: UNet evaluations with the unconditional ones, those of views among them, and ControlNet evaluations.
     unet: int
+    unet_views: int
     controlnet: int
 
     @property
@@ -48,15 +49,21 @@ def estimate(plan: Plan, settings: Settings, *, solver: Solver, stage_solver: So
         else:
             steps, calls = len(solver.sigmas) - 1, len(rehearse(solver, solver.sigmas))
         size = (plan.crop.height * CELL, plan.crop.width * CELL)
-        parts.append(PartCost(None, size, steps, calls, calls, 0, calls * _rows(guidance), 0))
+        parts.append(PartCost(None, size, steps, calls, calls, 0, calls * _rows(guidance), 0, 0))
     for stage in plan.stages:
         script = make_script(stage_solver, settings, timestep, has_control=has_control and has_base, views=stage.views,
                              from_noise=not has_base and stage is plan.stages[0])
-        windows = sum(call.local for call in script.calls) * stage.window_count
-        views = sum(call.dilated for call in script.calls) * stage.views
-        local, dilated = (_rows(own or guidance) for own in (settings.local_guidance, settings.dilated_guidance))
+        windows = views = unet = unet_views = control = 0
+        for call in script.calls:
+            local, dilated = (_rows((own or guidance) if call.guided else 1.0)
+                              for own in (settings.local_guidance, settings.dilated_guidance))
+            windows += call.local * stage.window_count
+            views += call.dilated * stage.views
+            unet += call.local * stage.window_count * local
+            unet_views += call.dilated * stage.views * dilated
+            control += call.control * stage.window_count * local
         parts.append(PartCost(stage, stage.pixels, len(script.sigmas) - 1, len(script.calls), windows, views,
-                              windows * local + views * dilated, script.control_rows(stage) * local))
+                              unet + unet_views, unet_views, control))
     return parts
 
 

@@ -70,6 +70,9 @@ class Request:
 class Extrapolation:
     """One generation in a host: makes images from requests, with the encoded texts shared between them."""
 
+    #: What predicts a stage's whole picture.
+    canvas: type[Canvas] = Canvas
+
     def __init__(self, host: Host, window_batch: int = 0):
         """`window_batch` windows are evaluated at once; 0 asks the host what fits."""
         self.host = host
@@ -229,7 +232,7 @@ class Extrapolation:
         rows = script.rows(stage)
         host.progress.begin(stage, rows)
         scene = self._scene(request, result, stage, last, wants_hint=any(call.control for call in script.calls))
-        canvas = Canvas(host, stage, script, settings, scene, self._batcher)
+        canvas = self.canvas(host, stage, script, settings, scene, self._batcher)
         seed = seeds.derive(request.seed, "stage sampler", stage.number)
         try:
             latent = canvas.run(host.stage_solver, seed)

@@ -142,10 +142,16 @@ def _jitter(start: int, window: int, size: int, reach: int, rng: random.Random |
     return rng.randint(0 if last and not first else -reach, 0 if first and not last else reach)
 
 
-def scales(target: float, progressive: bool) -> list[float]:
-    """The scale of every stage on the way to `target`: whole numbers for a whole target, evenly spaced otherwise."""
+def scales(target: float, progressive: bool, doubling: bool = False) -> list[float]:
+    """The scale of every stage on the way to `target`: whole numbers for a whole target, evenly spaced otherwise.
+
+    With `doubling` each is about twice the one before.
+    """
     if target <= 1 + _EPS:
         return []
+    if progressive and doubling:
+        count = max(1, round(math.log2(target)))
+        return [target ** ((k + 1) / count) for k in range(count)]
     count = max(1, math.floor(target - 0.5 + _EPS)) if progressive else 1
     return [1 + (target - 1) * (k + 1) / count for k in range(count)]
 
@@ -187,12 +193,12 @@ def make_plan(base: tuple[int, int], settings: Settings, *, native: int, multipl
     cells = (base[0] // CELL, base[1] // CELL)
     crop = _crop(cells, (target[0] // CELL, target[1] // CELL))
     window = settings.window or native
-    stride = min(settings.stride or window // 2, window)
+    stride = min(settings.stride or max(1, round(window * (1 - settings.overlap))), window)
     coherent = coherent_size((crop.height, crop.width), native)
 
     stages = []
     largest = max(ratios)
-    for number, scale in enumerate(scales(largest, settings.progressive), 1):
+    for number, scale in enumerate(scales(largest, settings.progressive, settings.doubling), 1):
         last = abs(scale - largest) < _EPS
         height = target[0] // CELL if last else round(crop.height * scale)
         width = target[1] // CELL if last else round(crop.width * scale)

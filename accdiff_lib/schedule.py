@@ -44,6 +44,8 @@ class Call:
     dilated: bool = True
     #: The ControlNet takes part in the local pass.
     control: bool = False
+    #: With CFG; without, at guidance 1.
+    guided: bool = True
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,6 @@ class Script:
     def rows(self, stage: Stage) -> int:
         """Latents the model evaluates: the windows and dilated views of all calls."""
         return sum(call.local * stage.window_count + call.dilated * stage.views for call in self.calls)
-
-    def control_rows(self, stage: Stage) -> int:
-        """Latents the ControlNet evaluates."""
-        return sum(call.control * stage.window_count for call in self.calls)
 
 
 def rehearse(solver: Solver, sigmas: torch.Tensor) -> list[Call]:
@@ -107,9 +105,12 @@ def make_script(solver: Solver, settings: Settings, timestep: Callable[[float], 
     for call in rehearse(solver, sigmas):
         step = call.step + start
         c1, c2, c3 = _weights(timestep(call.sigma), settings)
-        control = has_control and settings.uses_controlnet and _in_range(step, count, settings)
-        calls.append(replace(call, step=step, c1=c1, c2=c2, c3=c3, local=settings.windows,
-                             dilated=settings.dilated, control=control))
+        control = (has_control and settings.uses_controlnet and settings.control_strength > 0
+                   and _in_range(step, count, settings.control_start, settings.control_end))
+        dilated = settings.dilated and (not settings.windows or _in_range(step, count, 0, settings.dilated_end))
+        calls.append(replace(
+            call, step=step, c1=c1, c2=c2, c3=c3, local=settings.windows, dilated=dilated, control=control,
+            guided=_in_range(step, count, settings.guidance_start, settings.guidance_end)))
     if settings.windows and settings.dilated and views > 1:
         calls = _without_negligible(calls, step_c1, [float(sigma) for sigma in solver.sigmas], settings.tolerance)
     return Script(start, sigmas, tuple(calls))
@@ -125,10 +126,9 @@ def _weights(timestep: float, settings: Settings) -> tuple[float, float, float]:
     return c1, c2, 0.99 * k ** settings.cosine_scale_3 + 0.01
 
 
-def _in_range(step: int, count: int, settings: Settings) -> bool:
-    """The ControlNet's part of the steps, by the step's both edges (METHODS 1.6)."""
-    return (settings.control_strength > 0 and step / count >= settings.control_start
-            and (step + 1) / count <= settings.control_end)
+def _in_range(step: int, count: int, start: float, end: float) -> bool:
+    """Whether a step lies in a part of the steps, by the step's both edges (METHODS 1.6)."""
+    return step / count >= start and (step + 1) / count <= end
 
 
 def carried(c1: Sequence[float]) -> list[float]:
@@ -159,6 +159,6 @@ def _without_negligible(calls: list[Call], step_c1: Sequence[float], sigmas: Seq
     for call in calls:
         moved = 1 - sigmas[call.step + 1] / sigmas[call.step]
         effect += moved * (1 - call.c2) * remains[call.step + 1]
-        without_local = effect <= tolerance / 10
+        without_local = call.dilated and effect <= tolerance / 10
         kept.append(replace(call, local=not without_local, control=call.control and not without_local))
-    return [replace(call, dilated=not call.local or call.c2 > 10 * tolerance) for call in kept]
+    return [replace(call, dilated=call.dilated and (not call.local or call.c2 > 10 * tolerance)) for call in kept]

@@ -111,11 +111,18 @@ METHODS: dict[str, dict[str, Any]] = {
 #: A preset is a starting point between quality and time.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
-    "balanced": {"start": 0.3, "stage_steps": 30, "stage_sampler": "DPM++ 2M", "stage_scheduler": "Karras"},
-    "fast": {"start": 0.5, "stage_steps": 24, "stage_sampler": "DPM++ 2M", "stage_scheduler": "Karras",
-             "progressive": False},
+    "balanced": {"start": 0.3, "stage_steps": 24, "stage_sampler": "DPM++ 2M", "stage_scheduler": "Karras",
+                 "overlap": 0.25, "window_weights": "cosine", "dilated_end": 0.8, "control_end": 0.8},
+    "fast": {"start": 0.4, "stage_steps": 16, "stage_sampler": "DPM++ 2M", "stage_scheduler": "Karras",
+             "doubling": True, "overlap": 0.25, "window_weights": "cosine", "dilated_end": 0.7, "control_end": 0.7,
+             "guidance_end": 0.8},
+    "few-step": {"start": 0.4, "stage_steps": 8, "local_guidance": 1.0, "dilated_guidance": 1.0, "doubling": True,
+                 "overlap": 0.25, "window_weights": "cosine"},
     "low-vram": {"window_batch": 1, "vae_tile": 32},
 }
+
+#: How a prediction counts from the middle of its window to the border, where windows overlap (canvas.py).
+WEIGHTS = ("uniform", "cosine")
 
 #: How words get into the windows' prompts (window_prompts.py).
 MEMBERSHIPS = ("relative", "paper")
@@ -147,6 +154,9 @@ class Settings:
     progressive: bool = _option(
         True, "progressive", "Go through 2x, 3x, ... on the way to the target instead of straight to it: better "
         "detail, more time.", group="stages")
+    doubling: bool = _option(
+        False, "doubling", "When progressive, go through 2x, 4x, 8x: fewer stages on the way to 4x and more.",
+        group="stages")
     stage_steps: int = _option(
         0, "stage steps", "Sampling steps of each stage; 0 takes those of the base pass.", group="stages",
         minimum=0, maximum=1000, step=1)
@@ -178,8 +188,14 @@ class Settings:
         0, "window", "Side of a window in latent cells (8 pixels each); 0 is the model's native size.",
         group="windows", minimum=0, maximum=256, step=8)
     stride: int = _option(
-        0, "stride", "Distance of neighbouring windows in latent cells; 0 is half a window. Larger is faster, smaller "
-        "hides seams better.", group="windows", minimum=0, maximum=256, step=4)
+        0, "stride", "Distance of neighbouring windows in latent cells; 0 goes by the overlap. Larger is faster, "
+        "smaller hides seams better.", group="windows", minimum=0, maximum=256, step=4)
+    overlap: float = _option(
+        0.5, "overlap", "The share of a window that its neighbour shows too, where no stride is given. Smaller is "
+        "faster, larger hides seams better.", group="windows", minimum=0, maximum=0.9, step=0.05)
+    window_weights: str = _option(
+        "uniform", "window weights", "How windows are averaged where they overlap. uniform: all alike. cosine: each "
+        "less towards its border, which hides seams at a small overlap.", group="windows", choices=WEIGHTS)
     jitter: bool = _option(
         True, "jitter", "Moves the windows at random, so that no seam falls on the same place twice.", group="windows")
     window_prompts: bool = _option(
@@ -214,6 +230,9 @@ class Settings:
 
     dilated: bool = _option(
         True, "dilated", "The global pass: dilated sampling, which keeps the picture one whole.", group="dilated")
+    dilated_end: float = _option(
+        1.0, "dilated end", "The part of the steps after which the dilated pass ends, where there are windows.",
+        group="dilated", minimum=0, maximum=1, step=0.01)
     cosine_scale_2: float = _option(
         1.0, "cosine scale 2", "How fast the dilated pass gives way to the windows; larger fades sooner.",
         group="dilated", minimum=0, maximum=10, step=0.1)
@@ -232,6 +251,12 @@ class Settings:
         0.0, "dilated guidance", "CFG scale of the dilated pass; 0 takes that of the base pass.", group="dilated",
         minimum=0, maximum=30, step=0.5)
 
+    guidance_start: float = _option(
+        0.0, "guidance start", "The part of a stage's steps before which there is no CFG, at half the time.",
+        group="memory and guidance", minimum=0, maximum=1, step=0.01)
+    guidance_end: float = _option(
+        1.0, "guidance end", "The part of a stage's steps after which there is no CFG, at half the time.",
+        group="memory and guidance", minimum=0, maximum=1, step=0.01)
     guidance_rescale: float = _option(
         0.0, "guidance rescale", "Pulls the contrast of the guided prediction back to that of the unguided one; 0 is "
         "off.", group="memory and guidance", minimum=0, maximum=1, step=0.05)
@@ -277,8 +302,10 @@ def make(values: Mapping[str, Any] | None = None) -> Settings:
 def _check(settings: Settings) -> None:
     if not (settings.windows or settings.dilated):
         raise InputError("windows, dilated: both are off, so nothing would make the picture; switch one on")
-    if settings.control_start > settings.control_end:
-        raise InputError(f"control_start: {settings.control_start:g} is after control_end ({settings.control_end:g})")
+    for part in ("control", "guidance"):
+        start, end = getattr(settings, f"{part}_start"), getattr(settings, f"{part}_end")
+        if start > end:
+            raise InputError(f"{part}_start: {start:g} is after {part}_end ({end:g})")
     if 0 < settings.window < 8:
         raise InputError(f"window: {settings.window} is not allowed; it takes 0 or a number of cells from 8")
     if bool(settings.target_width) != bool(settings.target_height):

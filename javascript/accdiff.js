@@ -38,8 +38,12 @@
         return size <= window ? 1 : Math.trunc((size - window) / stride - EPS) + 2;
     }
 
-    function scales(target, progressive) {
+    function scales(target, progressive, doubling) {
         if (target <= 1 + EPS) return [];
+        if (progressive && doubling) {
+            const steps = Math.max(1, round(Math.log2(target)));
+            return Array.from({length: steps}, (_, k) => target ** ((k + 1) / steps));
+        }
         const count = progressive ? Math.max(1, Math.floor(target - 0.5 + EPS)) : 1;
         return Array.from({length: count}, (_, k) => 1 + (target - 1) * (k + 1) / count);
     }
@@ -72,9 +76,9 @@
         const factor = Math.max(wanted[0] / cells[0], wanted[1] / cells[1]);
         const crop = [0, 1].map(i => Math.min(cells[i], Math.max(1, round(wanted[i] / factor))));
         const window = settings.window || native;
-        const stride = Math.min(settings.stride || Math.floor(window / 2), window);
+        const stride = Math.min(settings.stride || Math.max(1, round(window * (1 - settings.overlap))), window);
         const coherent = coherentSize(crop, native);
-        const stages = scales(largest, settings.progressive).map((scale, index) => {
+        const stages = scales(largest, settings.progressive, settings.doubling).map((scale, index) => {
             const last = Math.abs(scale - largest) < EPS;
             const size = last ? wanted : crop.map(side => round(side * scale));
             const dilation = Math.max(1, ...size.map((side, i) => Math.ceil(side / coherent[i] - 0.1)));
@@ -175,6 +179,8 @@
         return remains.reverse();
     }
 
+    function inRange(step, count, start, end) { return step / count >= start && (step + 1) / count <= end; }
+
     function makeScript(sampler, sigmas, settings, hasControl, views, fromNoise) {
         const count = sigmas.length - 1;
         const c1 = sigmas.slice(0, -1).map(sigma => weights(timestep(sigma), settings)[0]);
@@ -187,14 +193,15 @@
         for (const call of calls) {
             const step = call.step + start, c2 = weights(timestep(call.sigma), settings)[1];
             call.local = settings.windows;
-            call.dilated = settings.dilated;
+            call.dilated = settings.dilated && (!settings.windows || inRange(step, count, 0, settings.dilated_end));
             call.control = hasControl && settings.controlnet && settings.windows && settings.control_strength > 0 &&
-                step / count >= settings.control_start && (step + 1) / count <= settings.control_end;
+                inRange(step, count, settings.control_start, settings.control_end);
+            call.guided = inRange(step, count, settings.guidance_start, settings.guidance_end);
             if (negligible) {
                 effect += (1 - sigmas[step + 1] / sigmas[step]) * (1 - c2) * remains[step + 1];
-                call.local = effect > settings.tolerance / 10;
+                call.local = !call.dilated || effect > settings.tolerance / 10;
                 call.control = call.control && call.local;
-                call.dilated = !call.local || c2 > 10 * settings.tolerance;
+                call.dilated = call.dilated && (!call.local || c2 > 10 * settings.tolerance);
             }
         }
         return {steps: count - start, calls: calls};
@@ -228,12 +235,18 @@
                 !hasBase && stage.number === 1);
             const count = name => script.calls.filter(call => call[name]).length;
             const windows = count("local") * stage.windowCount, views = count("dilated") * stage.views;
-            const local = rows(settings.local_guidance || given.cfg), dilated = rows(settings.dilated_guidance || given.cfg);
-            const controlnet = count("control") * stage.windowCount * local;
+            let unet = 0, unetViews = 0, controlnet = 0;
+            for (const call of script.calls) {
+                const both = [settings.local_guidance, settings.dilated_guidance];
+                const [local, dilated] = both.map(own => rows(call.guided ? own || given.cfg : 1));
+                unet += call.local * stage.windowCount * local;
+                unetViews += call.dilated * stage.views * dilated;
+                controlnet += call.control * stage.windowCount * local;
+            }
             parts.push({steps: script.steps, calls: script.calls.length,
-                windows: windows, views: views, unet: windows * local + views * dilated, controlnet: controlnet});
-            work += views * dilated * stage.viewSize[0] * stage.viewSize[1] +
-                (windows * local + CONTROLNET_COST * controlnet) * stage.window[0] * stage.window[1];
+                windows: windows, views: views, unet: unet + unetViews, controlnet: controlnet});
+            work += unetViews * stage.viewSize[0] * stage.viewSize[1] +
+                (unet + CONTROLNET_COST * controlnet) * stage.window[0] * stage.window[1];
         }
         const calls = TRIALS[given.sampler.toLowerCase()] ? 2 * given.steps - 1 : given.steps;
         return {

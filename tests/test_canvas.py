@@ -98,6 +98,37 @@ def test_the_batch_changes_only_the_batches():
     assert [size for size in learned.batches if size > 3] == [16, 8, 4]
 
 
+def test_cosine_weights_fade_one_window_into_the_next():
+    """Each window has a value of its own: uniform weights leave steps where a window begins, cosine ones do not."""
+    class Numbered(Toy):
+        def denoise(self, x, sigma, rows):
+            return torch.stack([torch.full_like(one, left) for one, (_, left) in zip(x, rows.origins, strict=True)])
+
+    def steps(weights):
+        values = make({"window_weights": weights, "dilated": False, "tolerance": 0})
+        canvas, _, _, script = made_canvas(Numbered(), settings=values, size=(64, 64))
+        row = canvas.local_pass(torch.zeros(1, 4, 64, 64), script.sigmas[0], script.calls[0])[0, 0, 30]
+        return row, row.diff().abs().max()
+
+    (uniform, jump), (cosine, slope) = steps("uniform"), steps("cosine")
+    assert slope < jump / 3
+    assert torch.equal(cosine[[0, -1]], uniform[[0, -1]])  # where there is but one window
+    assert (cosine.diff() >= -1e-4).all()
+
+
+def test_calls_without_cfg():
+    class Guided(Toy):
+        def denoise(self, x, sigma, rows):
+            found.append(rows.guidance)
+            return super().denoise(x, sigma, rows)
+
+    found: list[float] = []
+    sample(Guided(), settings=make({"tolerance": 0, "guidance_start": 0.25, "guidance_end": 0.75, "local_guidance": 5}))
+    each = len(found) // 4
+    assert set(found[:each]) == set(found[-each:]) == {1.0}
+    assert set(found[each:-each]) == {5, 7.5}
+
+
 def test_out_of_memory_with_one_window_is_told():
     with pytest.raises(OutOfMemory, match="256x256 pixels"):
         sample(Toy(0), batch=2)

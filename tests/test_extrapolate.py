@@ -135,6 +135,24 @@ def test_methods_differ_and_count_what_the_plan_says(models):
             assert not torch.allclose(results[name], results[other], atol=1e-3), f"{name} = {other}"
 
 
+def test_the_cost_of_parts_of_the_steps(models):
+    """CFG and the dilated pass in a part of the steps only, as counted by the model itself."""
+    host = make_host(models)
+    wanted = request(host, {"guidance_start": 0.2, "guidance_end": 0.7, "dilated_end": 0.5, "overlap": 0.25,
+                            "window_weights": "cosine"})
+    counted = []
+    handle = models.unet.register_forward_pre_hook(lambda module, args, kwargs: counted.append(len(args[0])),
+                                                   with_kwargs=True)
+    try:
+        Extrapolation(host).run(wanted)
+    finally:
+        handle.remove()
+    estimated = cost.estimate(wanted.plan, wanted.settings, solver=host.solver, stage_solver=host.stage_solver,
+                              timestep=host.timestep, guidance=5.0, has_control=host.has_control)
+    assert sum(part.unet for part in estimated) == sum(counted)
+    assert estimated[-1].windows < estimated[-1].unet < 2 * (estimated[-1].windows + estimated[-1].views)
+
+
 @pytest.mark.parametrize("switch", ["progressive", "skip_residual", "window_prompts", "controlnet", "dilated",
                                     "gaussian", "interaction", "jitter"])
 def test_every_ablation_has_an_effect(models, switch):

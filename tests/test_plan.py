@@ -54,6 +54,23 @@ def test_scales(target, progressive, expected):
     assert scales(target, progressive) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(("target", "expected"), [
+    (1, []), (1.3, [1.3]), (2, [2]), (3, [3 ** 0.5, 3]), (4, [2, 4]), (8, [2, 4, 8])])
+def test_doubling(target, expected):
+    assert scales(target, True, doubling=True) == pytest.approx(expected)
+    assert scales(target, False, doubling=True) == pytest.approx(expected[-1:])
+
+
+def test_an_overlap_is_a_stride():
+    def windows(**values):
+        plan = make_plan((1024, 1024), make({"scale": 4, **values}), native=128)
+        return [stage.window_count for stage in plan.stages]
+
+    assert windows(overlap=0.25) == windows(stride=96) == [9, 16, 25]
+    assert windows(overlap=0) == windows(stride=128) == [4, 9, 16]
+    assert windows(overlap=0.25, stride=64) == windows() == [9, 25, 49]
+
+
 def test_the_papers_stages():
     """4096 x 4096 with SDXL: the windows and views of METHODS 7."""
     plan = make_plan((1024, 1024), make({"scale": 4}), native=128)

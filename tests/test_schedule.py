@@ -104,6 +104,15 @@ def test_carried_is_the_product_of_what_follows():
 def test_a_stage_without_a_picture_to_enlarge_begins_in_pure_noise():
     """`--method multidiffusion --preset fast`: low noise levels do not make a picture from noise."""
     settings = make({"method": "multidiffusion", "preset": "fast"})
-    made = solver("DPM++ 2M", "Karras", 24, LEVELS)
+    made = solver("DPM++ 2M", "Karras", 10, LEVELS)
     assert make_script(made, settings, LEVELS.timestep, has_control=False, views=4, from_noise=True).start == 0
-    assert make_script(made, settings, LEVELS.timestep, has_control=False, views=4).start == 12
+    assert make_script(made, settings, LEVELS.timestep, has_control=False, views=4).start == 4
+
+
+def test_the_dilated_pass_and_cfg_have_their_parts_of_the_steps():
+    calls = script(steps=10, tolerance=0, dilated_end=0.7, guidance_start=0.2, guidance_end=0.8).calls
+    assert [call.step for call in calls if call.dilated] == list(range(7))
+    assert [call.step for call in calls if call.guided] == list(range(2, 8))
+    assert all(call.local for call in script(steps=10, dilated_end=0).calls)  # windows are not negligible then
+    alone = script(steps=10, windows=False, window_prompts=False, controlnet=False, dilated_end=0).calls
+    assert all(call.dilated for call in alone)

@@ -58,7 +58,7 @@ def test_every_method_and_preset_is_valid(method, preset):
 def test_given_options_win_over_method_and_preset():
     settings = make({"method": "demofusion", "preset": "fast", "window_prompts": True, "start": 0.1})
     assert settings.window_prompts and settings.start == 0.1
-    assert not settings.interaction and settings.stage_steps == 24
+    assert not settings.interaction and settings.stage_steps == 16
 
 
 @given(given_options)

@@ -13,6 +13,7 @@ from accdiff_lib.hosts import flops, memory
 from accdiff_lib.hosts.base import Rows
 from accdiff_lib.hosts.prediction import denoised
 from accdiff_lib.hosts.standalone import StandaloneHost
+from accdiff_lib.plan import Window
 from tests import golden, tiny
 from tests.silent import SilentProgress
 
@@ -227,10 +228,32 @@ def test_controlnet_runs_on_both_halves_with_the_models_inputs():
     (latent, t), options = calls["control"]
     assert torch.equal(latent, calls["unet"][0][0])
     assert torch.equal(t, calls["unet"][0][1])
-    assert torch.equal(options["controlnet_cond"], hints(x).repeat(2, 1, 1, 1))
+    embedded = host.models.controlnet.controlnet_cond_embedding(hints(x))
+    assert torch.equal(options["controlnet_cond"], embedded.repeat(2, 1, 1, 1))
     assert options["conditioning_scale"] == 0.7
     assert options["guess_mode"] is False
     assert options["added_cond_kwargs"] is calls["unet"][1]["added_cond_kwargs"]
+
+
+def test_a_hint_that_comes_again_is_embedded_once():
+    host, x = make_host(), latents()
+    embedding = host.models.controlnet.controlnet_cond_embedding
+    seen: list[int] = []
+    handle = embedding.conv_in.register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
+    canvas, windows = object(), [Window(8 * number, 0, 8, 8) for number in range(len(x))]
+    named = make_rows(host, hint=hints(x), hint_names=[(canvas, window) for window in windows])
+    try:
+        plain = host.denoise(x, SIGMA, make_rows(host, hint=hints(x)))
+        results = [host.denoise(x, SIGMA, named) for _ in range(3)]
+        assert seen == [len(x), len(x)]
+        # The same windows of another canvas are others.
+        other = replace(named, hint=1 - hints(x), hint_names=[(object(), window) for window in windows])
+        changed = host.denoise(x, SIGMA, other)
+    finally:
+        handle.remove()
+    assert all(torch.equal(result, plain) for result in results)
+    assert torch.equal(changed, host.denoise(x, SIGMA, make_rows(host, hint=1 - hints(x))))
+    assert not torch.equal(changed, plain) and "forward" not in vars(embedding)
 
 
 def test_a_hint_without_a_controlnet_is_an_error():

@@ -29,7 +29,8 @@ RELEASED = (
     "cosine_scale_1", "windows", "window", "stride", "jitter", "window_prompts", "membership", "c", "local_guidance",
     "controlnet", "control_strength", "control_start", "control_end", "canny_sigma", "dilated", "cosine_scale_2",
     "gaussian", "gaussian_sigma", "cosine_scale_3", "interaction", "dilated_guidance", "guidance_rescale",
-    "window_batch", "vae_tile")
+    "window_batch", "vae_tile", "doubling", "overlap", "window_weights", "dilated_end", "guidance_start",
+    "guidance_end")
 
 
 def values_of(option):

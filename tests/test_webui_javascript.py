@@ -41,7 +41,10 @@ def some_settings(rng: random.Random) -> Settings:
             "progressive": [True, False], "stage_steps": [0, 1, 7, 33], "start": [0, 0.25, 0.5, 0.95],
             "stage_sampler": ["Same", *SAMPLERS], "stage_scheduler": ["Same", *SCHEDULERS],
             "tolerance": [0, 0.0001, 0.01, 0.1], "cosine_scale_1": [0, 1, 10], "cosine_scale_2": [0, 0.5, 10],
-            "window": [0, 8, 64, 96], "stride": [0, 4, 32, 200], "local_guidance": [0, 1, 5],
+            "window": [0, 8, 64, 96], "stride": [0, 4, 32, 200], "overlap": [0, 0.25, 0.9],
+            "doubling": [True, False],
+            "dilated_end": [0, 0.7], "guidance_start": [0, 0.1], "guidance_end": [0.3, 0.8],
+            "local_guidance": [0, 1, 5],
             "dilated_guidance": [0, 1, 5], "controlnet": [True, False], "control_strength": [0, 0.6],
             "control_start": [0, 0.2], "control_end": [0.5, 1], "window_prompts": [True, False],
             "windows": [True, False], "dilated": [True, False]}.items():

@@ -145,7 +145,7 @@ def test_the_line_follows_without_the_server(page):
 
 def test_a_preset_and_a_method_set_their_controls(page):
     pick(page, "preset", "fast")
-    page.wait_for_function(f"document.querySelector('#{PREFIX}stage_steps input[type=number]').value === '24'")
+    page.wait_for_function(f"document.querySelector('#{PREFIX}stage_steps input[type=number]').value === '16'")
     pick(page, "method", "demofusion")
     page.wait_for_timeout(1000)
     sent = generate(page)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from accdiff_lib.plan import Stage
+from accdiff_lib.plan import Stage, Window
 from accdiff_lib.prompts import Word
 
 #: An encoded prompt (positive and negative together). The engine never looks inside.
@@ -40,6 +40,8 @@ class Rows:
     rescale: float = 0.0
     #: ControlNet hint [M, 3, 8h, 8w] in 0..1, or None to leave the ControlNet out.
     hint: Tensor | None = None
+    #: A name for each hint when the same ones come again (a canvas, a window); none when they do not.
+    hint_names: Sequence[tuple[object, Window]] = ()
     #: Factor on every ControlNet residual.
     strength: float = 1.0
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from accdiff_lib.errors import InputError
 from accdiff_lib.hosts import flops, memory
 from accdiff_lib.hosts.base import Progress, Rows, Solver
+from accdiff_lib.hosts.hints import HintEmbeddings
 from accdiff_lib.hosts.noise import NoiseLevels
 from accdiff_lib.hosts.prediction import denoised, rescaled
 from accdiff_lib.hosts.samplers import solver
@@ -63,6 +64,7 @@ class StandaloneHost:
         self._runner = VaeRunner(self._vae, float(self._vae.config["scaling_factor"]), self.device, progress,
                                  tile=vae_tile, width=self._vae.config["block_out_channels"][0])
         self._memory = memory.RowMemory(self.device, self._unet.config["block_out_channels"][0], dtype.itemsize)
+        self._hints = HintEmbeddings(self._controlnet, self.device, self.dtype)
         self._guided = True
 
     # Text and noise levels
@@ -104,9 +106,10 @@ class StandaloneHost:
         if rows.hint is not None and rows.strength > 0:
             if self._controlnet is None:
                 raise InputError("The window's structure was given, but no ControlNet is loaded.")
-            hint = rows.hint.to(self.device, self.dtype).repeat(len(latent) // len(rows), 1, 1, 1)
-            down, middle = self._controlnet(latent, t, controlnet_cond=hint, conditioning_scale=rows.strength,
-                                            guess_mode=False, return_dict=False, **inputs)
+            with self._hints.ready(rows) as hint:
+                down, middle = self._controlnet(
+                    latent, t, controlnet_cond=hint.repeat(len(latent) // len(rows), 1, 1, 1), guess_mode=False,
+                    conditioning_scale=rows.strength, return_dict=False, **inputs)
             inputs.update(down_block_additional_residuals=down, mid_block_additional_residual=middle)
         return self._unet(latent, t, return_dict=False, **inputs)[0]
 

@@ -143,16 +143,15 @@ def cost(settings: Settings, given: Generation) -> Cost:
                      has_control=given.has_control, from_image=given.from_image)
     calls = given.steps * 2 - 1 if given.sampler.lower() in _TRIALS else given.steps
     whole = calls * (1 if given.cfg == 1 else 2) * plan.base[0] * plan.base[1]
-    return Cost(plan, tuple(parts), sum(_work(part, plan, settings, given.cfg) for part in parts) / whole)
+    return Cost(plan, tuple(parts), sum(_work(part, plan) for part in parts) / whole)
 
 
-def _work(part: PartCost, plan: Plan, settings: Settings, cfg: float) -> float:
+def _work(part: PartCost, plan: Plan) -> float:
     """The cells that go through the UNet, those through the ControlNet weighted."""
     if part.stage is None:
         return part.unet * plan.base[0] * plan.base[1]
-    in_views = part.views * (1 if (settings.dilated_guidance or cfg) == 1 else 2)
-    return (in_views * math.prod(part.stage.view_size)
-            + (part.unet - in_views + CONTROLNET_COST * part.controlnet) * math.prod(part.stage.window))
+    return (part.unet_views * math.prod(part.stage.view_size)
+            + (part.unet - part.unet_views + CONTROLNET_COST * part.controlnet) * math.prod(part.stage.window))
 
 
 def as_json(result: Cost, batch: int = 1) -> dict[str, Any]:

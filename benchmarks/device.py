@@ -1,0 +1,65 @@
+"""What the device itself can do: the measure of how well the engine uses it."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from accdiff_lib.hosts.loading import Models
+from benchmarks.measure import now
+
+
+def name(device: torch.device) -> str:
+    """The device's name, for a CPU with the number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    models = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+              ] if info.exists() else []
+    return f"{models[0] if models else platform.processor()}, {torch.get_num_threads()} threads"
+
+
+def matmul_tflops(device: torch.device, dtype: torch.dtype) -> float:
+    """TFLOP/s of a large matrix multiplication."""
+    side = 8192 if device.type == "cuda" else 2048
+    first, second = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    return 2 * side**3 / _fastest(lambda: first @ second) / 1e12
+
+
+@torch.no_grad()
+def best_unet_rate(models: Models, device: torch.device, dtype: torch.dtype) -> tuple[float, int]:
+    """(rows per second, batch) of the bare UNet at native size, at the batch size that is fastest."""
+    unet: Any = cast(Any, models.unet)
+    side, found = int(unet.config["sample_size"]), []
+    width = int(unet.config["cross_attention_dim"])
+    for batch in (1, 2, 4, 8, 16):
+        x = torch.randn(batch, 4, side, side, device=device, dtype=dtype)
+        text = torch.randn(batch, 77, width, device=device, dtype=dtype)
+        pooled = int(unet.config["projection_class_embeddings_input_dim"]) - 6 * int(
+            unet.config["addition_time_embed_dim"])
+        added = {"text_embeds": torch.randn(batch, pooled, device=device, dtype=dtype),
+                 "time_ids": torch.ones(batch, 6, device=device)}
+        t = torch.full((batch,), 500.0, device=device)
+
+        def evaluate(x=x, t=t, text=text, added=added) -> object:
+            return unet(x, t, text, added_cond_kwargs=added)
+
+        found.append((batch / _fastest(evaluate), batch))
+    return max(found)
+
+
+def _fastest(function: Callable[[], object], seconds: float = 1.0) -> float:
+    """Seconds of the fastest of several calls, after one that warms up."""
+    function()
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(times) < 3 or time.perf_counter() < end:
+        begin = now()
+        function()
+        times.append(now() - begin)
+    return min(times)

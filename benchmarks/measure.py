@@ -1,0 +1,191 @@
+"""One run of the engine, timed: the networks' own forward passes apart from the rest, which is the engine's share."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from accdiff_lib import cost
+from accdiff_lib.extrapolate import Extrapolation, Request
+from accdiff_lib.hosts.base import Picture
+from accdiff_lib.hosts.loading import Models
+from accdiff_lib.hosts.standalone import StandaloneHost
+from accdiff_lib.plan import CELL, Stage, make_plan
+from accdiff_lib.settings import SAME, make
+from benchmarks.literal import LiteralExtrapolation
+
+PROMPT, NEGATIVE, GUIDANCE, SEED = "a red ball and a blue star on snow, night sky", "blurry", 5.0, 42
+#: The paper's sampling.
+SAMPLER, SCHEDULER, STEPS = "Euler", "Leading", 50
+
+#: What is compared: the settings of each way to make the same picture.
+WAYS: dict[str, dict[str, Any]] = {
+    "literal": {"tolerance": 0}, "paper": {}, "paper, 1e-2": {"tolerance": 0.01}, "balanced": {"preset": "balanced"},
+    "fast": {"preset": "fast"}}
+
+
+@dataclass
+class Clock:
+    """Wall seconds inside the networks, by network."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    #: When the networks began that are running now; only the outermost counts.
+    _begun: list[float] = field(default_factory=list)
+
+    @contextmanager
+    def measuring(self, models: Models, host: StandaloneHost) -> Iterator[None]:
+        """Hooks on the networks for the time of a run; the VAE is timed whole, with its tiling."""
+        controlnet: Any = models.controlnet
+        networks: list[tuple[str, Any]] = [("UNet", models.unet), ("ControlNet", controlnet),
+                                           *(("text encoders", encoder) for encoder in models.text_encoders)]
+        if controlnet is not None:
+            networks.append(("ControlNet", controlnet.controlnet_cond_embedding))
+        handles = [handle for name, network in networks if network is not None for handle in self._hooks(name, network)]
+        decode, encode = host.decode, host.encode_image
+        try:
+            host.decode = self._timed("VAE", decode)  # type: ignore[method-assign]
+            host.encode_image = self._timed("VAE", encode)  # type: ignore[method-assign]
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            del host.decode, host.encode_image
+
+    def _hooks(self, name: str, network: nn.Module) -> list[Any]:
+        return [network.register_forward_pre_hook(lambda *_: self._begun.append(now())),
+                network.register_forward_hook(lambda *_: self._end(name))]
+
+    def _timed(self, name: str, function: Any) -> Any:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self._begun.append(now())
+            result = function(*args, **kwargs)
+            self._end(name)
+            return result
+
+        return timed
+
+    def _end(self, name: str) -> None:
+        begin = self._begun.pop()
+        if not self._begun:
+            self.seconds[name] = self.seconds.get(name, 0.0) + now() - begin
+
+
+def now() -> float:
+    """Seconds, when the device has done all that it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+class Bar:
+    """Progress on stderr, and nobody interrupts."""
+
+    interrupted = skipped = False
+
+    def __init__(self, label: str) -> None:
+        self._label = label
+        self._bar: Any = None
+
+    def begin(self, stage: Stage | None, model_calls: int) -> None:
+        self.close()
+        self._bar = tqdm(total=model_calls, desc=f"{self._label} {stage.name if stage else 'base'}", leave=False,
+                         disable=None)
+
+    def advance(self, rows: int) -> None:
+        self._bar.update(rows)
+
+    def preview(self, denoised: Tensor) -> None: ...
+
+    def finished(self, picture: Picture) -> None: ...
+
+    def comment(self, text: str) -> None:
+        tqdm.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+@dataclass
+class Run:
+    """What one way took for one picture, and the picture."""
+
+    way: str
+    pixels: tuple[int, int]
+    seconds: float
+    #: Seconds inside each network.
+    inside: dict[str, float]
+    #: Evaluations of one latent, with the unconditional ones.
+    unet: int
+    controlnet: int
+    #: Of UNet and ControlNet.
+    teraflop: float
+    peak_bytes: int
+    latent: Tensor
+    image: np.ndarray
+
+    @property
+    def engine_share(self) -> float:
+        """The part of the time outside of all networks."""
+        return 1 - sum(self.inside.values()) / self.seconds
+
+    def record(self) -> dict[str, Any]:
+        """The figures as JSON."""
+        return {"way": self.way, "size": f"{self.pixels[1]}x{self.pixels[0]}", "seconds": round(self.seconds, 2),
+                "inside": {name: round(seconds, 2) for name, seconds in self.inside.items()},
+                "engine_share": round(self.engine_share, 4), "unet": self.unet, "controlnet": self.controlnet,
+                "tflop": round(self.teraflop, 2), "peak_gib": round(self.peak_bytes / 2**30, 2)}
+
+
+def measure(models: Models, way: str, scale: float, device: torch.device, dtype: torch.dtype, *, steps: int = STEPS,
+            values: Mapping[str, Any] | None = None) -> Run:
+    """Makes the picture of `scale` in one of WAYS; `values` are more settings."""
+    settings = make({"scale": scale, **WAYS[way], **(values or {})})
+    bar = Bar(f"{way} {scale:g}x")
+    own = {name: None if given in (SAME, 0) else given for name, given in (
+        ("stage_sampler", settings.stage_sampler), ("stage_scheduler", settings.stage_scheduler),
+        ("stage_steps", min(settings.stage_steps, steps)))}
+    host = StandaloneHost(models, prompt=PROMPT, negative=NEGATIVE, progress=bar, sampler=SAMPLER, scheduler=SCHEDULER,
+                          steps=steps, device=device, dtype=dtype, **own)  # type: ignore[arg-type]
+    side = CELL * host.window
+    plan = make_plan((side, side), settings, native=host.window)
+    request = Request(PROMPT, SEED, GUIDANCE, settings, plan, intermediate=way == "literal")
+    parts = cost.estimate(plan, settings, solver=host.solver, stage_solver=host.stage_solver, timestep=host.timestep,
+                          guidance=GUIDANCE, has_control=host.has_control)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    clock = Clock()
+    begin = now()
+    with clock.measuring(models, host):
+        result = (LiteralExtrapolation if way == "literal" else Extrapolation)(host).run(request)
+    seconds = now() - begin
+    bar.close()
+    picture = result.pictures[-1]
+    assert picture.image is not None
+    return Run(way, plan.pixels, seconds, clock.seconds, sum(part.unet for part in parts),
+               sum(part.controlnet for part in parts), sum(_teraflop(host, part) for part in parts),
+               host.peak_bytes or _peak_of_process(), picture.latent.float().cpu(), picture.image)
+
+
+def _teraflop(host: StandaloneHost, part: cost.PartCost) -> float:
+    if part.stage is None:
+        return part.unet * host.flops(part.pixels[0] // CELL, part.pixels[1] // CELL).unet
+    window, view = host.flops(*part.stage.window), host.flops(*part.stage.view_size)
+    return ((part.unet - part.unet_views) * window.unet + part.controlnet * window.controlnet
+            + part.unet_views * view.unet)
+
+
+def _peak_of_process() -> int:
+    """The most resident memory of this process so far, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
