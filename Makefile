@@ -6,7 +6,7 @@ K_DIFFUSION := k-diffusion==0.1.1.post1
 VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --disable-pip-version-check --quiet
-PROMPT := a cat and a corgi, playing on the lawn
+PROMPT := a red ball and a blue star on snow, night sky
 
 # Threads sleep while they wait instead of spinning, which on a busy machine is many times faster (see __main__.py).
 demo test quality: export OMP_WAIT_POLICY ?= PASSIVE
@@ -17,8 +17,8 @@ demo test quality: export OMP_WAIT_POLICY ?= PASSIVE
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
 
-demo: $(VENV)/installed ## a 4x picture with the built-in model, in out/demo
-	$(RUN) -m accdiff_lib "$(PROMPT)" --scale 4 --steps 20 --preset balanced --stage-steps 10 --out out/demo
+demo: $(VENV)/installed ## base picture, MultiDiffusion and AccDiffusion v2 at 4x side by side: out/demo/demo.png
+	$(RUN) -m testbed.demo --prompt "$(PROMPT)" --out out/demo
 
 test: $(VENV)/installed-dev ## all tests
 	$(RUN) -m pytest -q -n auto

@@ -39,7 +39,7 @@ def hints(bits: Tensor) -> Tensor:
 
 
 def main() -> None:
-    options = arguments("controlnet", __doc__ or "", steps=3000)
+    options = arguments("controlnet", __doc__ or "", steps=3000).parse_args()
     torch.manual_seed(1)
     device = torch.device(options.device)
     data = load_shards(options.run, SHARDS)

@@ -21,7 +21,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from accdiff_lib.hosts.loading import EMBEDDED, alphas_cumprod, load_tokenizer
+from accdiff_lib.hosts.loading import EMBEDDED, alphas_cumprod, load, load_tokenizer
 from testbed.checkpoints import Average, Checkpoint, training
 from testbed.dataset import CELLS, Shard, load_shards
 
@@ -43,8 +43,6 @@ UNET = {
 TEXT = {"hidden_size": 32, "intermediate_size": 128, "num_attention_heads": 2, "num_hidden_layers": 3,
         "projection_dim": 32, "vocab_size": 49408, "max_position_embeddings": 77, "bos_token_id": 49406,
         "eos_token_id": 49407}
-#: Where a run begins that has no checkpoint yet: an earlier run's averaged weights (testbed/README.md).
-KEPT = Path(__file__).parent / "diffusion.fp16.npz"
 BATCH = 32
 RATE = 1e-3
 #: Share of captions replaced by the empty one, for CFG.
@@ -195,14 +193,15 @@ def _image_like(values: Tensor) -> Tensor:
 
 
 def main() -> None:
-    options = arguments("diffusion", __doc__ or "", steps=12000)
+    parser = arguments("diffusion", __doc__ or "", steps=12000)
+    parser.add_argument("--anew", action="store_true", help="begin with random weights, not with the embedded model's")
+    options = parser.parse_args()
     torch.manual_seed(0)
     device = torch.device(options.device)
     batches = Batches(load_shards(options.run), device, DROPPED)
     networks = Networks()
-    if KEPT.exists():
-        with np.load(KEPT) as kept:
-            networks.load_state_dict({name: torch.from_numpy(kept[name]) for name in kept})
+    if not options.anew:
+        begin_with_embedded(networks)
     networks.to(device)
     networks.unet.to(memory_format=torch.channels_last)
     mixed_precision(networks)
@@ -234,7 +233,15 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float, step: int, steps: in
         group["lr"] = rate * min(1.0, (step + 1) / 300) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
 
 
-def arguments(name: str, description: str, steps: int) -> argparse.Namespace:
+def begin_with_embedded(networks: Networks) -> None:
+    """The weights of a run that has no checkpoint yet: those of the embedded model."""
+    models: Any = load(None)
+    parts = (networks.unet, networks.text_1, networks.text_2)
+    for part, trained in zip(parts, (models.unet, *models.text_encoders), strict=True):
+        part.load_state_dict(trained.state_dict())
+
+
+def arguments(name: str, description: str, steps: int) -> argparse.ArgumentParser:
     """The command line of a training."""
     parser = argparse.ArgumentParser(prog=f"python -m testbed.{name}", description=description,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -242,7 +249,7 @@ def arguments(name: str, description: str, steps: int) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=steps, help=f"of {BATCH} pictures (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long, to go on later")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args()
+    return parser
 
 
 if __name__ == "__main__":
