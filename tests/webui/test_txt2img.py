@@ -75,12 +75,16 @@ def test_two_jobs_at_once(webui, options, large):
 
 def test_every_sampler(webui, options, sampler):
     """Those that cannot drive stages give way to another; chosen for the stages, they are refused."""
-    answer = webui.generate(options, sampler_name=sampler, scheduler="Automatic")
     plain = webui.generate(sampler_name=sampler, scheduler="Automatic")
+    try:
+        answer = webui.generate(options, sampler_name=sampler, scheduler="Automatic")
+    except Refused as refused:  # the host's own picture is blank: its samplers for rectified flow make NaN
+        assert "NaN" in refused.text and plain.picture.std() < 1
+        return
     assert answer.picture.shape == size(BASE * 2)
     assert answer.values["Sampler"] == plain.values["Sampler"]
     assert answer.values.get("Schedule type") == plain.values.get("Schedule type")
-    if plain.picture.std() > 5:  # some need more steps for a picture, and those for rectified flow make NaN
+    if plain.picture.std() > 5:  # some need more steps for a picture
         assert alike(answer.picture, plain.picture)
 
 
