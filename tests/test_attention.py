@@ -7,13 +7,12 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 from accdiff_lib.attention import AttentionRecorder, map_size
-from accdiff_lib.hosts.loading import load
 from tests import tiny
 
 
 @pytest.fixture(scope="module")
 def unet():
-    return load(None).unet
+    return tiny.sdxl.__wrapped__().unet
 
 
 def layers(unet):

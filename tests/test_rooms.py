@@ -82,7 +82,7 @@ def test_only_the_command_knows_the_standalone_host():
 def test_only_the_webuis_hosts_import_the_webui():
     for name in NAMES:
         if not name.startswith("webui/") and not name.startswith("hosts/webui_") and name not in (
-                "hosts/a1111.py", "hosts/forge.py", "hosts/reforge.py"):
+                "hosts/a1111.py", "hosts/a1111_lowvram.py", "hosts/forge.py", "hosts/reforge.py"):
             assert not packages(LIBRARY / name) & {"modules", "modules_forge", "backend", "gradio"}, name
 
 

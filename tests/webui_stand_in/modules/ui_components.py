@@ -14,7 +14,7 @@ class ToolButton(gr.Button):
 
 
 class InputAccordion(gr.Checkbox):
-    def __init__(self, value, **kwargs):
+    def __init__(self, value=None, **kwargs):  # gradio 4 makes it anew without a value, and Forge's can be
         self.accordion_id = kwargs.pop("elem_id")
         super().__init__(value, elem_id=f"{self.accordion_id}-checkbox", **kwargs)
         self.accordion = gr.Accordion(kwargs["label"], open=True, elem_id=self.accordion_id)
