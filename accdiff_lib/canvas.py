@@ -126,7 +126,7 @@ class Canvas:
             part = windows[rows]
             return self.host.denoise(torch.cat([padded[..., w.rows, w.columns] for w in part]), sigma, Rows(
                 texts[rows], [(CELL * w.top, CELL * w.left) for w in part], self.scene.picture,
-                self._guidance(self.settings.local_guidance, call), self.settings.guidance_rescale,
+                call.guidance(self.settings.local_guidance, self.scene.guidance), self.settings.guidance_rescale,
                 hint=None if hint is None else _hint_crops(hint, part, self.stage.padding, x.device),
                 hint_names=[(self, w) for w in part] if again else (),
                 strength=self.settings.control_strength))
@@ -138,10 +138,6 @@ class Canvas:
                 value[..., window.rows, window.columns] += weight * prediction
                 count[..., window.rows, window.columns] += weight
         return self._mean(value, count, x, call)
-
-    def _guidance(self, own: float, call: Call) -> float:
-        """The CFG scale of a pass that may have its `own`."""
-        return own or self.scene.guidance if call.guided else 1.0
 
     def _mean(self, value: Tensor, count: Tensor, x: Tensor, call: Call) -> Tensor:
         edge, (height, width) = self.stage.padding, x.shape[-2:]
@@ -181,7 +177,7 @@ class Canvas:
             count = rows.stop - rows.start
             return self.host.denoise(seen[rows], sigma, Rows(
                 [self.scene.text] * count, [(0, 0)] * count, self.scene.picture,
-                self._guidance(self.settings.dilated_guidance, call), self.settings.guidance_rescale))
+                call.guidance(self.settings.dilated_guidance, self.scene.guidance), self.settings.guidance_rescale))
 
         height, width = views.shape[-2:]
         for rows, denoised in self.batcher.run(stage.views, height, width, evaluate):

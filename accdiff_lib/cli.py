@@ -238,8 +238,7 @@ def _teraflop(job: Job, part: PartCost) -> float:
         seen = job.plan.base if job.image is None else coherent_size(job.plan.base, job.model.sample_size)
         return decode + part.unet * count(*seen).unet
     window, view = count(*part.stage.window), count(*part.stage.view_size)
-    return decode + ((part.unet - part.unet_views) * window.unet + part.controlnet * window.controlnet
-                     + part.unet_views * view.unet)
+    return decode + part.priced(window=window.unet, control=window.controlnet, view=view.unet)
 
 
 # --- the run ---------------------------------------------------------------------------------------------------

@@ -33,6 +33,11 @@ class PartCost:
     def name(self) -> str:
         return self.stage.name if self.stage else "base"
 
+    def priced(self, *, window: float, control: float, view: float) -> float:
+        """What a stage's evaluations cost, from the price of one: of the UNet and the ControlNet on a window, of the
+        UNet on a dilated view."""
+        return (self.unet - self.unet_views) * window + self.controlnet * control + self.unet_views * view
+
 
 def estimate(plan: Plan, settings: Settings, *, solver: Solver, stage_solver: Solver,
              timestep: Callable[[float], float], guidance: float, has_control: bool,
@@ -55,7 +60,7 @@ def estimate(plan: Plan, settings: Settings, *, solver: Solver, stage_solver: So
                              from_noise=not has_base and stage is plan.stages[0])
         windows = views = unet = unet_views = control = 0
         for call in script.calls:
-            local, dilated = (_rows((own or guidance) if call.guided else 1.0)
+            local, dilated = (_rows(call.guidance(own, guidance))
                               for own in (settings.local_guidance, settings.dilated_guidance))
             windows += call.local * stage.window_count
             views += call.dilated * stage.views

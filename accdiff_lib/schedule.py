@@ -44,8 +44,12 @@ class Call:
     dilated: bool = True
     #: The ControlNet takes part in the local pass.
     control: bool = False
-    #: With CFG; without, at guidance 1.
+    #: With CFG.
     guided: bool = True
+
+    def guidance(self, own: float, base: float) -> float:
+        """The CFG scale of a pass that may have its `own` (0 takes the base pass's); 1 without CFG."""
+        return own or base if self.guided else 1.0
 
 
 @dataclass(frozen=True)

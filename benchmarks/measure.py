@@ -181,8 +181,7 @@ def _teraflop(host: StandaloneHost, part: cost.PartCost) -> float:
     if part.stage is None:
         return part.unet * host.flops(part.pixels[0] // CELL, part.pixels[1] // CELL).unet
     window, view = host.flops(*part.stage.window), host.flops(*part.stage.view_size)
-    return ((part.unet - part.unet_views) * window.unet + part.controlnet * window.controlnet
-            + part.unet_views * view.unet)
+    return part.priced(window=window.unet, control=window.controlnet, view=view.unet)
 
 
 def _peak_of_process() -> int:

@@ -51,6 +51,20 @@ def _stand_ins(modules: Iterable[ModuleType]) -> Iterator[None]:
         sys.modules.update(before)
 
 
+def _packages() -> list[ModuleType]:
+    """What stands for the packages k_diffusion and torchvision while k-diffusion's modules are loaded (see below)."""
+    spec = importlib.util.find_spec("k_diffusion")  # runs nothing of the package
+    if spec is None:
+        raise ModuleNotFoundError("k-diffusion is not installed: pip install --no-deps k-diffusion==0.1.1.post1",
+                                  name="k_diffusion")
+    package = ModuleType("k_diffusion")
+    package.__path__ = list(spec.submodule_search_locations or ())
+    torchvision, transforms = ModuleType("torchvision"), ModuleType("torchvision.transforms")
+    torchvision.__path__ = transforms.__path__ = []
+    transforms.functional = ModuleType("torchvision.transforms.functional")  # type: ignore[attr-defined]
+    return [package, torchvision, transforms]
+
+
 def _load_sampling() -> ModuleType:
     """The module k_diffusion.sampling.
 
@@ -62,16 +76,7 @@ def _load_sampling() -> ModuleType:
     """
     if "k_diffusion" in sys.modules:
         return importlib.import_module("k_diffusion.sampling")
-    spec = importlib.util.find_spec("k_diffusion")  # runs nothing of the package
-    if spec is None:
-        raise ModuleNotFoundError("k-diffusion is not installed: pip install --no-deps k-diffusion==0.1.1.post1",
-                                  name="k_diffusion")
-    package = ModuleType("k_diffusion")
-    package.__path__ = list(spec.submodule_search_locations or ())
-    torchvision, transforms = ModuleType("torchvision"), ModuleType("torchvision.transforms")
-    torchvision.__path__ = transforms.__path__ = []
-    transforms.functional = ModuleType("torchvision.transforms.functional")  # type: ignore[attr-defined]
-    with _stand_ins([package, torchvision, transforms]):
+    with _stand_ins(_packages()):
         return importlib.import_module("k_diffusion.sampling")
 
 

@@ -150,8 +150,8 @@ def _work(part: PartCost, plan: Plan) -> float:
     """The cells that go through the UNet, those through the ControlNet weighted."""
     if part.stage is None:
         return part.unet * plan.base[0] * plan.base[1]
-    return (part.unet_views * math.prod(part.stage.view_size)
-            + (part.unet - part.unet_views + CONTROLNET_COST * part.controlnet) * math.prod(part.stage.window))
+    window = math.prod(part.stage.window)
+    return part.priced(window=window, control=CONTROLNET_COST * window, view=math.prod(part.stage.view_size))
 
 
 def as_json(result: Cost, batch: int = 1) -> dict[str, Any]:

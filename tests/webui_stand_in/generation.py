@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from accdiff_lib.hosts.samplers import _stand_ins
+from accdiff_lib.hosts.samplers import _packages, _stand_ins
 from tests.webui_stand_in import stood_in
 from tests.webui_stand_in.model import Checkpoint, checkpoint
 
@@ -30,14 +30,7 @@ OPTIONS: dict[str, Any] = {"scale": 2, "window": 8, "stage_steps": 3, "tolerance
 @cache
 def _k_diffusion() -> dict[str, ModuleType]:
     """k-diffusion's samplers and model wrappers, without the package's training half (see hosts/samplers.py)."""
-    spec = importlib.util.find_spec("k_diffusion")
-    assert spec is not None
-    package = ModuleType("k_diffusion")
-    package.__path__ = list(spec.submodule_search_locations or ())
-    torchvision, transforms = ModuleType("torchvision"), ModuleType("torchvision.transforms")
-    torchvision.__path__ = transforms.__path__ = []
-    transforms.functional = ModuleType("torchvision.transforms.functional")  # type: ignore[attr-defined]
-    with _stand_ins([package, torchvision, transforms]):
+    with _stand_ins(_packages()):
         importlib.import_module("k_diffusion.external")
         return {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "k_diffusion"}
 
