@@ -24,7 +24,7 @@ from accdiff_lib.hosts.prediction import denoised, output_of, rescaled
 from accdiff_lib.hosts.vae_runner import VaeRunner
 from accdiff_lib.hosts.webui_host import lacking, loaded_once
 from accdiff_lib.hosts.webui_text import SizeVectors, WebUITextEncoder
-from accdiff_lib.hosts.webui_windows import WindowHost
+from accdiff_lib.hosts.webui_windows import WindowHost, check_unet, native_window
 
 #: The attribute of a generation under which the WebUI's callback finds the row order of the run.
 ROWS_ATTRIBUTE = "_accdiffusion_rows"
@@ -42,13 +42,6 @@ def register() -> None:
     from modules import script_callbacks
 
     script_callbacks.on_cfg_denoiser(on_cfg_denoiser)
-
-
-def native_window(sd_model: Any) -> int:
-    """Side in latent cells of the pictures that the model was trained on."""
-    if getattr(sd_model, "is_sdxl", False):
-        return 128
-    return 96 if getattr(sd_model, "is_sd2", False) and sd_model.parameterization == "v" else 64
 
 
 def remember(_p: Any) -> Callable[[], None]:
@@ -101,8 +94,7 @@ class A1111Session:
         """Raises InputError for a model that has no UNet of its own."""
         from modules import sd_unet
 
-        if getattr(p.sd_model, "is_sd3", False) or not hasattr(unet_of(p), "input_blocks"):
-            raise InputError("AccDiffusion: the checkpoint has no UNet; it works with SD1.5, SD2 and SDXL checkpoints")
+        check_unet(p.sd_model, unet_of(p))
         if sd_unet.current_unet is not None:
             raise InputError("AccDiffusion: the SD Unet setting must be None, as another UNet cannot take window sizes")
         self._p, self._hires = p, hires

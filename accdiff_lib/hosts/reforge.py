@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from accdiff_lib.hosts import webui_forge
-from accdiff_lib.hosts.webui_forge import ForgeSession, controlnet_folders, controlnet_suffixes, native_window
+from accdiff_lib.hosts.webui_forge import ForgeSession, controlnet_folders, controlnet_suffixes
 from accdiff_lib.hosts.webui_host import lacking
 from accdiff_lib.hosts.webui_text import SizeVectors, WebUITextEncoder
+from accdiff_lib.hosts.webui_windows import native_window
 
 __all__ = ["controlnet_folders", "controlnet_suffixes", "missing", "native_window", "register", "remember", "session"]
 

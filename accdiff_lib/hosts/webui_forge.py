@@ -24,7 +24,7 @@ from accdiff_lib.hosts.prediction import denoised, output_of, rescaled
 from accdiff_lib.hosts.vae_runner import VaeRunner
 from accdiff_lib.hosts.webui_forge_control import load_once
 from accdiff_lib.hosts.webui_text import WebUITextEncoder
-from accdiff_lib.hosts.webui_windows import WindowHost
+from accdiff_lib.hosts.webui_windows import WindowHost, check_unet, native_window
 
 #: Scripts that act on the base pass only: ControlNet units have hints of the base picture's size, and the others cut
 #: or shrink what is larger than the model's own size, which windows are not.
@@ -84,14 +84,6 @@ class Backend(Protocol):
 
 # --- what the adapters share -----------------------------------------------------------------------------------
 
-def native_window(sd_model: Any) -> int:
-    """Side in latent cells of the pictures that the model was trained on."""
-    if getattr(sd_model, "is_sdxl", False):
-        return 128
-    v_prediction = getattr(sd_model, "parameterization", "eps") == "v"
-    return 96 if getattr(sd_model, "is_sd2", False) and v_prediction else 64
-
-
 def remember(p: Any, backend: Backend) -> Callable[[], None]:
     """See webui_host.WebUI: with zero terminal SNR the noise levels are put back only after a `p.sample` that returns.
     """
@@ -134,8 +126,7 @@ class ForgeSession:
     def __init__(self, p: Any, backend: Backend, *, hires: bool) -> None:
         """Raises InputError for a model that has no UNet, or one with other latents or noise levels."""
         model = p.sd_model
-        if getattr(model, "is_sd3", False) or not ldm_unet.is_unet(unet_of(p)):
-            raise InputError("AccDiffusion: the checkpoint has no UNet; it works with SD1.5, SD2 and SDXL checkpoints")
+        check_unet(model, unet_of(p))
         channels = int(unet_of(p).out_channels)
         prediction = backend.prediction(model)
         if channels != 4 or prediction not in ("epsilon", "v_prediction"):

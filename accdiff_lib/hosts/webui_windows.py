@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from accdiff_lib.errors import Interrupted, Skipped
+from accdiff_lib.errors import InputError, Interrupted, Skipped
 from accdiff_lib.hosts import ldm_unet, memory
 from accdiff_lib.hosts.base import Progress, Rows, Solver
 from accdiff_lib.hosts.noise import NoiseLevels
@@ -22,6 +22,20 @@ from accdiff_lib.hosts.vae_runner import VaeRunner
 from accdiff_lib.hosts.webui_samplers import own_view
 from accdiff_lib.hosts.webui_text import WebUIText, WebUITextEncoder
 from accdiff_lib.prompts import Word
+
+
+def native_window(sd_model: Any) -> int:
+    """Side in latent cells of the pictures that the model was trained on."""
+    if getattr(sd_model, "is_sdxl", False):
+        return 128
+    v_prediction = getattr(sd_model, "parameterization", "eps") == "v"
+    return 96 if getattr(sd_model, "is_sd2", False) and v_prediction else 64
+
+
+def check_unet(sd_model: Any, unet: Any) -> None:
+    """Raises InputError for a model that has no UNet."""
+    if getattr(sd_model, "is_sd3", False) or not ldm_unet.is_unet(unet):
+        raise InputError("AccDiffusion: the checkpoint has no UNet; it works with SD1.5, SD2 and SDXL checkpoints")
 
 
 class UNetRows(Protocol):
