@@ -183,8 +183,7 @@ class Extrapolation:
             return denoised
 
         recorder = self._recorder(size)
-        noise = seeds.normal((1, host.channels, *size), request.seed, "base").to(host.device)
-        x = noise * (float(solver.sigmas[0]) ** 2 + 1) ** 0.5
+        x = solver.noise_scale * seeds.first_noise((1, host.channels, *size), request.seed).to(host.device)
         try:
             with recorder if record else nullcontext():
                 latent = solver.integrate(model, x, solver.sigmas, seeds.derive(request.seed, "base sampler"))
@@ -217,8 +216,9 @@ class Extrapolation:
         return AttentionRecorder(self.host.cross_attention(), cells, self.host.cond_rows)
 
     def _whole(self, request: Request) -> Rows:
-        """The conditioning of a picture of native size: the whole prompt, the final size."""
-        return Rows(self.texts([request.prompt]), [(0, 0)], request.plan.pixels, request.guidance,
+        """The conditioning of the base picture: the whole prompt and its own size, as if it were not to be enlarged."""
+        height, width = request.plan.base
+        return Rows(self.texts([request.prompt]), [(0, 0)], (CELL * height, CELL * width), request.guidance,
                     request.settings.guidance_rescale)
 
     # --- a stage -----------------------------------------------------------------------------------------------

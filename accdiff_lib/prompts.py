@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 #: Tokens of a text encoder's context, with BOS and EOS; a longer prompt is encoded in several contexts.
 CONTEXT = 77
+#: A full context hands on the tokens after its last comma when they are at most so many (the WebUI's default).
+BACKTRACK = 20
 
 _ROUND, _SQUARE = 1.1, 1 / 1.1
 #: An escaped character or a lone backslash; a bracket; a weight with the bracket it closes; plain text; a colon.
@@ -106,31 +108,37 @@ def _number(text: str) -> float:
 
 
 def lay_out(prompt: str, split: SplitWords) -> tuple[list[Chunk], list[Word]]:
-    """The contexts of a prompt and its words with their columns.
+    """The contexts of a prompt and its words with their columns, as the WebUI divides it with its default settings.
 
-    A context holds 75 tokens; BREAK ends one early. A word that does not fit into what is left of a context begins
-    the next one (a word of more than 75 tokens is cut where a context ends). At least one context is returned.
+    A context holds 75 tokens; each BREAK ends one. Where one is full, what comes after its last comma goes on to the
+    next, unless that is more than 20 tokens. At least one context is returned.
     """
-    chunks: list[tuple[list[int], list[float]]] = [([], [])]
+    contexts: list[list[tuple[int, int]]] = [[]]  # tokens, each with the number of its word
     words: list[Word] = []
-    section = 0
+    section, comma = 0, -1  # comma: where the last one stands in the last context
     for fragment in parse(prompt):
-        if fragment.section != section:
-            section = fragment.section
-            if chunks[-1][0]:
-                chunks.append(([], []))
+        if fragment.section > section:
+            contexts += ([] for _ in range(fragment.section - section))
+            section, comma = fragment.section, -1
         for text, tokens in split(fragment.text):
-            if len(chunks[-1][0]) + len(tokens) > CONTEXT - 2 and len(tokens) <= CONTEXT - 2:
-                chunks.append(([], []))
-            columns = []
             for token in tokens:
-                if len(chunks[-1][0]) == CONTEXT - 2:
-                    chunks.append(([], []))
-                columns.append(CONTEXT * (len(chunks) - 1) + len(chunks[-1][0]) + 1)
-                chunks[-1][0].append(token)
-                chunks[-1][1].append(fragment.weight)
-            words.append(Word(text, tuple(columns), fragment.weight, fragment.section))
-    return [Chunk(tuple(tokens), tuple(weights)) for tokens, weights in chunks], words
+                filled = len(contexts[-1])
+                if filled == CONTEXT - 2:
+                    goes_on = text != "," and comma >= 0 and filled - comma <= BACKTRACK
+                    contexts.append(contexts[-1][comma + 1:] if goes_on else [])
+                    del contexts[-2][filled - len(contexts[-1]):]
+                    comma = -1
+                elif text == ",":
+                    comma = filled
+                contexts[-1].append((token, len(words)))
+            words.append(Word(text, (), fragment.weight, fragment.section))
+    columns: list[list[int]] = [[] for _ in words]
+    for number, context in enumerate(contexts):
+        for place, (_, word) in enumerate(context, 1):
+            columns[word].append(CONTEXT * number + place)
+    chunks = [Chunk(tuple(token for token, _ in context), tuple(words[word].weight for _, word in context))
+              for context in contexts]
+    return chunks, [replace(word, columns=tuple(own)) for word, own in zip(words, columns, strict=True)]
 
 
 def compose(words: Iterable[Word]) -> str:

@@ -29,6 +29,14 @@ def integers(seed: int, *key: object) -> random.Random:
     return random.Random(derive(seed, *key))
 
 
+def first_noise(shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    """The N(0, 1) noise of the base picture: what the WebUIs draw for the seed on the CPU, so that theirs is the same.
+
+    All else has keys of its own; see `normal`.
+    """
+    return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed))
+
+
 def normal(shape: tuple[int, ...], seed: int, *key: object) -> torch.Tensor:
     """N(0, 1) noise of `shape`, float32, on the CPU."""
     return torch.randn(shape, generator=generator(seed, *key))

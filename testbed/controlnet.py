@@ -19,7 +19,7 @@ from testbed.dataset import load_edges, load_shards
 from testbed.diffusion import Batches, Networks, arguments, mixed_precision, set_rate
 
 HINT = {"conditioning_embedding_out_channels": [8, 16, 24, 32]}
-RATE = 5e-4
+RATE = 1e-3
 DROPPED = 0.5
 #: Of these many shards edges are made, which takes as long as rendering them.
 SHARDS = 24
@@ -30,6 +30,17 @@ def trained_networks(run: Path) -> Networks:
     networks = Networks()
     networks.load_state_dict(torch.load(run / "diffusion.pt", weights_only=True)["average"]["weights"])
     return networks.eval().requires_grad_(False)
+
+
+def untrained(unet: Any) -> Any:
+    """A ControlNet that begins as the encoder of `unet`, and with residuals of zero.
+
+    The last layer of the edges' embedding is not zero, as it is in the paper and in diffusers: two zero layers in a row
+    get next to no gradients (after 1000 steps such a ControlNet still did not see its edges).
+    """
+    controlnet: Any = ControlNetModel.from_unet(unet, **HINT)
+    nn.init.kaiming_normal_(controlnet.controlnet_cond_embedding.conv_out.weight)
+    return controlnet
 
 
 def hints(bits: Tensor) -> Tensor:
@@ -46,7 +57,7 @@ def main() -> None:
     edges = load_edges(options.run, len(data.latents))
     batches = Batches(data, device, DROPPED)
     networks: Any = trained_networks(options.run).to(device)
-    controlnet: Any = ControlNetModel.from_unet(networks.unet, **HINT).requires_grad_(True).to(device)
+    controlnet: Any = untrained(networks.unet).requires_grad_(True).to(device)
     for module in (networks, controlnet):
         mixed_precision(module)
     optimizer = torch.optim.AdamW(controlnet.parameters(), lr=RATE, betas=(0.9, 0.99), weight_decay=1e-3)

@@ -55,13 +55,13 @@ def sample(host: StandaloneHost, captions: Sequence[str], first_seed: int, *, gu
     for begin in range(0, len(captions), batch):
         part = captions[begin:begin + batch]
         rows = Rows(host.encode_texts(part), [(0, 0)] * len(part), (side * CELL, side * CELL), guidance)
-        noise = torch.cat([seeds.normal((1, host.channels, side, side), first_seed + begin + number, "base")
+        noise = torch.cat([seeds.first_noise((1, host.channels, side, side), first_seed + begin + number)
                            for number in range(len(part))]).to(host.device)
         sigmas = host.solver.sigmas
         recorder = AttentionRecorder(host.cross_attention(), map_size(side, side, host.attention_halvings),
                                      host.cond_rows)
         with recorder:
             latents = host.solver.integrate(lambda x, sigma, rows=rows, **_: host.denoise(x, sigma[0], rows),
-                                            noise * (float(sigmas[0]) ** 2 + 1) ** 0.5, sigmas, 0)
+                                            noise * host.solver.noise_scale, sigmas, 0)
         found += [Base(host.decode(latent[None]), maps) for latent, maps in zip(latents, recorder.maps, strict=True)]
     return found

@@ -57,14 +57,11 @@ def test_columns_point_at_the_words_tokens(lengths, breaks):
     chunks, words = lay_out(prompt, letters)
     assert len(chunks) >= 1
     assert all(len(chunk.tokens) == len(chunk.weights) <= CONTEXT - 2 for chunk in chunks)
-    assert all(chunk.tokens for chunk in chunks) or not lengths
     assert [len(word.columns) for word in words] == lengths
     used = []
     for word in words:
         places = [divmod(column, CONTEXT) for column in word.columns]
         assert [chunks[chunk].tokens[place - 1] for chunk, place in places] == [ord(c) for c in word.text]
-        if len(places) <= CONTEXT - 2:
-            assert len({chunk for chunk, _ in places}) == 1
         used += places
     assert used == [(i, j + 1) for i, chunk in enumerate(chunks) for j in range(len(chunk.tokens))]
     by_section = {}
@@ -76,12 +73,27 @@ def test_columns_point_at_the_words_tokens(lengths, breaks):
 def test_long_prompts():
     for count, contexts in ((0, 1), (1, 1), (75, 1), (76, 2), (150, 2), (151, 3)):
         assert len(lay_out("x " * count, letters)[0]) == contexts
-    chunks, words = lay_out("x " * 74 + "yy z", letters)  # a word is not cut
-    assert [len(chunk.tokens) for chunk in chunks] == [74, 3]
-    assert words[74].columns == (78, 79)
-    chunks, _ = lay_out("x " + "y" * 160, letters)  # unless it has to be
-    assert [len(chunk.tokens) for chunk in chunks] == [75, 75, 11]
-    assert [len(chunk.tokens) for chunk in lay_out("x BREAK y BREAK", letters)[0]] == [1, 1]
+    chunks, words = lay_out("x " * 74 + "yy z", letters)  # the WebUI cuts words
+    assert [len(chunk.tokens) for chunk in chunks] == [75, 2]
+    assert words[74].columns == (75, 78)
+
+
+@pytest.mark.parametrize(("prompt", "lengths"), [
+    ("x BREAK y BREAK", [1, 1]),
+    ("BREAK x", [0, 1]),
+    ("x BREAK BREAK y", [1, 0, 1]),
+    ("x " * 60 + ", " + "y " * 20, [61, 20]),
+    ("x " * 55 + ", " + "y " * 20, [56, 20]),
+    ("x " * 54 + ", " + "y " * 22, [75, 2]),  # more than 20 tokens after the comma
+    ("x " * 74 + ", " + "y " * 3, [75, 3]),
+    ("x " * 75 + ", " + "y " * 3, [75, 4]),  # a comma itself has nothing to go back for
+    ("x " * 70 + ", BREAK " + "y " * 76, [71, 75, 1]),  # nor does one count that stands in another context
+])
+def test_commas_and_breaks_divide_a_prompt_as_in_the_webui(prompt, lengths):
+    chunks, words = lay_out(prompt, letters)
+    assert [len(chunk.tokens) for chunk in chunks] == lengths
+    tokens = [chunks[column // CONTEXT].tokens[column % CONTEXT - 1] for word in words for column in word.columns]
+    assert "".join(map(chr, tokens)) == "".join(prompt.replace("BREAK", "").split())
 
 
 _WEIGHTS = st.sampled_from([1.0, 1.1, 1.21, 1 / 1.1, 0.5, 1.1**5, 1e-5, 12345.0, 0.0, -1.0])

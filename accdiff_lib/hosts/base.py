@@ -73,6 +73,8 @@ class Solver(Protocol):
     name: str
     #: [N + 1], descending, float32 on the CPU; the last is 0.
     sigmas: Tensor
+    #: Standard deviation of the noise that a picture without a predecessor begins with.
+    noise_scale: float
     #: Adds noise of its own at every step (ancestral and SDE samplers).
     stochastic: bool
 

@@ -184,12 +184,16 @@ def schedule(name: str, steps: int, levels: NoiseLevels) -> Tensor:
 class KSolver:
     """A k-diffusion sampler with its schedule; implements base.Solver."""
 
-    def __init__(self, sampler: str, sigmas: Tensor) -> None:
-        """`sigmas` [N + 1]: falling, the last 0. Raises InputError for an unknown sampler."""
+    def __init__(self, sampler: str, sigmas: Tensor, noise_scale: float | None = None) -> None:
+        """`sigmas` [N + 1]: falling, the last 0; `noise_scale` is the first of them unless given.
+
+        Raises InputError for an unknown sampler.
+        """
         self._sampler = find_sampler(sampler)
         self.name = self._sampler.name
         self.stochastic = self._sampler.noise != "none"
         self.sigmas = sigmas.detach().to("cpu", torch.float32)
+        self.noise_scale = float(self.sigmas[0]) if noise_scale is None else noise_scale
 
     def integrate(self, model: Denoiser, x: Tensor, sigmas: Tensor, seed: int,
                   callback: Callback | None = None) -> Tensor:
@@ -246,5 +250,11 @@ def brownian_noise(x: Tensor, sigmas: Tensor, seed: int, sampler: str) -> Callab
 
 
 def solver(sampler: str, scheduler: str, steps: int, levels: NoiseLevels) -> KSolver:
-    """The sampler and schedule a user chose. Raises InputError."""
-    return KSolver(sampler, schedule(scheduler, steps, levels))
+    """The sampler and schedule a user chose. Raises InputError.
+
+    Pictures begin as the schedule's origin has it: a WebUI's with the first noise level, diffusers' ("Leading") with
+    the variance that a picture of unit variance would have there.
+    """
+    sigmas = schedule(scheduler, steps, levels)
+    first = float(sigmas[0])
+    return KSolver(sampler, sigmas, (first ** 2 + 1) ** 0.5 if find_scheduler(scheduler) == "Leading" else first)

@@ -95,10 +95,12 @@ class _WebUISampler:
 
     name: str
     sigmas: Tensor
+    noise_scale: float
 
     def __init__(self, name: str, sampler: Any, view: Any, steps: int) -> None:
         self.name, self._sampler, self._view, self._steps = name, sampler, view, steps
         self.sigmas = self._schedule()
+        self.noise_scale = float(self.sigmas[0])
         self.stochastic = self._draws_noise()
 
     def _schedule(self) -> Tensor:

@@ -67,6 +67,7 @@ class Outline:
     def __init__(self, sampler: str, scheduler: str, steps: int) -> None:
         self.name = sampler
         self.sigmas = noise_levels(scheduler, sampler, steps)
+        self.noise_scale = float(self.sigmas[0])
         self._trial = _TRIALS.get(sampler.lower())
 
     def integrate(self, model: Callable[..., Tensor], x: Tensor, sigmas: Tensor, seed: int,

@@ -130,12 +130,17 @@ class WebUI:
 
     # Generating
 
+    @staticmethod
+    def request(**more: Any) -> dict[str, Any]:
+        """The request of a small picture in few steps."""
+        return {"prompt": "a red ball and a blue box on snow, night sky", "negative_prompt": "blurry", "seed": 3,
+                "steps": 6, "width": BASE, "height": BASE, "cfg_scale": 5, "sampler_name": "DPM++ 2M",
+                "scheduler": "Karras", "do_not_save_samples": True, "do_not_save_grid": True, "save_images": False,
+                **more}
+
     def body(self, options: Any = None, **more: Any) -> dict[str, Any]:
-        """A request: a small picture in few steps, and AccDiffusion when `options` is given (a dict or a list)."""
-        request: dict[str, Any] = {
-            "prompt": "a red ball and a blue box on snow, night sky", "negative_prompt": "blurry", "seed": 3,
-            "steps": 6, "width": BASE, "height": BASE, "cfg_scale": 5, "sampler_name": "DPM++ 2M",
-            "scheduler": "Karras", "do_not_save_samples": True, "do_not_save_grid": True, "save_images": False, **more}
+        """A request, with AccDiffusion when `options` is given (a dict or a list)."""
+        request = self.request(**more)
         if request.get("enable_hr"):
             # Forge's own fields, without which it refuses, or takes another CFG scale for the second pass.
             for name, value in (("hr_additional_modules", ["Use same choices"]), ("hr_cfg", request["cfg_scale"])):
