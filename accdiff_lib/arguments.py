@@ -33,6 +33,9 @@ GENERAL: dict[str, Option] = {row.name: row for row in (
     Option("device", "device", "Where the model runs: auto, cpu, cuda, cuda:1, mps, ...", "auto", "model"),
     Option("dtype", "precision", "Precision of the model; auto is float16 on CUDA and float32 elsewhere.", "auto",
            "model", choices=("auto", "float32", "float16", "bfloat16")),
+    Option("offload", "offload", "Keep networks in main memory while they have nothing to do; auto does where the "
+           "device's memory is too small for all of them. The picture stays the same.", "auto", "model",
+           choices=("auto", "on", "off")),
 )}
 
 #: Flags that are not made from the option's name: --controlnet names the file of the ControlNet.

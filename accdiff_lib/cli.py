@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # torch takes seconds to import; --help and typing mistakes a
     from accdiff_lib.extrapolate import Result
     from accdiff_lib.hosts.base import Picture
     from accdiff_lib.hosts.loading import Models, ModelShape
+    from accdiff_lib.hosts.memory import Need
     from accdiff_lib.hosts.standalone import StandaloneHost
     from accdiff_lib.output import Folder
     from accdiff_lib.report import Terminal
@@ -73,6 +74,18 @@ class Job:
     def stage_solver(self) -> tuple[str, str, int]:
         """Sampler, schedule and steps of the stages."""
         return _stage_solver(self.general, self.settings)
+
+    @property
+    def need(self) -> Need:
+        """Device memory."""
+        from accdiff_lib.hosts import memory
+
+        seen = [self.plan.base] + [size for stage in self.plan.stages for size in (stage.window, stage.view_size)]
+        return memory.need(self.model.weights, unet_width=self.model.unet["block_out_channels"][0],
+                           vae_width=self.model.vae["block_out_channels"][0], itemsize=self.dtype.itemsize,
+                           window=max(height * width for height, width in seen),
+                           canvas=self.plan.pixels[0] * self.plan.pixels[1] // CELL**2,
+                           vae_itemsize=self.model.vae_dtype(self.dtype).itemsize)
 
     @property
     def folder(self) -> Folder:
@@ -215,14 +228,21 @@ def dry_run(job: Job) -> int:
     if job.arguments.json:
         parts = [{**report.as_json(part), "tflop": round(cost, 6)} for part, cost in zip(job.parts, costs, strict=True)]
         total = {key: sum(part[key] for part in parts) for key in ("unet", "controlnet", "tflop")}
-        _print_json({**_described(job), "dry_run": True, "parts": parts, "total": total})
+        _print_json({**_described(job), "dry_run": True, "parts": parts, "total": total, "memory": {
+            "resident": job.need.resident, "offloaded": job.need.offloaded}})
         return DONE
     (base_height, base_width), (height, width) = (tuple(CELL * side for side in job.plan.base), job.plan.pixels)
     print(f"model {job.model.name}: {base_width}x{base_height} to {width}x{height}, {job.general['sampler']}, "
           f"{job.general['scheduler']}, {job.settings.method}\n")
     print(report.table(job.parts, costs, job.general["batch"]))
     print("\nUNet and ControlNet: latents evaluated, with the unconditional ones. TFLOP: those and the VAE's decodes.")
+    print(f"Device memory, estimated: at least {_gib(job.need.resident)}, with --offload on "
+          f"{_gib(job.need.offloaded)}.")
     return DONE
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2g} GiB" if size > 2**28 else f"{size / 2**20:.0f} MiB"
 
 
 def _teraflop(job: Job, part: PartCost) -> float:
@@ -251,13 +271,14 @@ def run(job: Job) -> int:
 
     begin = time.perf_counter()
     given = job.arguments
-    models = load(given.model, vae=given.vae, controlnet=given.controlnet, config=given.config, device=job.device,
-                  dtype=job.dtype)
+    offload = _offloads(job)
+    models = load(given.model, vae=given.vae, controlnet=given.controlnet, config=given.config,
+                  device="cpu" if offload else job.device, dtype=job.dtype)
     # With --json the object is all that stdout gets.
     lines = sys.stderr if given.json else sys.stdout
     terminal = Terminal(job.parts, job.general["batch"], lines, sys.stderr)
     try:
-        host = _host(job, models, terminal)
+        host = _host(job, models, terminal, offload)
         if job.settings.uses_controlnet and job.plan.stages and not host.has_control:
             terminal.comment("no ControlNet is loaded, so edges do not guide the windows (give --controlnet PATH, or "
                              "--no-use-controlnet)")
@@ -280,7 +301,16 @@ def run(job: Job) -> int:
     return code
 
 
-def _host(job: Job, models: Models, terminal: Terminal) -> StandaloneHost:
+def _offloads(job: Job) -> bool:
+    """Whether networks leave the device while they have nothing to do."""
+    from accdiff_lib.hosts.memory import free_bytes
+
+    if job.device.type == "cpu" or job.general["offload"] != "auto":
+        return job.general["offload"] == "on"
+    return job.need.resident > free_bytes(job.device)
+
+
+def _host(job: Job, models: Models, terminal: Terminal, offload: bool) -> StandaloneHost:
     from accdiff_lib.hosts.standalone import StandaloneHost
 
     general = job.general
@@ -289,7 +319,7 @@ def _host(job: Job, models: Models, terminal: Terminal) -> StandaloneHost:
         models, prompt=job.arguments.prompt, negative=general["negative"], progress=terminal,
         sampler=general["sampler"], scheduler=general["scheduler"], steps=general["steps"],
         stage_sampler=sampler, stage_scheduler=scheduler, stage_steps=steps, vae_tile=job.settings.vae_tile,
-        device=job.device, dtype=job.dtype)
+        device=job.device, dtype=job.dtype, offload=offload)
 
 
 def _one(job: Job, terminal: Terminal, host: StandaloneHost, extrapolation: Any,

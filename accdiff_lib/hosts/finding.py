@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from accdiff_lib.hosts import names
@@ -41,6 +43,12 @@ class ModelShape:
     vae: dict[str, Any]
     controlnet: dict[str, Any] | None
     alphas_cumprod: Tensor = field(compare=False, repr=False)  # [1000] float64
+    #: How many numbers each network's weights have: unet, vae, text_encoder, text_encoder_2, controlnet.
+    weights: dict[str, int] = field(default_factory=dict)
+
+    def vae_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The VAE's precision in a model of precision `dtype`."""
+        return torch.float32 if dtype == torch.float16 and self.vae.get("force_upcast", True) else dtype
 
 
 @dataclass
@@ -54,6 +62,11 @@ class Part:
     places: Callable[[nn.Module], dict[str, Place]]
     prefix: str = ""
     closed: bool = False
+
+    @property
+    def weights(self) -> int:
+        """How many numbers its weights have."""
+        return sum(prod(shape) for name, shape in self.file.shapes.items() if name.startswith(self.prefix))
 
 
 @dataclass
@@ -84,7 +97,8 @@ def find(model: str | Path | None, vae: str | Path | None, controlnet: str | Pat
     if controlnet is not None:
         found.parts["controlnet"] = _find_controlnet(Given("--controlnet", Path(controlnet)), found.shape.unet)
     added = found.parts.get("controlnet")
-    found.shape = replace(found.shape, vae=part.config, controlnet=added.config if added else None)
+    found.shape = replace(found.shape, vae=part.config, controlnet=added.config if added else None,
+                          weights={key: part.weights for key, part in found.parts.items()})
     return found
 
 

@@ -60,9 +60,8 @@ def load(model: str | Path | None, *, vae: str | Path | None = None, controlnet:
     """
     found = find(model, vae, controlnet, config)
     shape = found.shape
-    upcast = dtype == torch.float16 and shape.vae.get("force_upcast", True)
     with _quiet():
-        built = {key: _build(key, part, torch.float32 if key == "vae" and upcast else dtype, device)
+        built = {key: _build(key, part, shape.vae_dtype(dtype) if key == "vae" else dtype, device)
                  for key, part in found.parts.items()}
     encoders: list[Any] = [built[key] for key in ("text_encoder", "text_encoder_2") if key in built]
     tokenizers = [load_tokenizer(folder) for folder in found.tokenizers]

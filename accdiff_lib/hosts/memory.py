@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
@@ -12,6 +13,10 @@ import torch
 ROW_NUMBERS = 64
 #: The same of a VAE decode, per pixel and channel of its last block: maps of twice its channels, some in float32.
 VAE_NUMBERS = 10
+#: Of a cell in the dozen float32 tensors of four channels that the canvas consists of.
+CANVAS_BYTES = 12 * 4 * 4
+#: Latent cells of a VAE tile's side where the whole does not fit.
+TILE = 64
 #: Share of the free memory to plan with.
 SHARE = 0.8
 #: More rows at once make a GPU no faster.
@@ -53,6 +58,10 @@ class RowMemory:
             self._peak = max(self._peak, torch.cuda.max_memory_allocated(self._device))
         return self._peak
 
+    def pair_fits(self, height: int, width: int) -> bool:
+        """Whether a row and its unconditional half can be computed together."""
+        return 2 * self._measured.get((height, width), self._per_cell * height * width) <= free_bytes(self._device)
+
     def fit(self, height: int, width: int) -> int:
         """How many rows of height x width cells fit now, each with its unconditional half; at least 1."""
         each = self._measured.get((height, width), self._per_cell * height * width)
@@ -73,10 +82,47 @@ class RowMemory:
         self._measured[height, width] = max(each, self._measured.get((height, width), 0.0))
 
 
+@dataclass(frozen=True)
+class Need:
+    """The device memory in bytes that a run takes at least, estimated."""
+
+    #: The networks' weights: text encoders, UNet and ControlNet, VAE.
+    text: int
+    unet: int
+    vae: int
+    #: What one row of the UNet takes besides, the canvas, and one tile of the VAE.
+    row: int
+    canvas: int
+    tile: int
+
+    @property
+    def resident(self) -> int:
+        """With all networks on the device."""
+        return self.text + self.unet + self.vae + self.canvas + max(2 * self.row, self.tile)
+
+    @property
+    def offloaded(self) -> int:
+        """With only those at work on the device."""
+        return self.canvas + max(self.text, self.unet + self.row, self.vae + self.tile)
+
+
+def need(weights: Mapping[str, int], *, unet_width: int, vae_width: int, window: int, canvas: int, itemsize: int,
+         vae_itemsize: int) -> Need:
+    """What a run needs: `weights` in numbers by network, widths in channels of the outermost blocks, latent cells of
+    the largest `window` that the UNet sees and of the largest `canvas`, item sizes in bytes of a number."""
+    return Need(itemsize * (weights["text_encoder"] + weights.get("text_encoder_2", 0)),
+                itemsize * (weights["unet"] + weights.get("controlnet", 0)), vae_itemsize * weights["vae"],
+                ROW_NUMBERS * unet_width * itemsize * window, CANVAS_BYTES * canvas,
+                _vae_bytes(TILE, TILE, vae_width, vae_itemsize))
+
+
+def _vae_bytes(height: int, width: int, channels: int, itemsize: int) -> int:
+    return VAE_NUMBERS * channels * itemsize * 64 * height * width
+
+
 def vae_tile(device: torch.device, height: int, width: int, channels: int, itemsize: int) -> int:
-    """The tile for a latent of height x width cells: 0 (all at once) where memory allows, else 64.
+    """The tile for a latent of height x width cells: 0 (all at once) where memory allows, else TILE.
 
     `channels`: of the VAE's outermost blocks; `itemsize`: bytes of a number.
     """
-    needed = VAE_NUMBERS * channels * itemsize * 64 * height * width
-    return 0 if needed <= free_bytes(device) else 64
+    return 0 if _vae_bytes(height, width, channels, itemsize) <= free_bytes(device) else TILE

@@ -15,6 +15,7 @@ from accdiff_lib.hosts.base import Progress, Rows, Solver
 from accdiff_lib.hosts.hints import HintEmbeddings
 from accdiff_lib.hosts.noise import NoiseLevels
 from accdiff_lib.hosts.prediction import denoised, rescaled
+from accdiff_lib.hosts.residency import Residency
 from accdiff_lib.hosts.samplers import solver
 from accdiff_lib.hosts.text import TextEmbedding, TextEncoder
 from accdiff_lib.hosts.vae_runner import VaeRunner
@@ -24,8 +25,13 @@ if TYPE_CHECKING:
     from accdiff_lib.hosts.loading import Models
 
 
+#: The halves of a UNet batch with CFG.
+GUIDED = ("uncond", "cond")
+
+
 class StandaloneHost:
-    """Implements base.Host. The networks must be on `device` already and stay as they are.
+    """Implements base.Host. The networks must be on `device` already and stay as they are; with `offload` they may be
+    on the CPU, and go to the device for as long as they are at work.
 
     Only a half-precision VAE that makes NaN is in float32 while it is run again.
     """
@@ -36,7 +42,7 @@ class StandaloneHost:
     def __init__(self, models: Models, *, prompt: str, negative: str, progress: Progress, sampler: str, scheduler: str,
                  steps: int, stage_sampler: str | None = None, stage_scheduler: str | None = None,
                  stage_steps: int | None = None, vae_tile: int = 0, device: str | torch.device = "cpu",
-                 dtype: torch.dtype = torch.float32) -> None:
+                 dtype: torch.dtype = torch.float32, offload: bool = False) -> None:
         """`prompt` and `negative` decide how many contexts of 77 tokens every text of the generation takes.
 
         Stages use the base pass's sampler, schedule and steps unless told otherwise. `vae_tile` is in latent cells, 0
@@ -65,7 +71,9 @@ class StandaloneHost:
                                  tile=vae_tile, width=self._vae.config["block_out_channels"][0])
         self._memory = memory.RowMemory(self.device, self._unet.config["block_out_channels"][0], dtype.itemsize)
         self._hints = HintEmbeddings(self._controlnet, self.device, self.dtype)
-        self._guided = True
+        self._residency = Residency(models.modules(), self.device, offload=offload)
+        #: Parts of the batch that the UNet sees: "uncond", "cond".
+        self._halves: tuple[str, ...] = GUIDED
 
     # Text and noise levels
 
@@ -79,43 +87,49 @@ class StandaloneHost:
 
     def encode_texts(self, prompts: Sequence[str]) -> list[TextEmbedding]:
         """See base.Host."""
+        self._residency.use(*self.models.text_encoders)
         return self._encoder.encode(prompts, self._negative, self._contexts)
 
     # Model
 
     @torch.no_grad()
     def denoise(self, x: Tensor, sigma: Tensor, rows: Rows) -> Tensor:
-        """See base.Host. With CFG the UNet's batch is [uncond rows, cond rows]; at guidance 1 the cond rows only."""
-        self._guided = rows.guidance != 1
+        """See base.Host. With CFG the UNet's batch is [uncond rows, cond rows], or one after the other where memory is
+        short; at guidance 1 the cond rows only."""
+        guided = rows.guidance != 1
         level = float(sigma)
-        batch = len(rows) * (2 if self._guided else 1)
-        latent = (x.float() / (level**2 + 1) ** 0.5).to(self.dtype).repeat(batch // len(rows), 1, 1, 1)
-        with self._memory.measured(batch, *x.shape[-2:]):
-            output = self._predict(latent, self._levels.timestep(level), rows).float()
-        if self._guided:
+        latent = (x.float() / (level**2 + 1) ** 0.5).to(self.dtype)
+        self._residency.use(self._unet, self._controlnet if _has_hint(rows) else None, keep=self._controlnet)
+        if guided and len(rows) == 1 and not self._memory.pair_fits(*x.shape[-2:]):
+            output = torch.cat([self._predict(latent, level, rows, (half,)) for half in GUIDED])
+        else:
+            output = self._predict(latent, level, rows, GUIDED if guided else ("cond",))
+        if guided:
             uncond, cond = output.chunk(2)
             output = uncond + rows.guidance * (cond - uncond)
             if rows.rescale > 0:
                 output = rescaled(output, cond, rows.rescale)
         return denoised(x.float(), level, output, self.models.prediction).to(x.dtype)
 
-    def _predict(self, latent: Tensor, timestep: float, rows: Rows) -> Tensor:
-        """The UNet's output [B, C, h, w] for scaled latents [B, C, h, w], B being M or (with CFG) 2 M."""
-        inputs: dict[str, Any] = self._conditioning(rows)
-        t = torch.full((len(latent),), timestep, device=self.device)
-        if rows.hint is not None and rows.strength > 0:
-            if self._controlnet is None:
-                raise InputError("The window's structure was given, but no ControlNet is loaded.")
-            with self._hints.ready(rows) as hint:
-                down, middle = self._controlnet(
-                    latent, t, controlnet_cond=hint.repeat(len(latent) // len(rows), 1, 1, 1), guess_mode=False,
-                    conditioning_scale=rows.strength, return_dict=False, **inputs)
-            inputs.update(down_block_additional_residuals=down, mid_block_additional_residual=middle)
-        return self._unet(latent, t, return_dict=False, **inputs)[0]
+    def _predict(self, latent: Tensor, level: float, rows: Rows, halves: tuple[str, ...]) -> Tensor:
+        """The UNet's output [B, C, h, w], float32, for scaled latents [M, C, h, w]: B is M times the `halves`."""
+        self._halves = halves
+        latent = latent.repeat(len(halves), 1, 1, 1)
+        with self._memory.measured(len(latent), *latent.shape[-2:]):
+            inputs: dict[str, Any] = self._conditioning(rows, halves)
+            t = torch.full((len(latent),), self._levels.timestep(level), device=self.device)
+            if _has_hint(rows):
+                if self._controlnet is None:
+                    raise InputError("The window's structure was given, but no ControlNet is loaded.")
+                with self._hints.ready(rows) as hint:
+                    down, middle = self._controlnet(
+                        latent, t, controlnet_cond=hint.repeat(len(halves), 1, 1, 1), guess_mode=False,
+                        conditioning_scale=rows.strength, return_dict=False, **inputs)
+                inputs.update(down_block_additional_residuals=down, mid_block_additional_residual=middle)
+            return self._unet(latent, t, return_dict=False, **inputs)[0].float()
 
-    def _conditioning(self, rows: Rows) -> dict[str, Any]:
+    def _conditioning(self, rows: Rows, halves: Sequence[str]) -> dict[str, Any]:
         """Text and, for SDXL, pooled text and sizes: of the unconditional rows (with CFG), then the conditional."""
-        halves = ("uncond", "cond") if self._guided else ("cond",)
         inputs: dict[str, Any] = {"encoder_hidden_states": self._stack(rows, halves)}
         if self.models.family == "sdxl":
             sizes = [(*rows.canvas, *origin, *rows.canvas) for origin in rows.origins] * len(halves)
@@ -136,7 +150,8 @@ class StandaloneHost:
 
     def cond_rows(self, batch: int) -> slice:
         """See base.Host."""
-        return slice(batch // 2 if self._guided else 0, batch)
+        uncond = batch * ("uncond" in self._halves) // len(self._halves)
+        return slice(uncond, batch)
 
     def rows_that_fit(self, height: int, width: int) -> int:
         """See base.Host."""
@@ -157,8 +172,14 @@ class StandaloneHost:
 
     def decode(self, latent: Tensor, *, interruptible: bool = True) -> np.ndarray:
         """See base.Host."""
+        self._residency.use(self._vae)
         return self._runner.decode(latent, interruptible=interruptible)
 
     def encode_image(self, image: np.ndarray) -> Tensor:
         """See base.Host: the mean of the posterior, so that the same picture gives the same latent."""
+        self._residency.use(self._vae)
         return self._runner.encode(image)
+
+
+def _has_hint(rows: Rows) -> bool:
+    return rows.hint is not None and rows.strength > 0

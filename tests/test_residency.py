@@ -1,0 +1,129 @@
+"""Networks leave the device while they have nothing to do; what a run needs; nothing of it changes the picture."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from accdiff_lib import cli
+from accdiff_lib.attention import AttentionRecorder, map_size
+from accdiff_lib.hosts import memory
+from accdiff_lib.hosts.base import Rows
+from accdiff_lib.hosts.loading import load
+from accdiff_lib.hosts.residency import Residency
+from accdiff_lib.hosts.standalone import StandaloneHost
+
+
+class Network(nn.Module):
+    """Keeps account of where it was sent; "meta" is the only device besides the CPU that is everywhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.moves: list[str] = []
+
+    def to(self, device):
+        self.moves.append(str(device))
+        self.weight = nn.Parameter(torch.zeros(1, device=device))
+        return self
+
+
+@pytest.fixture
+def networks():
+    return [Network() for _ in range(3)]
+
+
+def places(networks):
+    return [network.weight.device.type for network in networks]
+
+
+def test_only_what_works_is_on_the_device(networks):
+    text, unet, control = networks
+    residency = Residency(networks, torch.device("meta"), offload=True)
+    residency.use(text)
+    assert places(networks) == ["meta", "cpu", "cpu"]
+    residency.use(unet, None, keep=control)  # what is kept is not brought
+    assert places(networks) == ["cpu", "meta", "cpu"]
+    residency.use(unet, control, keep=control)
+    residency.use(unet, None, keep=control)
+    assert places(networks) == ["cpu", "meta", "meta"]
+    residency.use(text)
+    assert places(networks) == ["meta", "cpu", "cpu"]
+    assert control.moves == ["meta", "cpu"]
+
+
+@pytest.mark.parametrize(("device", "offload"), [("meta", False), ("cpu", True)])
+def test_otherwise_nothing_moves(networks, device, offload):
+    Residency(networks, torch.device(device), offload=offload).use(networks[0])
+    assert not any(network.moves for network in networks)
+
+
+@pytest.fixture(scope="module")
+def models():
+    return load(None)
+
+
+def host(models, **more):
+    return StandaloneHost(models, prompt="a red ball", negative="blurry", sampler="Euler", scheduler="Normal", steps=2,
+                          progress=SimpleNamespace(interrupted=False, skipped=False), **more)
+
+
+def test_each_work_asks_for_its_networks(models, monkeypatch):
+    """What is asked for, and that the text encoders, UNet, ControlNet and VAE are all that is ever used."""
+    asked = []
+    monkeypatch.setattr(Residency, "use", lambda self, *needed, keep=None: asked.append(needed))
+    one = host(models, offload=True)
+    text = one.encode_texts(["a red ball"])
+    rows = Rows(text, [(0, 0)], (256, 256), 5.0)
+    x, sigma = torch.zeros(1, 4, 32, 32), torch.tensor(1.0)
+    one.denoise(x, sigma, rows)
+    one.denoise(x, sigma, Rows(text, [(0, 0)], (256, 256), 5.0, hint=torch.zeros(1, 3, 256, 256), strength=0.5))
+    one.decode(x)
+    one.encode_image(torch.zeros(256, 256, 3, dtype=torch.uint8).numpy())
+    assert asked == [tuple(models.text_encoders), (models.unet, None), (models.unet, models.controlnet), (models.vae,),
+                     (models.vae,)]
+
+
+def test_the_halves_of_cfg_one_after_the_other_give_the_same(models, monkeypatch):
+    def seen():
+        one = host(models)
+        rows = Rows(one.encode_texts(["a red ball"]), [(0, 0)], (256, 256), 5.0,
+                    hint=torch.ones(1, 3, 256, 256), strength=0.5)
+        with AttentionRecorder(one.cross_attention(), map_size(32, 32, one.attention_halvings),
+                               one.cond_rows) as recorder:
+            x = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(0))
+            return one.denoise(x, torch.tensor(3.0), rows), recorder.maps
+
+    batches = []
+    handle = models.unet.register_forward_pre_hook(lambda _, args: batches.append(len(args[0])))
+    together = seen()
+    monkeypatch.setattr(memory.RowMemory, "pair_fits", lambda *_: False)
+    apart = seen()
+    handle.remove()
+    assert batches == [2, 1, 1]
+    for one, other in zip(together, apart, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_the_need_counts_every_weight(models):
+    job = cli.prepare(["x", "--scale", "2", "--dtype", "float32", "--dry-run"])
+    numbers = {id(module): sum(value.numel() for value in module.parameters()) for module in models.modules()}
+    assert sum(job.model.weights.values()) == sum(numbers.values())
+    need = job.need
+    assert need.unet == 4 * sum(numbers[id(module)] for module in (models.unet, models.controlnet))
+    assert need.text + need.vae + need.unet < need.resident
+    assert max(need.unet, need.vae, need.text) < need.offloaded < need.resident
+
+
+@pytest.mark.parametrize(("free", "flag", "expected"), [
+    (10**12, "auto", False), (10**6, "auto", True), (10**12, "on", True), (10**6, "off", False)])
+def test_networks_are_kept_off_a_device_that_is_too_small(monkeypatch, free, flag, expected):
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free)
+    job = cli.prepare(["x", "--offload", flag, "--dry-run"])
+    object.__setattr__(job, "device", torch.device("meta"))
+    assert cli._offloads(job) is expected
+    object.__setattr__(job, "device", torch.device("cpu"))
+    assert cli._offloads(job) is (flag == "on")
