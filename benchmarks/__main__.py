@@ -4,7 +4,8 @@ Makes one picture at each scale in several ways, in one run on one device: by th
 (benchmarks/literal.py), and with the presets *Paper*, *Balanced* and *Fast*. For each: seconds, evaluations of the
 networks, the speed-up over the literal schedule, the relative L2 distance of the final latent to the literal one, the
 engine's own share of the time, peak memory; with the embedded model also sharpness relative to the literal picture and
-the things in it. Then how the work grows from 2x to 8x, by the plan. The last line is one JSON object.
+the things in it. Then how the work grows from 2x to 8x, and what memory SDXL needs, by the plan. The last line is one
+JSON object.
 
 `--model embedded` (the CPU's default) measures the built-in model, `--model sdxl` (CUDA's default) full-size SDXL
 networks with random weights in float16.
@@ -16,6 +17,7 @@ import argparse
 import json
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,8 @@ from accdiff_lib.hosts.loading import load
 from accdiff_lib.settings import make
 from accdiff_lib.webui.outline import Generation, cost
 from benchmarks import device as devices
-from benchmarks.full_size import random_sdxl
+from benchmarks.figure import draw
+from benchmarks.full_size import least_memory, random_sdxl
 from benchmarks.measure import GUIDANCE, SAMPLER, SCHEDULER, STEPS, WAYS, Run, measure
 from testbed.counting import find
 from testbed.quality.metrics import detail
@@ -76,7 +79,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS, help="of the base pass, and at most of a stage "
                         "(default: %(default)s)")
     parser.add_argument("--ways", nargs="+", choices=tuple(WAYS), default=list(WAYS))
-    parser.add_argument("--out", type=Path, help="folder for the figures as JSON and, with matplotlib, as a diagram")
+    parser.add_argument("--out", type=Path, help="folder for performance.json and, with matplotlib, performance.png")
     given = parser.parse_args()
     device = torch.device("cuda" if cuda else "cpu")
     dtype = torch.float16 if cuda and given.model == "sdxl" else torch.float32
@@ -102,15 +105,22 @@ def main() -> None:
         "unet_throughput": round(max(record["unet"] / record["inside"]["UNet"] for record in records) / rate, 3),
         "best_unet_batch": batch, "matmul_tflops": round(devices.matmul_tflops(device, dtype), 3),
         "networks_tflops": round(last["tflop"] / inside, 3), "runs": records,
-        "growth": growth(int(models.unet.config["sample_size"]))}  # type: ignore[attr-defined]
+        "growth": growth(int(models.unet.config["sample_size"])),  # type: ignore[attr-defined]
+        "sdxl_memory_estimated": [least_memory(side, controlnet) for side in (2048, 4096, 8192)
+                                  for controlnet in (False, True)]}
     print(f"{given.model}, {given.steps} steps, {summary['device']}, torch {torch.__version__}\n")
     print(table(records))
     print("\nWork in base pictures:\n")
     print("\n".join(f"{row['way']:>14} " + " ".join(f"{name} {value:8}" for name, value in row.items() if name != "way")
                     for row in summary["growth"]))
+    print("\nGiB of device memory that SDXL in float16 needs at least, estimated:\n")
+    print("\n".join("  ".join(f"{name} {value}" for name, value in row.items())
+                    for row in summary["sdxl_memory_estimated"]))
     if given.out:
         given.out.mkdir(parents=True, exist_ok=True)
         (given.out / "performance.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        with suppress(ImportError):
+            draw(summary, given.out / "performance.png")
     print(json.dumps(summary))
 
 

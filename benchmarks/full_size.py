@@ -12,26 +12,30 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 import accdiff_lib
+from accdiff_lib.hosts import memory
 from accdiff_lib.hosts.loading import EMBEDDED, Models, alphas_cumprod, load_tokenizer
+from accdiff_lib.plan import CELL
 
 CONFIGS = Path(accdiff_lib.__file__).parent / "configs" / "sdxl"
 
 
+def least_memory(side: int, controlnet: bool) -> dict[str, Any]:
+    """What a picture of side x side pixels needs at least in float16, with all networks on the device or (`--offload`)
+    those at work; estimated (accdiff_lib.hosts.memory)."""
+    weights = {name: sum(parameter.numel() for parameter in module.parameters())
+               for name, module in _networks(controlnet).items()}
+    unet, vae = _config("unet"), _config("vae")
+    need = memory.need(weights, unet_width=unet["block_out_channels"][0], vae_width=vae["block_out_channels"][0],
+                       window=unet["sample_size"] ** 2, canvas=(side // CELL) ** 2, itemsize=2, vae_itemsize=4)
+    return {"size": f"{side}x{side}", "controlnet": controlnet, "resident": round(need.resident / 2**30, 1),
+            "offloaded": round(need.offloaded / 2**30, 1)}
+
+
 def random_sdxl(device: torch.device, dtype: torch.dtype, *, controlnet: bool = True) -> Models:
     """SDXL's UNet, VAE, text encoders and a ControlNet of the UNet's shape; N(0, 0.02) weights, fixed seed."""
-    unet_config = _config("unet")
-    parts: dict[str, Any] = {
-        "unet": (UNet2DConditionModel, unet_config), "vae": (AutoencoderKL, _config("vae")),
-        "text_encoder": (CLIPTextModel, CLIPTextConfig(**_config("text_encoder"))),
-        "text_encoder_2": (CLIPTextModelWithProjection, CLIPTextConfig(**_config("text_encoder_2")))}
-    if controlnet:
-        names = ("in_channels", "down_block_types", "block_out_channels", "layers_per_block", "cross_attention_dim",
-                 "transformer_layers_per_block", "attention_head_dim", "use_linear_projection", "addition_embed_type",
-                 "addition_time_embed_dim", "projection_class_embeddings_input_dim")
-        parts["controlnet"] = (ControlNetModel, {name: unet_config[name] for name in names if name in unet_config})
     # The VAE in float32: real ones overflow in float16, and so may random ones.
-    made = {name: _random(kind, config, torch.float32 if name == "vae" else dtype, device)
-            for name, (kind, config) in parts.items()}
+    made = {name: _random(module, torch.float32 if name == "vae" else dtype, device)
+            for name, module in _networks(controlnet).items()}
     tokenizers = [load_tokenizer(EMBEDDED / name) for name in ("tokenizer", "tokenizer_2")]
     return Models(family="sdxl", name="random SDXL", unet=made["unet"], vae=made["vae"],
                   text_encoders=[made["text_encoder"], made["text_encoder_2"]], tokenizers=tokenizers,
@@ -42,9 +46,24 @@ def _config(name: str) -> dict[str, Any]:
     return json.loads((CONFIGS / name / "config.json").read_text())
 
 
-def _random(kind: Any, config: Any, dtype: torch.dtype, device: torch.device) -> Any:
+def _networks(controlnet: bool) -> dict[str, nn.Module]:
+    """The networks by name, without weights."""
+    unet_config = _config("unet")
+    parts: dict[str, Any] = {
+        "unet": (UNet2DConditionModel, unet_config), "vae": (AutoencoderKL, _config("vae")),
+        "text_encoder": (CLIPTextModel, CLIPTextConfig(**_config("text_encoder"))),
+        "text_encoder_2": (CLIPTextModelWithProjection, CLIPTextConfig(**_config("text_encoder_2")))}
+    if controlnet:
+        names = ("in_channels", "down_block_types", "block_out_channels", "layers_per_block", "cross_attention_dim",
+                 "transformer_layers_per_block", "attention_head_dim", "use_linear_projection", "addition_embed_type",
+                 "addition_time_embed_dim", "projection_class_embeddings_input_dim")
+        parts["controlnet"] = (ControlNetModel, {name: unet_config[name] for name in names if name in unet_config})
     with torch.device("meta"):
-        module: nn.Module = kind.from_config(config) if isinstance(config, dict) else kind(config)
+        return {name: kind.from_config(config) if isinstance(config, dict) else kind(config)
+                for name, (kind, config) in parts.items()}
+
+
+def _random(module: nn.Module, dtype: torch.dtype, device: torch.device) -> Any:
     module = module.to(dtype).to_empty(device=device)
     generator = torch.Generator(device).manual_seed(0)
     for name, parameter in module.named_parameters():
