@@ -14,7 +14,8 @@ most between Forge and reForge, .04 to .08 between A1111 and either, .0005 betwe
 where nothing is enlarged, as WebUIs cut off what the command rounds). CLOSE is six times as much, and APART says how
 little that is. Half precision, or another checkpoint on each host, is not meant.
 
-ACCDIFF_SHOTS, a folder, gets the pictures as HOST-CASE.png, the host by its address.
+ACCDIFF_SHOTS, a folder, gets the pictures as HOST-CASE.png, the host by its address, and CASE.jpg with all of them side
+by side (docs/hosts.jpg is "demo").
 """
 
 from __future__ import annotations
@@ -57,7 +58,12 @@ CASES: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
     "hires": ({"window": WINDOW}, {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent",
                                    "hr_second_pass_steps": 4, "denoising_strength": 0.6}),
     "batch": (SMALL, {"batch_size": 2}),
-    "controlnet": (SMALL, {})}
+    "controlnet": (SMALL, {}),
+    "demo": ({**SMALL, "scale": 3, "stage_steps": 12}, {
+        "prompt": "a red ball and a blue star on snow, night sky", "negative_prompt": "", "seed": 56, "steps": 20})}
+#: Those with a ControlNet.
+CONTROLLED = ("controlnet", "demo")
+SHOTS = os.environ.get("ACCDIFF_SHOTS")
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +86,7 @@ def webui(hosts: dict[str, WebUI]) -> WebUI:
 def generated(hosts: dict[str, WebUI], case: str, **more: Any) -> dict[str, np.ndarray]:
     """Every host's last picture of a case."""
     options, request = CASES[case]
-    if case == "controlnet":
+    if case in CONTROLLED:
         options = {**(options or {}), "controlnet_model": common_controlnet(hosts)}
     pictures = {}
     for name, webui in hosts.items():
@@ -101,7 +107,7 @@ def commanded(case: str, folder: Path) -> np.ndarray:
         del flags["scale"]
         flags["target"] = f"{flags.pop('target_width')}x{flags.pop('target_height')}"
     words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    control = "--use-controlnet" if case == "controlnet" else "--no-use-controlnet"
+    control = "--use-controlnet" if case in CONTROLLED else "--no-use-controlnet"
     done = subprocess.run([sys.executable, "-m", "accdiff_lib", request["prompt"], *words, control, *COMMAND],
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -117,6 +123,17 @@ def common_controlnet(hosts: dict[str, WebUI]) -> str:
     pytest.skip("the hosts have no ControlNet file of the same name")
 
 
+def show(name: str, case: str, picture: np.ndarray) -> None:
+    """Writes the picture into the folder for shots, and all of the case side by side."""
+    if SHOTS:
+        Image.fromarray(picture).save(Path(SHOTS) / f"{name}-{case}.png")
+        shots = [Image.open(path).resize((480, 480)) for path in sorted(Path(SHOTS).glob(f"*-{case}.png"))]
+        sheet = Image.new("RGB", (488 * len(shots) - 8, 480), "white")
+        for number, shot in enumerate(shots):
+            sheet.paste(shot, (488 * number, 0))
+        sheet.save(Path(SHOTS) / f"{case}.jpg", quality=90)
+
+
 def apart(one: np.ndarray, other: np.ndarray) -> float:
     """The mean difference of two pictures, of 255."""
     return float(np.abs(one.astype(float) - other).mean())
@@ -125,11 +142,9 @@ def apart(one: np.ndarray, other: np.ndarray) -> float:
 @pytest.mark.parametrize("case", CASES)
 def test_hosts_agree(hosts, case):
     pictures = generated(hosts, case)
-    shots = os.environ.get("ACCDIFF_SHOTS")
     for name, picture in pictures.items():
         assert picture.std() > 1, f"{name}: nothing is on the picture"
-        if shots:
-            Image.fromarray(picture).save(Path(shots) / f"{name}-{case}.png")
+        show(name, case, picture)
     differences = {}
     for one, other in combinations(pictures, 2):
         assert pictures[one].shape == pictures[other].shape
@@ -139,16 +154,15 @@ def test_hosts_agree(hosts, case):
 
 
 #: Not those with noise of the sampler's own, which the WebUI draws otherwise; nor Hires. fix and batches.
-@pytest.mark.parametrize("case", ["plain", "large", "euler", "long-prompt", "target", "controlnet"])
+@pytest.mark.parametrize("case", ["plain", "large", "euler", "long-prompt", "target", "controlnet", "demo"])
 def test_the_command_agrees(hosts, case, tmp_path):
     if not COMMAND:
         pytest.skip("needs the command's flags for the WebUIs' checkpoint: set ACCDIFF_WEBUI_COMMAND")
-    if case == "controlnet" and "--controlnet" not in COMMAND:
+    if case in CONTROLLED and "--controlnet" not in COMMAND:
         pytest.skip("needs --controlnet in ACCDIFF_WEBUI_COMMAND")
     name, webui = next(iter(hosts.items()))
     picture = commanded(case, tmp_path)
-    if os.environ.get("ACCDIFF_SHOTS"):
-        Image.fromarray(picture).save(Path(os.environ["ACCDIFF_SHOTS"]) / f"command-{case}.png")
+    show("command", case, picture)
     difference = apart(picture, generated({name: webui}, case)[name])
     print(case, difference)
     assert difference < CLOSE + (0.5 if case == "plain" else 0)  # which the WebUI cuts off instead of rounding
