@@ -25,6 +25,11 @@ MIN_AREA = 0.0004
 #: A shape is "unknown" when its outline differs by more than this from all known ones (RMS, of the mean radius).
 UNLIKE = 0.12
 
+#: A part of a thing's outline in another colour has at most this share of the thing's area.
+RIM = 0.1
+
+#: The place of each of COLOURS around the circle of hues.
+_HUES = tuple(("red", "orange", "yellow", "green", "blue", "purple").index(colour) for colour in COLOURS)
 _ANGLES = 96
 
 
@@ -90,7 +95,33 @@ def colour_map(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
         mask = cv2.morphologyEx((labels == index).astype(np.uint8), cv2.MORPH_OPEN, kernel)
         mask = cv2.morphologyEx(mask, cv2.MORPH_CLOSE, kernel)
         clean[(mask > 0) & (clean == 0)] = index
-    return clean
+    return _without_rims(clean)
+
+
+def _without_rims(labels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Gives a thing the parts along its outline that shading brought into the colour next to its own: a red thing's
+    bright rim looks orange. They touch it, are a tenth of its size at most, and their hue is a neighbour's."""
+    rows, columns = labels.shape
+    parts, colours, areas = np.zeros(labels.shape, np.int32), [0], [0]
+    for index in np.flatnonzero(np.bincount(labels.ravel())[1:]) + 1:
+        count, own, stats, _ = cv2.connectedComponentsWithStats((labels == index).astype(np.uint8), connectivity=4)
+        parts[own > 0] = own[own > 0] + len(colours) - 1
+        colours += [int(index)] * (count - 1)
+        areas += stats[1:, cv2.CC_STAT_AREA].tolist()
+    steps = ((0, 1), (1, 0), (0, 2), (2, 0))
+    touching = np.concatenate([np.stack([parts[:rows - y, :columns - x], parts[y:, x:]], -1).reshape(-1, 2)
+                               for y, x in steps])
+    pairs = np.unique(touching[(touching[:, 0] != touching[:, 1]) & touching.all(1)], axis=0)
+    hosts: dict[int, int] = {}
+    for part, host in [*pairs.tolist(), *pairs[:, ::-1].tolist()]:
+        apart = abs(_HUES[colours[part] - 1] - _HUES[colours[host] - 1])
+        if areas[part] <= RIM * areas[host] and min(apart, len(COLOURS) - apart) == 1 and (
+                areas[host] > areas[hosts.get(part, 0)]):
+            hosts[part] = host
+    result = labels.copy()
+    for part, host in hosts.items():
+        result[parts == part] = colours[host]
+    return result
 
 
 @cache

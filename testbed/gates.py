@@ -17,17 +17,23 @@ import numpy as np
 import torch
 from scipy.stats import rankdata
 
+from accdiff_lib import seeds
+from accdiff_lib.hosts.base import Rows
 from accdiff_lib.hosts.loading import load
 from accdiff_lib.hosts.standalone import StandaloneHost
+from accdiff_lib.settings import OPTIONS
+from accdiff_lib.structure import canny, hint
 from testbed import vae
 from testbed.captions import caption, word_targets
 from testbed.counting import Found, find, match
 from testbed.sampling import STEPS, Base, make_host, sample
-from testbed.scenes import FULL, Scene, draw, held_out
+from testbed.scenes import FULL, Scene, draw, held_out, render
 
 #: What each gate asks for at least.
-GATES = {"colour": 0.95, "shape": 0.90, "count": 0.90, "attention": 0.90, "vae": 29.0}
+GATES = {"colour": 0.95, "shape": 0.90, "count": 0.90, "attention": 0.90, "edges": 0.30, "vae": 29.0}
 SEED = 6000
+#: Noise level at which the ControlNet is asked: where it is decided what is where.
+LOUD = 5.0
 
 
 @dataclass
@@ -110,6 +116,23 @@ def auc(values: np.ndarray, inside: np.ndarray) -> float:
     return float((ranks.sum() - count * (count + 1) / 2) / (count * others))
 
 
+def edges(host: StandaloneHost, scenes: Sequence[tuple[Scene, str]]) -> float:
+    """The share of the error of the predicted picture, at noise level LOUD, that a ControlNet with its edges takes
+    away."""
+    texts = host.encode_texts([text for _, text in scenes])
+    errors: dict[bool, list[float]] = {False: [], True: []}
+    for number, ((scene, _), text) in enumerate(zip(scenes, texts, strict=True)):
+        image = render(scene, 256, 256)
+        latent = host.encode_image(image)
+        x = latent + LOUD * seeds.normal(tuple(latent.shape), SEED + number, "edges").to(latent)
+        seen = hint(canny(image, OPTIONS["canny_sigma"].default), 256, 256).expand(-1, 3, -1, -1)
+        for given, found in errors.items():
+            predicted = host.denoise(x, torch.tensor(LOUD), Rows([text], [(0, 0)], (256, 256), 1.0,
+                                                                 hint=seen if given else None, strength=1.0))
+            found.append(float((predicted - latent).square().mean()))
+    return 1 - sum(errors[True]) / sum(errors[False])
+
+
 def sheet(results: Sequence[Outcome], columns: int = 8) -> np.ndarray:
     """The pictures side by side with their captions, uint8 [H, W, 3]."""
     tiles = []
@@ -134,7 +157,8 @@ def main() -> int:
     models = load(options.model, device=options.device)
     host = make_host(models, steps=options.steps, device=options.device)
     results = outcomes(host, held_out_scenes(options.pictures))
-    measured = {**shares(results), "attention": attention(host, results), "vae": vae.quality(models.vae)}
+    measured = {**shares(results), "attention": attention(host, results),
+                "edges": edges(host, held_out_scenes(32)), "vae": vae.quality(models.vae)}
     for name, least in GATES.items():
         print(f"{name:10} {measured[name]:6.3f}  at least {least:g}  {'ok' if measured[name] >= least else 'MISSED'}")
     if options.sheet:

@@ -219,7 +219,7 @@ def test_a_corner_of_another_colour_is_no_extra_thing():
     image = pictures(BALL_AND_STAR)[0]
     tip = np.zeros(image.shape[:2], np.uint8)
     cv2.fillPoly(tip, [np.array([[120, 360], [190, 360], [155, 390]])], 1)
-    image[tip > 0] = PALETTE["orange"]
+    image[tip > 0] = PALETTE["green"]
     found = find(image)
     assert len(found) == 3 and len(without_parts(found, wanted(BALL_AND_STAR))) == 2
     assert measured(image)["extra"] == 0

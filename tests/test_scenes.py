@@ -277,6 +277,19 @@ def test_touching_things_of_different_colours_are_told_apart():
     assert exact(render(touching, 256, 256), touching)
 
 
+@pytest.mark.parametrize(("colour", "height", "things"), [
+    ("orange", 12, ["red"]),
+    ("green", 12, ["green", "red"]),  # not a neighbour of red's hue
+    ("orange", 80, ["orange", "red"])])  # more than a rim
+def test_a_rim_in_the_neighbouring_colour_belongs_to_its_thing(colour, height, things):
+    image = np.full((256, 256, 3), 200, np.uint8)
+    cv2.rectangle(image, (60, 60), (180, 180), PALETTE["red"], -1)
+    cv2.rectangle(image, (60, 180 - height), (120, 180), PALETTE[colour], -1)
+    found = find(image)
+    assert sorted(thing.colour for thing in found) == things
+    assert found[0].area == pytest.approx(121**2 / 256**2, rel=0.02) or len(found) > 1
+
+
 def test_empty_and_missing():
     empty = Scene((), "grass", "sunset", 0.5)
     for ground in GROUNDS:
