@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from accdiff_lib import cli
 from accdiff_lib.attention import AttentionRecorder, map_size
 from accdiff_lib.hosts import memory
 from accdiff_lib.hosts.base import Rows
 from accdiff_lib.hosts.loading import load
 from accdiff_lib.hosts.residency import Residency
 from accdiff_lib.hosts.standalone import StandaloneHost
+from accdiff_lib.job import prepare
 
 
 class Network(nn.Module):
@@ -109,7 +109,7 @@ def test_the_halves_of_cfg_one_after_the_other_give_the_same(models, monkeypatch
 
 
 def test_the_need_counts_every_weight(models):
-    job = cli.prepare(["x", "--scale", "2", "--dtype", "float32", "--dry-run"])
+    job = prepare(["x", "--scale", "2", "--dtype", "float32", "--dry-run"])
     numbers = {id(module): sum(value.numel() for value in module.parameters()) for module in models.modules()}
     assert sum(job.model.weights.values()) == sum(numbers.values())
     need = job.need
@@ -122,8 +122,8 @@ def test_the_need_counts_every_weight(models):
     (10**12, "auto", False), (10**6, "auto", True), (10**12, "on", True), (10**6, "off", False)])
 def test_networks_are_kept_off_a_device_that_is_too_small(monkeypatch, free, flag, expected):
     monkeypatch.setattr(memory, "free_bytes", lambda device: free)
-    job = cli.prepare(["x", "--offload", flag, "--dry-run"])
+    job = prepare(["x", "--offload", flag, "--dry-run"])
     object.__setattr__(job, "device", torch.device("meta"))
-    assert cli._offloads(job) is expected
+    assert job.offloads is expected
     object.__setattr__(job, "device", torch.device("cpu"))
-    assert cli._offloads(job) is (flag == "on")
+    assert job.offloads is (flag == "on")
