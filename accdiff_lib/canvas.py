@@ -127,7 +127,7 @@ class Canvas:
             return self.host.denoise(torch.cat([padded[..., w.rows, w.columns] for w in part]), sigma, Rows(
                 texts[rows], [(CELL * w.top, CELL * w.left) for w in part], self.scene.picture,
                 call.guidance(self.settings.local_guidance, self.scene.guidance), self.settings.guidance_rescale,
-                hint=None if hint is None else _hint_crops(hint, part, self.stage.padding, x.device),
+                hint=None if hint is None else self._hint_crops(hint, part, x.device),
                 hint_names=[(self, w) for w in part] if again else (),
                 strength=self.settings.control_strength))
 
@@ -152,11 +152,34 @@ class Canvas:
         return torch.zeros_like(x) if self.scene.upsampled is None else self.scene.upsampled.to(x)
 
     def _pad(self, x: Tensor, windows: Sequence[Window]) -> Tensor:
-        """Zeros around the canvas: the jitter range, and where a window needs a multiple of cells a few more."""
+        """A border around the canvas: the jitter range, and where a window needs a multiple of cells a few more."""
         edge, (height, width) = self.stage.padding, x.shape[-2:]
         below = max(edge, max(w.top + w.height for w in windows) - edge - height)
         right = max(edge, max(w.left + w.width for w in windows) - edge - width)
-        return F.pad(x, (edge, right, edge, below))
+        return self._bordered(x, (edge, right, edge, below))
+
+    def _bordered(self, x: Tensor, sides: tuple[int, int, int, int]) -> Tensor:
+        """`x` with so many cells more on the left, right, top and bottom.
+
+        Zeros, the reference's, are no noise: at high noise levels the model takes them for something there is, and the
+        borders of the picture get foreign things.
+        """
+        if self.settings.border == "mirror" and max(sides) < min(x.shape[-2:]):
+            return F.pad(x, sides, mode="reflect")
+        return F.pad(x, sides)
+
+    def _hint_crops(self, hint: Tensor, windows: Sequence[Window], device: torch.device) -> Tensor:
+        """The hint of each window, in three equal channels [M, 3, 8h, 8w]; beyond the canvas as it has it."""
+        height, width = hint.shape[-2:]
+        crops = []
+        for w in windows:
+            top, left = CELL * (w.top - self.stage.padding), CELL * (w.left - self.stage.padding)
+            bottom, right = top + CELL * w.height, left + CELL * w.width
+            if self.settings.border == "mirror":
+                crops.append(hint[..., _mirrored(top, bottom, height), :][..., _mirrored(left, right, width)])
+            else:
+                crops.append(F.pad(hint, (-left, right - width, -top, bottom - height)))  # negative padding cuts
+        return torch.cat(crops).to(device).expand(-1, 3, -1, -1)
 
     # --- the dilated pass --------------------------------------------------------------------------------------
 
@@ -164,7 +187,7 @@ class Canvas:
         """Dilated sampling with window interaction (METHODS 1.7): every view sees the whole picture, coarsely."""
         stage = self.stage
         above, left = stage.dilated_padding
-        padded = F.pad(x, (left, 0, above, 0))
+        padded = self._bordered(x, (left, 0, above, 0))
         filtered = padded
         if self.settings.gaussian and stage.dilation > 1:
             filtered = smooth(padded, 2 * stage.dilation - 1, self.settings.gaussian_sigma * call.c3)
@@ -197,15 +220,11 @@ class Canvas:
         return next(number for number, call in enumerate(self.script.calls) if call.step == step)
 
 
-def _hint_crops(hint: Tensor, windows: Sequence[Window], padding: int, device: torch.device) -> Tensor:
-    """The hint of each window, zeros outside of the canvas, in three equal channels [M, 3, 8h, 8w]."""
-    height, width = hint.shape[-2:]
-    crops = []
-    for w in windows:
-        top, left = CELL * (w.top - padding), CELL * (w.left - padding)
-        bottom, right = top + CELL * w.height, left + CELL * w.width
-        crops.append(F.pad(hint, (-left, right - width, -top, bottom - height)))  # negative padding cuts
-    return torch.cat(crops).to(device).expand(-1, 3, -1, -1)
+def _mirrored(begin: int, end: int, size: int) -> Tensor:
+    """Indices of the pixels begin..end of a row of `size` pixels whose cells are mirrored at the outermost ones."""
+    pixels = torch.arange(begin, end)
+    pixels = torch.where(pixels < 0, CELL - 1 - pixels, pixels)
+    return torch.where(pixels >= size, 2 * size - CELL - 1 - pixels, pixels).clamp(0, size - 1)
 
 
 def window_weights(height: int, width: int, like: Tensor) -> Tensor:

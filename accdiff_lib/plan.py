@@ -1,7 +1,7 @@
 """What will be computed, in whole numbers: stages, windows, dilated views. No tensors, no model.
 
 Sizes are in latent cells (8 pixels) unless a name says pixels. Windows are given in the coordinates of the padded
-canvas: the canvas with `padding` cells of zeros on every side, into which jittered border windows may reach
+canvas: the canvas with `padding` cells more on every side, into which jittered border windows may reach
 (METHODS 1.4).
 """
 

@@ -124,6 +124,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 #: How a prediction counts from the middle of its window to the border, where windows overlap (canvas.py).
 WEIGHTS = ("uniform", "cosine")
 
+#: What windows see beyond the canvas's border (canvas.py).
+BORDERS = ("mirror", "zeros")
+
 #: How words get into the windows' prompts (window_prompts.py).
 MEMBERSHIPS = ("relative", "paper")
 
@@ -198,6 +201,10 @@ class Settings:
         "less towards its border, which hides seams at a small overlap.", group="windows", choices=WEIGHTS)
     jitter: bool = _option(
         True, "jitter", "Moves the windows at random, so that no seam falls on the same place twice.", group="windows")
+    border: str = _option(
+        "mirror", "border", "What moved windows see beyond the picture's border. mirror: the picture mirrored. zeros: "
+        "zeros, as in the paper, where models may paint foreign things along the border.", group="windows",
+        choices=BORDERS)
     window_prompts: bool = _option(
         True, "window prompts", "Gives each window only those words of the prompt that the base picture has there: no "
         "repeated objects.", group="windows")

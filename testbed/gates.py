@@ -148,13 +148,13 @@ def sheet(results: Sequence[Outcome], columns: int = 8) -> np.ndarray:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m testbed.gates", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="a diffusers folder (default: the embedded model)")
+    parser.add_argument("--model", type=Path, help="a folder of testbed.publish (default: the embedded model)")
     parser.add_argument("--pictures", type=int, default=100, help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=STEPS, help="default: %(default)s")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--sheet", type=Path, help="write the pictures into this file")
     options = parser.parse_args()
-    models = load(options.model, device=options.device)
+    models = load(options.model, controlnet=options.model and options.model / "controlnet", device=options.device)
     host = make_host(models, steps=options.steps, device=options.device)
     results = outcomes(host, held_out_scenes(options.pictures))
     measured = {**shares(results), "attention": attention(host, results),

@@ -106,7 +106,7 @@ class Case:
         local = args.get("multi_guidance_scale", args["guidance_scale"])
         return make({
             "membership": "paper",
-            "method": "demofusion" if demo else "accdiffusion-v2", "tolerance": 0,
+            "method": "demofusion" if demo else "accdiffusion-v2", "tolerance": 0, "border": "zeros",
             "progressive": args.get("use_progressive_upscaling", True),
             "skip_residual": args.get("use_skip_residual", True), "cosine_scale_1": args["cosine_scale_1"],
             "windows": args.get("use_multidiffusion", True), "stride": args["stride"], "window_prompts": prompts,

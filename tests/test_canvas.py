@@ -11,7 +11,7 @@ from accdiff_lib.batching import Batcher
 from accdiff_lib.canvas import Canvas, Scene, join_views, match_statistics, split_views
 from accdiff_lib.errors import Interrupted, OutOfMemory, Skipped
 from accdiff_lib.hosts.samplers import solver
-from accdiff_lib.plan import make_plan
+from accdiff_lib.plan import Window, make_plan
 from accdiff_lib.schedule import make_script
 from accdiff_lib.settings import make
 from tests.silent import SilentProgress
@@ -114,6 +114,28 @@ def test_cosine_weights_fade_one_window_into_the_next():
     assert slope < jump / 3
     assert torch.equal(cosine[[0, -1]], uniform[[0, -1]])  # where there is but one window
     assert (cosine.diff() >= -1e-4).all()
+
+
+@pytest.mark.parametrize("border", ["mirror", "zeros"])
+def test_what_windows_see_beyond_the_border(border):
+    """Cells and the pixels of the hint alike: the canvas mirrored at its outermost cells, or zeros."""
+    canvas, _, _, _ = made_canvas(Toy(), settings=make({"border": border}), size=(64, 64))
+    edge = canvas.stage.padding
+    window = Window(0, 0, 32, 32)  # the outermost corner: begins `edge` cells above and left of the canvas
+    cells = torch.arange(64 * 64).reshape(1, 1, 64, 64).float() + 1
+    pixels = torch.rand(1, 1, 512, 512)
+    assert edge > 0
+    seen = canvas._pad(cells, [window])[..., window.rows, window.columns]
+    crop = canvas._hint_crops(pixels, [window], torch.device("cpu"))
+    assert crop.shape == (1, 3, 256, 256) and torch.equal(crop[:, 0], crop[:, 2])
+    inside = (..., slice(edge, 32), slice(edge, 32))
+    assert torch.equal(seen[inside], cells[..., :32 - edge, :32 - edge])
+    assert torch.equal(crop[..., 8 * edge:, 8 * edge:][:, :1], pixels[..., :256 - 8 * edge, :256 - 8 * edge])
+    if border == "zeros":
+        assert not seen[..., :edge, :].any() and not crop[..., :8 * edge].any()
+    else:
+        assert torch.equal(seen[..., :edge, :], seen[..., edge + 1:2 * edge + 1, :].flip(-2))
+        assert torch.equal(crop[..., :8 * edge], crop[..., 8 * (edge + 1):8 * (2 * edge + 1)].flip(-1))
 
 
 def test_calls_without_cfg():

@@ -140,7 +140,7 @@ def test_multidiffusion(case: Case):
     levels = NoiseLevels(runner.models.alphas_cumprod)
     sigmas = torch.tensor([*levels.sigma(case.get("stage1|timesteps").numpy()), levels.sigma(0)], dtype=torch.float32)
     solver = KSolver("Euler", sigmas)
-    settings = make({"method": "multidiffusion", "tolerance": 0, "stride": case.manifest["stride"]})
+    settings = make({"method": "multidiffusion", "tolerance": 0, "border": "zeros", "stride": case.manifest["stride"]})
     size = case.get("stage1|init").shape[-2:]
     stage = Stage(1, 1, *size, (case.manifest["window"],) * 2, case.manifest["stride"], 0, 2)
     windows = tuple(Window(top, left, bottom - top, right - left)

@@ -30,7 +30,7 @@ RELEASED = (
     "controlnet", "control_strength", "control_start", "control_end", "canny_sigma", "dilated", "cosine_scale_2",
     "gaussian", "gaussian_sigma", "cosine_scale_3", "interaction", "dilated_guidance", "guidance_rescale",
     "window_batch", "vae_tile", "doubling", "overlap", "window_weights", "dilated_end", "guidance_start",
-    "guidance_end")
+    "guidance_end", "border")
 
 
 def values_of(option):

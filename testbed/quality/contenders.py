@@ -118,6 +118,8 @@ _ALL = (
     _without("jitter", "windows on a regular grid", jitter=False),
     Contender("v2, paper's membership", "control", "a window's prompt has the words whose masks cover the share c of "
               "it", {"membership": "paper"}),
+    Contender("v2, zeros at the border", "control", "moved windows see zeros beyond the picture, as in the paper", {
+        "border": "zeros"}),
     Contender("v2, empty prompts", "control", "each window has the empty prompt",
               engine=lambda host, scene: EmptyPrompts(host)),
     # This c under relative membership names a thing where training's captions do.
