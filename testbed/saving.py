@@ -34,6 +34,7 @@ def save(models: Models, folder: Path, *, dtype: torch.dtype = torch.float32) ->
     parts: dict[str, Any] = {"unet": models.unet, "vae": models.vae, "text_encoder": models.text_encoders[0]}
     index: dict[str, Any] = {"_class_name": "StableDiffusionXLPipeline" if sdxl else "StableDiffusionPipeline"}
     if sdxl:
+        index["force_zeros_for_empty_prompt"] = models.zero_negative
         parts["text_encoder_2"] = models.text_encoders[1]
     if models.controlnet is not None:
         parts["controlnet"] = models.controlnet

@@ -233,6 +233,16 @@ def test_v_prediction(store, tmp_path, marker):
     assert describe(store / "sdxl").prediction == "epsilon"
 
 
+def test_what_an_empty_negative_prompt_is(store, tmp_path):
+    """Zeros for SDXL, unless the folder says otherwise, as the embedded model's does."""
+    folder = shutil.copytree(store / "sdxl", tmp_path / "model")
+    (folder / "model_index.json").unlink()
+    assert load(folder).zero_negative
+    (folder / "model_index.json").write_text('{"force_zeros_for_empty_prompt": false}')
+    assert not load(folder).zero_negative
+    assert not load(store / "sd15").zero_negative and not load(None).zero_negative
+
+
 def test_zero_terminal_snr(store, tmp_path):
     file = tmp_path / "z.safetensors"
     tensors = load_file(store / "sdxl.safetensors")

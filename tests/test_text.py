@@ -1,5 +1,7 @@
 """Prompts to embeddings: against the recorded reference, and the WebUI's grammar on tiny encoders."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -141,3 +143,13 @@ def test_sd15_takes_the_normed_last_state():
         tokens = models.tokenizers[0](prompt, padding="max_length", max_length=77, return_tensors="pt").input_ids
         expected = models.text_encoders[0](tokens).last_hidden_state[0]
         torch.testing.assert_close(state, expected, rtol=0, atol=1e-5)
+
+
+def test_an_empty_negative_prompt_is_zeros_where_the_model_was_trained_so(sdxl):
+    models = tiny.sdxl()
+    zeros = TextEncoder(replace(models, zero_negative=True))
+    empty, given = encode(zeros, "a cat", "", 2), encode(zeros, "a cat", "ugly", 2)
+    assert not empty.uncond.any() and not empty.pooled_uncond.any()
+    assert empty.uncond.shape == given.uncond.shape and torch.equal(empty.cond, given.cond)
+    assert torch.equal(given.uncond, encode(sdxl, "a cat", "ugly", 2).uncond)
+    assert encode(sdxl, "a cat", "").uncond.any()

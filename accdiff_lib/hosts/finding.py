@@ -43,6 +43,8 @@ class ModelShape:
     vae: dict[str, Any]
     controlnet: dict[str, Any] | None
     alphas_cumprod: Tensor = field(compare=False, repr=False)  # [1000] float64
+    #: See Models.
+    zero_negative: bool = False
     #: How many numbers each network's weights have: unet, vae, text_encoder, text_encoder_2, controlnet.
     weights: dict[str, int] = field(default_factory=dict)
 
@@ -173,11 +175,18 @@ def _found(given: Given, source: Given, family: str, unet: dict[str, Any], vae: 
     name = given.path.stem if given.path.is_file() else given.path.resolve().name
     shape = ModelShape(family=family, name=name, prediction=prediction,
                        sample_size=_side(unet.get("sample_size") or _NATIVE[family]), unet=unet, vae=vae,
-                       controlnet=None, alphas_cumprod=alphas)
+                       controlnet=None, alphas_cumprod=alphas, zero_negative=family == "sdxl" and _zeroes(source))
     folders = [source.path / "tokenizer", source.path / "tokenizer_2"][: 2 if family == "sdxl" else 1]
     # Every CLIP tokenizer of these families is the same but for its padding: a missing one is the embedded model's.
     tokenizers = [folder if folder.is_dir() else EMBEDDED / folder.name for folder in folders]
     return Found(given, shape, tokenizers)
+
+
+def _zeroes(source: Given) -> bool:
+    """Whether an SDXL model takes zeros for an empty negative prompt, as diffusers and the WebUIs do with SDXL."""
+    if not (source.path / "model_index.json").is_file():
+        return True
+    return bool(read_config(source, file="model_index.json").get("force_zeros_for_empty_prompt", True))
 
 
 def _says_v(file: TensorFile) -> bool:

@@ -41,6 +41,8 @@ class Models:
     controlnet: ControlNetModel | None
     prediction: str  # "epsilon" or "v_prediction"
     alphas_cumprod: Tensor  # [1000] float64, on the CPU
+    #: An empty negative prompt is zeros, not the encoded empty text.
+    zero_negative: bool = False
 
     def modules(self) -> list[nn.Module]:
         """All networks."""
@@ -72,7 +74,7 @@ def load(model: str | Path | None, *, vae: str | Path | None = None, controlnet:
     return Models(
         family=shape.family, name=shape.name, unet=built["unet"], vae=built["vae"], text_encoders=encoders,
         tokenizers=tokenizers, controlnet=built.get("controlnet"), prediction=shape.prediction,
-        alphas_cumprod=shape.alphas_cumprod)
+        alphas_cumprod=shape.alphas_cumprod, zero_negative=shape.zero_negative)
 
 
 def describe(model: str | Path | None, *, vae: str | Path | None = None, controlnet: str | Path | None = None,

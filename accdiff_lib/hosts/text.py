@@ -57,6 +57,7 @@ class TextEncoder:
 
     def __init__(self, models: Models) -> None:
         self._family = models.family
+        self._zero_negative = models.zero_negative
         self._encoders = list(zip(models.tokenizers, models.text_encoders, strict=True))
 
     def words(self, prompt: str) -> list[Word]:
@@ -70,7 +71,8 @@ class TextEncoder:
     def encode(self, prompts: Sequence[str], negative: str, contexts: int) -> list[TextEmbedding]:
         """Encodes prompts, each in exactly `contexts` contexts, so that any of them fit into one batch.
 
-        Shorter prompts get the contexts of an empty prompt, longer ones are cut. All share the negative's tensors.
+        Shorter prompts get the contexts of an empty prompt, longer ones are cut. All share the negative's tensors;
+        those of an empty one are zeros if the model was trained so.
         """
         texts = [negative, *prompts]
         laid_out = [(self._lay_out(text)[0] + [_EMPTY] * contexts)[:contexts] for text in texts]
@@ -78,6 +80,9 @@ class TextEncoder:
         encoded = dict(zip(chunks, self._encode_chunks(chunks), strict=True))
         (uncond, pooled_uncond), *conds = (
             (torch.cat([encoded[chunk][0] for chunk in text]), encoded[text[0]][1]) for text in laid_out)
+        if self._zero_negative and not negative:
+            uncond = torch.zeros_like(uncond)
+            pooled_uncond = None if pooled_uncond is None else torch.zeros_like(pooled_uncond)
         return [TextEmbedding(cond, uncond, pooled, pooled_uncond) for cond, pooled in conds]
 
     def _lay_out(self, prompt: str) -> tuple[list[Chunk], list[Word]]:

@@ -52,15 +52,18 @@ CASES: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
     "large": (SMALL, {}),
     "euler": (SMALL, {"sampler_name": "Euler", "scheduler": "Normal"}),
     "ancestral": (SMALL, {"sampler_name": "Euler a", "scheduler": "Automatic"}),
-    "long-prompt": (SMALL, {"prompt": "a red ball and a blue box on snow BREAK the night sky, " + "a green tree, " * 25,
-                            "override_settings": {"pad_cond_uncond": True}}),
+    "long-prompt": (SMALL, {"prompt": "a red ball and a blue box on snow BREAK night sky, " + "a green tree, " * 25}),
     "target": ({**SMALL, "target_width": BASE * 2, "target_height": BASE * 3 // 2}, {}),
     "hires": ({"window": WINDOW}, {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent",
                                    "hr_second_pass_steps": 4, "denoising_strength": 0.6}),
     "batch": (SMALL, {"batch_size": 2}),
     "controlnet": (SMALL, {}),
+    # As the command does it; Forge's padding is another. Short prompts of windows are not padded in the WebUIs.
+    "padded": ({**SMALL, "window_prompts": False}, {
+        "prompt": "a red ball and a blue box on snow BREAK the night sky, " + "a green tree, " * 25,
+        "override_settings": {"pad_cond_uncond": True}}),
     "demo": ({**SMALL, "scale": 3, "stage_steps": 12}, {
-        "prompt": "a red ball and a blue star on snow, night sky", "negative_prompt": "", "seed": 51, "steps": 20})}
+        "prompt": "a red ball and a blue star on snow, night sky", "seed": 51, "steps": 20})}
 #: Those with a ControlNet.
 CONTROLLED = ("controlnet", "demo")
 SHOTS = os.environ.get("ACCDIFF_SHOTS")
@@ -91,6 +94,8 @@ def generated(hosts: dict[str, WebUI], case: str, **more: Any) -> dict[str, np.n
     pictures = {}
     for name, webui in hosts.items():
         webui.idle()
+        for setting in request.get("override_settings", ()):  # one that was never set would stay overridden
+            webui.post("/sdapi/v1/options", {setting: False})
         pictures[name] = webui.generate(options, **request, **more).pictures[-1]
     return pictures
 
@@ -106,7 +111,8 @@ def commanded(case: str, folder: Path) -> np.ndarray:
     if "target_width" in flags:
         del flags["scale"]
         flags["target"] = f"{flags.pop('target_width')}x{flags.pop('target_height')}"
-    words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    words = [f"--{'no-' if value is False else ''}{name.replace('_', '-')}" + ("" if value is False else f"={value}")
+             for name, value in flags.items()]
     control = "--use-controlnet" if case in CONTROLLED else "--no-use-controlnet"
     done = subprocess.run([sys.executable, "-m", "accdiff_lib", request["prompt"], *words, control, *COMMAND],
                           capture_output=True, text=True)
@@ -139,7 +145,7 @@ def apart(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.abs(one.astype(float) - other).mean())
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case for case in CASES if case != "padded"])
 def test_hosts_agree(hosts, case):
     pictures = generated(hosts, case)
     for name, picture in pictures.items():
@@ -154,7 +160,7 @@ def test_hosts_agree(hosts, case):
 
 
 #: Not those with noise of the sampler's own, which the WebUI draws otherwise; nor Hires. fix and batches.
-@pytest.mark.parametrize("case", ["plain", "large", "euler", "long-prompt", "target", "controlnet", "demo"])
+@pytest.mark.parametrize("case", ["plain", "large", "euler", "padded", "target", "controlnet", "demo"])
 def test_the_command_agrees(hosts, case, tmp_path):
     if not COMMAND:
         pytest.skip("needs the command's flags for the WebUIs' checkpoint: set ACCDIFF_WEBUI_COMMAND")
