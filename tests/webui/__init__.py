@@ -7,7 +7,10 @@ lacks (a ControlNet file, sd-webui-controlnet, X/Y/Z, a browser) skips the tests
 is installed or changed there, and settings that a test changes are put back. The tests take turns, also under
 `pytest -n`: one lock for each address.
 
-What depends on the checkpoint, with values for the tiny SDXL-shaped model of 256x256 that the project was tested with:
+The project was tested with the embedded model: tests/webui/checkpoint.py writes it as a checkpoint, and the extension
+tests/webui/tiny_shape, linked into the WebUI's extensions, teaches the WebUI its shape.
+
+What depends on the checkpoint, with values for that model:
 
     ACCDIFF_WEBUI_BASE=256       width and height of a base picture in pixels: the model's native size
     ACCDIFF_WEBUI_WINDOW=32      the option `window` in latent cells: BASE / 8; 0 takes the checkpoint's own

@@ -1,0 +1,198 @@
+"""Makes a checkpoint that the WebUIs load from the embedded model, or any small diffusers model:
+
+    python -m tests.webui.checkpoint --models WEBUI/models/Stable-diffusion --out embedded
+
+Writes there, for WebUIs that have the extension tests/webui/tiny_shape:
+    embedded.safetensors        all weights in ldm/sgm/open_clip names, float32
+    embedded.yaml               A1111's and reForge's model config; its targets are the factories of the extension
+    embedded.files/             the diffusers configs and the tokenizer, which the .yaml (by its absolute path) and the
+                                extension read
+    embedded canny.safetensors  the ControlNet, for WEBUI/models/ControlNet
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from accdiff_lib.hosts.export import to_checkpoint
+from accdiff_lib.hosts.loading import EMBEDDED, load
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="a diffusers folder or checkpoint (default: the embedded model)")
+    parser.add_argument("--vae", type=Path, help="in place of the model's own")
+    parser.add_argument("--out", default="embedded", help="name, without folder and ending (default: %(default)s)")
+    parser.add_argument("--models", type=Path, required=True, help="folder to write into")
+    options = parser.parse_args()
+    models = load(options.model, vae=options.vae)
+    write(models, options.models, options.out)
+    if models.controlnet is not None:
+        save_file({name: value.float().contiguous() for name, value in models.controlnet.state_dict().items()},
+                  options.models / f"{options.out} canny.safetensors", metadata={"format": "pt"})
+
+
+def write(models, folder: Path, name: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    files = folder / f"{name}.files"
+    parts = {"unet": models.unet, "vae": models.vae, "text_encoder": models.text_encoders[0]}
+    if models.family == "sdxl":
+        parts["text_encoder_2"] = models.text_encoders[1]
+    for part, module in parts.items():
+        (files / part).mkdir(parents=True, exist_ok=True)
+        (files / part / "config.json").write_text(json.dumps(config_of(part, module), indent=2, default=list) + "\n")
+    for part, tokenizer in zip(("tokenizer", "tokenizer_2"), models.tokenizers, strict=False):
+        (files / part).mkdir(exist_ok=True)
+        for file in ("vocab.json", "merges.txt"):
+            shutil.copyfile(EMBEDDED / "tokenizer" / file, files / part / file)
+        (files / part / "tokenizer_config.json").write_text(json.dumps({
+            "tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True,
+            "bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token, "unk_token": tokenizer.unk_token,
+            "pad_token": tokenizer.pad_token}, indent=2) + "\n")
+    (files / "scheduler").mkdir(exist_ok=True)
+    (files / "scheduler" / "scheduler_config.json").write_text(json.dumps({
+        "_class_name": "EulerDiscreteScheduler", "beta_end": 0.012, "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085, "interpolation_type": "linear", "num_train_timesteps": 1000,
+        "prediction_type": models.prediction, "steps_offset": 1, "timestep_spacing": "leading"}, indent=2) + "\n")
+    index = {"_class_name": "StableDiffusionXLPipeline" if models.family == "sdxl" else "StableDiffusionPipeline",
+             "scheduler": ["diffusers", "EulerDiscreteScheduler"], "unet": ["diffusers", "UNet2DConditionModel"],
+             "vae": ["diffusers", "AutoencoderKL"], "text_encoder": ["transformers", "CLIPTextModel"],
+             "tokenizer": ["transformers", "CLIPTokenizer"]}
+    if models.family == "sdxl":
+        index |= {"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+                  "tokenizer_2": ["transformers", "CLIPTokenizer"]}
+    (files / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    # The text encoder of A1111 is loaded from one folder that has config and tokenizer.
+    clip = files / "clip"
+    shutil.copytree(files / "tokenizer", clip, dirs_exist_ok=True)
+    shutil.copyfile(files / "text_encoder" / "config.json", clip / "config.json")
+
+    config = (sdxl if models.family == "sdxl" else sd15)(models, str(clip.resolve()))
+    # JSON is YAML.
+    (folder / f"{name}.yaml").write_text(json.dumps({"model": config}, indent=2) + "\n")
+    weights = {key: tensor.float().contiguous() if tensor.is_floating_point() else tensor.contiguous()
+               for key, tensor in to_checkpoint(models).items()}
+    save_file(weights, folder / f"{name}.safetensors", metadata={"format": "pt"})
+    (folder / f"{name}.safetensors").chmod(0o644)
+    print(f"{folder / name}.safetensors: {len(weights)} tensors, {sum(w.numel() for w in weights.values()):,} numbers")
+
+
+def config_of(part: str, module) -> dict:
+    config = dict(module.config) if part in ("unet", "vae") else module.config.to_dict()
+    for key in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
+        config.pop(key, None)
+    return config
+
+
+def per_level(value, levels: int) -> list[int]:
+    return [value] * levels if isinstance(value, int) else list(value)
+
+
+def unet_params(models, base: str) -> dict:
+    config = models.unet.config
+    channels = list(config["block_out_channels"])
+    levels = len(channels)
+    attention = ["CrossAttn" in kind for kind in config["down_block_types"]]
+    assert [("CrossAttn" in kind) for kind in config["up_block_types"]] == attention[::-1], "up is not down reversed"
+    assert config["norm_num_groups"] == 32, "norm groups of the UNet other than 32 are not handled"
+    assert isinstance(config["layers_per_block"], int)
+    heads = per_level(config["num_attention_heads"] or config["attention_head_dim"], levels)
+    depth = per_level(config["transformer_layers_per_block"], levels)
+    return {
+        "base": base, "channels": channels, "heads": heads, "layers": config["layers_per_block"],
+        "use_checkpoint": False, "in_channels": config["in_channels"], "out_channels": config["out_channels"],
+        "attention_resolutions": [2**level for level in range(levels) if attention[level]],
+        "use_spatial_transformer": True, "use_linear_in_transformer": bool(config["use_linear_projection"]),
+        "transformer_depth": depth, "context_dim": config["cross_attention_dim"], "legacy": False}
+
+
+def vae_config(models, base: str, model_module: str) -> dict:
+    config = models.vae.config
+    channels = list(config["block_out_channels"])
+    assert all(c % channels[0] == 0 for c in channels), "channels of the VAE are no multiples of the first"
+    latent = config["latent_channels"]
+    return {
+        "target": "tiny_shapes.vae",
+        "params": {
+            "base": base, "model_module": model_module, "groups": config["norm_num_groups"],
+            "embed_dim": latent, "monitor": "val/rec_loss",
+            "ddconfig": {"attn_type": "vanilla", "double_z": True, "z_channels": latent,
+                         "resolution": config["sample_size"], "in_channels": 3, "out_ch": 3, "ch": channels[0],
+                         "ch_mult": [c // channels[0] for c in channels],
+                         "num_res_blocks": config["layers_per_block"], "attn_resolutions": [], "dropout": 0.0},
+            "lossconfig": {"target": "torch.nn.Identity"}}}
+
+
+def sdxl(models, clip: str) -> dict:
+    diffusion = "sgm.modules.diffusionmodules"
+    kind = {"epsilon": "Eps", "v_prediction": "V"}[models.prediction]
+    first, second = (encoder.config for encoder in models.text_encoders)
+    assert first.max_position_embeddings == second.max_position_embeddings == 77
+    size = {"target": "sgm.modules.encoders.modules.ConcatTimestepEmbedderND", "is_trainable": False,
+            "params": {"outdim": models.unet.config["addition_time_embed_dim"]}}
+    return {
+        "target": "sgm.models.diffusion.DiffusionEngine",
+        "params": {
+            "scale_factor": models.vae.config["scaling_factor"],
+            "disable_first_stage_autocast": True,
+            "denoiser_config": {
+                "target": f"{diffusion}.denoiser.DiscreteDenoiser",
+                "params": {"num_idx": 1000,
+                           "weighting_config": {"target": f"{diffusion}.denoiser_weighting.EpsWeighting"},
+                           "scaling_config": {"target": f"{diffusion}.denoiser_scaling.{kind}Scaling"},
+                           "discretization_config": {"target": f"{diffusion}.discretizer.LegacyDDPMDiscretization"}}},
+            "network_config": {
+                "target": "tiny_shapes.unet",
+                "params": {**unet_params(models, f"{diffusion}.openaimodel"),
+                           "spatial_transformer_attn_type": "softmax-xformers", "num_classes": "sequential",
+                           "adm_in_channels": models.unet.config["projection_class_embeddings_input_dim"]}},
+            "conditioner_config": {
+                "target": "sgm.modules.GeneralConditioner",
+                "params": {"emb_models": [
+                    {"is_trainable": False, "input_key": "txt",
+                     "target": "sgm.modules.encoders.modules.FrozenCLIPEmbedder",
+                     "params": {"version": clip, "layer": "hidden", "layer_idx": first.num_hidden_layers - 1}},
+                    {"is_trainable": False, "input_key": "txt", "target": "tiny_shapes.open_clip_embedder",
+                     "params": {
+                         "base": "sgm.modules.encoders.modules", "embed_dim": second.projection_dim,
+                         "text_cfg": {"context_length": 77, "vocab_size": second.vocab_size,
+                                      "width": second.hidden_size, "heads": second.num_attention_heads,
+                                      "layers": second.num_hidden_layers},
+                         "mlp_ratio": second.intermediate_size / second.hidden_size,
+                         "quick_gelu": second.hidden_act == "quick_gelu",
+                         "freeze": True, "layer": "penultimate", "always_return_pooled": True, "legacy": False}},
+                    {**size, "input_key": "original_size_as_tuple"},
+                    {**size, "input_key": "crop_coords_top_left"},
+                    {**size, "input_key": "target_size_as_tuple"}]}},
+            "first_stage_config": vae_config(models, "sgm.models.autoencoder.AutoencoderKLInferenceWrapper",
+                                             f"{diffusion}.model")}}
+
+
+def sd15(models, clip: str) -> dict:
+    return {
+        "target": "ldm.models.diffusion.ddpm.LatentDiffusion",
+        "params": {
+            "linear_start": 0.00085, "linear_end": 0.0120, "num_timesteps_cond": 1, "log_every_t": 200,
+            "timesteps": 1000, "first_stage_key": "jpg", "cond_stage_key": "txt", "image_size": 64, "channels": 4,
+            "cond_stage_trainable": False, "conditioning_key": "crossattn", "monitor": "val/loss_simple_ema",
+            "scale_factor": models.vae.config["scaling_factor"], "use_ema": False,
+            **({"parameterization": "v"} if models.prediction == "v_prediction" else {}),
+            "unet_config": {
+                "target": "tiny_shapes.unet",
+                "params": {**unet_params(models, "ldm.modules.diffusionmodules.openaimodel"), "image_size": 32,
+                           # ldm has one depth for all levels
+                           "transformer_depth": max(per_level(
+                               models.unet.config["transformer_layers_per_block"], 1))}},
+            "first_stage_config": vae_config(models, "ldm.models.autoencoder.AutoencoderKL",
+                                             "ldm.modules.diffusionmodules.model"),
+            "cond_stage_config": {
+                "target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder", "params": {"version": clip}}}}
+
+
+if __name__ == "__main__":
+    main()
