@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,10 @@ CONFIGS = Path(accdiff_lib.__file__).parent / "configs" / "sdxl"
 def least_memory(side: int, controlnet: bool) -> dict[str, Any]:
     """What a picture of side x side pixels needs at least in float16, with all networks on the device or (`--offload`)
     those at work; estimated (accdiff_lib.hosts.memory)."""
-    weights = {name: sum(parameter.numel() for parameter in module.parameters())
-               for name, module in _networks(controlnet).items()}
     unet, vae = _config("unet"), _config("vae")
-    need = memory.need(weights, unet_width=unet["block_out_channels"][0], vae_width=vae["block_out_channels"][0],
-                       window=unet["sample_size"] ** 2, canvas=(side // CELL) ** 2, itemsize=2, vae_itemsize=4)
+    need = memory.need(_weights(controlnet), unet_width=unet["block_out_channels"][0],
+                       vae_width=vae["block_out_channels"][0], window=unet["sample_size"] ** 2,
+                       canvas=(side // CELL) ** 2, itemsize=2, vae_itemsize=4)
     return {"size": f"{side}x{side}", "controlnet": controlnet, "resident": round(need.resident / 2**30, 1),
             "offloaded": round(need.offloaded / 2**30, 1)}
 
@@ -44,6 +44,13 @@ def random_sdxl(device: torch.device, dtype: torch.dtype, *, controlnet: bool = 
 
 def _config(name: str) -> dict[str, Any]:
     return json.loads((CONFIGS / name / "config.json").read_text())
+
+
+@cache
+def _weights(controlnet: bool) -> dict[str, int]:
+    """How many numbers each network's weights have."""
+    return {name: sum(parameter.numel() for parameter in module.parameters())
+            for name, module in _networks(controlnet).items()}
 
 
 def _networks(controlnet: bool) -> dict[str, nn.Module]:

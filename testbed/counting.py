@@ -6,7 +6,7 @@ of each colour are the things, and the shape is the one whose outline, seen from
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -68,11 +68,9 @@ def find(image: NDArray[np.uint8], min_area: float = MIN_AREA) -> list[Found]:
     height, width = image.shape[:2]
     labels = colour_map(image)
     found = []
-    for index in np.flatnonzero(np.bincount(labels.ravel())[1:]) + 1:
+    for index, parts, stats in _components(labels):
         colour = COLOURS[index - 1]
-        mask = (labels == index).astype(np.uint8)
-        count, parts, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=4)
-        for part in range(1, count):
+        for part in range(1, len(stats)):
             left, top, columns, rows, pixels = stats[part].tolist()
             if pixels >= min_area * height * width:
                 inside = _filled(parts[top : top + rows, left : left + columns] == part)
@@ -91,7 +89,7 @@ def colour_map(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     labels[(chroma < CHROMA) & ((chroma < DARK_CHROMA) | (saturation < SATURATION * 255))] = 0
     kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (3, 3) if side < 384 else (5, 5))
     clean = np.zeros_like(labels)
-    for index in np.flatnonzero(np.bincount(labels.ravel())[1:]) + 1:
+    for index in _present(labels):
         mask = cv2.morphologyEx((labels == index).astype(np.uint8), cv2.MORPH_OPEN, kernel)
         mask = cv2.morphologyEx(mask, cv2.MORPH_CLOSE, kernel)
         clean[(mask > 0) & (clean == 0)] = index
@@ -103,10 +101,9 @@ def _without_rims(labels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     bright rim looks orange. They touch it, are a tenth of its size at most, and their hue is a neighbour's."""
     rows, columns = labels.shape
     parts, colours, areas = np.zeros(labels.shape, np.int32), [0], [0]
-    for index in np.flatnonzero(np.bincount(labels.ravel())[1:]) + 1:
-        count, own, stats, _ = cv2.connectedComponentsWithStats((labels == index).astype(np.uint8), connectivity=4)
+    for index, own, stats in _components(labels):
         parts[own > 0] = own[own > 0] + len(colours) - 1
-        colours += [int(index)] * (count - 1)
+        colours += [index] * (len(stats) - 1)
         areas += stats[1:, cv2.CC_STAT_AREA].tolist()
     steps = ((0, 1), (1, 0), (0, 2), (2, 0))
     touching = np.concatenate([np.stack([parts[:rows - y, :columns - x], parts[y:, x:]], -1).reshape(-1, 2)
@@ -122,6 +119,18 @@ def _without_rims(labels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     for part, host in hosts.items():
         result[parts == part] = colours[host]
     return result
+
+
+def _present(labels: NDArray[np.uint8]) -> list[int]:
+    """The labels that there are, without 0."""
+    return (np.flatnonzero(np.bincount(labels.ravel())[1:]) + 1).tolist()
+
+
+def _components(labels: NDArray[np.uint8]) -> Iterator[tuple[int, NDArray[np.int32], NDArray[np.int32]]]:
+    """For each label its connected parts as a map of numbers, and their statistics (OpenCV's), the first the rest's."""
+    for index in _present(labels):
+        _, parts, stats, _ = cv2.connectedComponentsWithStats((labels == index).astype(np.uint8), connectivity=4)
+        yield index, np.asarray(parts, np.int32), np.asarray(stats, np.int32)
 
 
 @cache

@@ -22,16 +22,17 @@ class Residency:
         there."""
         if not self._offload:
             return
-        wanted = [network for network in self._networks if any(network is one for one in needed)]
-        leaving = [network for network in self._networks if network is not keep
-                   and not any(network is one for one in wanted) and not _is_on(network, torch.device("cpu"))]
+        wanted = [network for network in needed if network is not None]
+        staying = {id(network) for network in (*wanted, keep)}
+        leaving = [network for network in self._networks if id(network) not in staying and _place(network) != "cpu"]
         for network in leaving:
             network.to("cpu")
         if leaving:
             memory.release()
         for network in wanted:
-            network.to(self._device)
+            if _place(network) != self._device.type:
+                network.to(self._device)
 
 
-def _is_on(network: nn.Module, device: torch.device) -> bool:
-    return next(network.parameters()).device.type == device.type
+def _place(network: nn.Module) -> str:
+    return next(network.parameters()).device.type

@@ -256,5 +256,5 @@ def solver(sampler: str, scheduler: str, steps: int, levels: NoiseLevels) -> KSo
     the variance that a picture of unit variance would have there.
     """
     sigmas = schedule(scheduler, steps, levels)
-    first = float(sigmas[0])
-    return KSolver(sampler, sigmas, (first ** 2 + 1) ** 0.5 if find_scheduler(scheduler) == "Leading" else first)
+    leading = find_scheduler(scheduler) == "Leading"
+    return KSolver(sampler, sigmas, (float(sigmas[0]) ** 2 + 1) ** 0.5 if leading else None)

@@ -21,6 +21,8 @@ from safetensors.torch import save_file
 
 from accdiff_lib.hosts.export import to_checkpoint
 from accdiff_lib.hosts.loading import EMBEDDED, load
+from testbed.saving import SCHEDULER, tokenizer_config
+from tests.webui.tiny_shape.lib.tiny_shapes import by_level, heads_of
 
 
 def main() -> None:
@@ -50,15 +52,10 @@ def write(models, folder: Path, name: str) -> None:
         (files / part).mkdir(exist_ok=True)
         for file in ("vocab.json", "merges.txt"):
             shutil.copyfile(EMBEDDED / "tokenizer" / file, files / part / file)
-        (files / part / "tokenizer_config.json").write_text(json.dumps({
-            "tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True,
-            "bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token, "unk_token": tokenizer.unk_token,
-            "pad_token": tokenizer.pad_token}, indent=2) + "\n")
+        (files / part / "tokenizer_config.json").write_text(json.dumps(tokenizer_config(tokenizer), indent=2) + "\n")
     (files / "scheduler").mkdir(exist_ok=True)
-    (files / "scheduler" / "scheduler_config.json").write_text(json.dumps({
-        "_class_name": "EulerDiscreteScheduler", "beta_end": 0.012, "beta_schedule": "scaled_linear",
-        "beta_start": 0.00085, "interpolation_type": "linear", "num_train_timesteps": 1000,
-        "prediction_type": models.prediction, "steps_offset": 1, "timestep_spacing": "leading"}, indent=2) + "\n")
+    (files / "scheduler" / "scheduler_config.json").write_text(
+        json.dumps({**SCHEDULER, "prediction_type": models.prediction}, indent=2) + "\n")
     index = {"_class_name": "StableDiffusionXLPipeline" if models.family == "sdxl" else "StableDiffusionPipeline",
              "scheduler": ["diffusers", "EulerDiscreteScheduler"], "unet": ["diffusers", "UNet2DConditionModel"],
              "vae": ["diffusers", "AutoencoderKL"], "text_encoder": ["transformers", "CLIPTextModel"],
@@ -89,10 +86,6 @@ def config_of(part: str, module) -> dict:
     return config
 
 
-def per_level(value, levels: int) -> list[int]:
-    return [value] * levels if isinstance(value, int) else list(value)
-
-
 def unet_params(models, base: str) -> dict:
     config = models.unet.config
     channels = list(config["block_out_channels"])
@@ -101,8 +94,8 @@ def unet_params(models, base: str) -> dict:
     assert [("CrossAttn" in kind) for kind in config["up_block_types"]] == attention[::-1], "up is not down reversed"
     assert config["norm_num_groups"] == 32, "norm groups of the UNet other than 32 are not handled"
     assert isinstance(config["layers_per_block"], int)
-    heads = per_level(config["num_attention_heads"] or config["attention_head_dim"], levels)
-    depth = per_level(config["transformer_layers_per_block"], levels)
+    heads = heads_of(config)
+    depth = by_level(config["transformer_layers_per_block"], levels)
     return {
         "base": base, "channels": channels, "heads": heads, "layers": config["layers_per_block"],
         "use_checkpoint": False, "in_channels": config["in_channels"], "out_channels": config["out_channels"],
@@ -186,7 +179,7 @@ def sd15(models, clip: str) -> dict:
                 "target": "tiny_shapes.unet",
                 "params": {**unet_params(models, "ldm.modules.diffusionmodules.openaimodel"), "image_size": 32,
                            # ldm has one depth for all levels
-                           "transformer_depth": max(per_level(
+                           "transformer_depth": max(by_level(
                                models.unet.config["transformer_layers_per_block"], 1))}},
             "first_stage_config": vae_config(models, "ldm.models.autoencoder.AutoencoderKL",
                                              "ldm.modules.diffusionmodules.model"),

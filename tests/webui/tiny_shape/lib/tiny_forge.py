@@ -1,8 +1,6 @@
 """Forge: checkpoints beside which a folder NAME.files lies are built from the diffusers configs in it."""
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 
 import backend.loader as loader
@@ -15,34 +13,15 @@ from huggingface_guess import detection, model_list
 from modules import sd_models
 
 
-def _levels(value, count):
-    return [value] * count if isinstance(value, int) else list(value)
-
-
-def _read(folder, part):
-    with open(os.path.join(folder, part, "config.json"), encoding="utf-8") as file:
-        return json.load(file)
-
-
 class _Tiny:
     folder: str
 
     def __init__(self, unet_config):
         super().__init__(unet_config)
-        config = _read(self.folder, "unet")
+        config = tiny_shapes.read(self.folder, "unet")
         self.unet_config.update(num_heads=1, num_head_channels=-1,
                                 channel_mult=tiny_shapes.multipliers(config["block_out_channels"]))
         self.huggingface_repo = self.folder  # absolute: os.path.join drops what is before it
-
-
-@contextlib.contextmanager
-def _replaced(obj, name, value):
-    before = getattr(obj, name)
-    setattr(obj, name, value)
-    try:
-        yield before
-    finally:
-        setattr(obj, name, before)
 
 
 def _guess(folder):
@@ -64,18 +43,16 @@ _forge_loader = loader.forge_loader
 
 
 def _load_component(guess, component_name, lib_name, cls_name, repo_path, state_dict):
-    groups = _read(repo_path, "vae")["norm_num_groups"]
+    groups = tiny_shapes.read(repo_path, "vae")["norm_num_groups"]
 
     def normalize(channels, num_groups=None):
         return torch.nn.GroupNorm(groups, channels, eps=1e-6, affine=True)
 
-    with _replaced(vae_module, "Normalize", normalize):
+    with tiny_shapes.replaced(vae_module, "Normalize", normalize):
         result = _component(guess, component_name, lib_name, cls_name, repo_path, state_dict)
     if component_name == "unet":
-        config = _read(repo_path, "unet")
-        heads = _levels(config["num_attention_heads"] or config["attention_head_dim"],
-                        len(config["block_out_channels"]))
-        tiny_shapes.set_heads(result, heads, config["layers_per_block"])
+        config = tiny_shapes.read(repo_path, "unet")
+        tiny_shapes.set_heads(result, tiny_shapes.heads_of(config), config["layers_per_block"])
     return result
 
 
@@ -83,11 +60,11 @@ def forge_loader(sd, additional_state_dicts=None):
     folder = os.path.abspath(os.path.splitext(sd)[0] + ".files") if isinstance(sd, str) else ""
     if not os.path.isdir(folder):
         return _forge_loader(sd, additional_state_dicts=additional_state_dicts)
-    with _replaced(huggingface_guess, "guess", _guess(folder)), \
-            _replaced(loader, "load_huggingface_component", _load_component):
+    with tiny_shapes.replaced(huggingface_guess, "guess", _guess(folder)), \
+            tiny_shapes.replaced(loader, "load_huggingface_component", _load_component):
         engine = _forge_loader(sd, additional_state_dicts=additional_state_dicts)
     if hasattr(engine, "embedder"):
-        engine.embedder = Timestep(_read(folder, "unet")["addition_time_embed_dim"])
+        engine.embedder = Timestep(tiny_shapes.read(folder, "unet")["addition_time_embed_dim"])
     return engine
 
 

@@ -1,9 +1,7 @@
 """reForge: checkpoints beside which a folder NAME.files lies are built from the diffusers configs in it."""
 from __future__ import annotations
 
-import contextlib
 import importlib
-import json
 import os
 
 import tiny_shapes
@@ -12,40 +10,19 @@ from ldm_patched.modules import model_base, model_detection, sd1_clip, supported
 from modules_forge import forge_loader
 
 
-def _levels(value, count):
-    return [value] * count if isinstance(value, int) else list(value)
-
-
-def _read(folder, part):
-    with open(os.path.join(folder, part, "config.json"), encoding="utf-8") as file:
-        return json.load(file)
-
-
-@contextlib.contextmanager
-def _replaced(obj, name, value):
-    before = getattr(obj, name)
-    setattr(obj, name, value)
-    try:
-        yield before
-    finally:
-        setattr(obj, name, before)
-
-
 class _Tiny:
     folder: str
 
     def __init__(self, unet_config):
         super().__init__(unet_config)
-        channels = _read(self.folder, "unet")["block_out_channels"]
+        channels = tiny_shapes.read(self.folder, "unet")["block_out_channels"]
         self.unet_config.update(num_heads=1, num_head_channels=-1, channel_mult=tiny_shapes.multipliers(channels))
-        self.latent_format.scale_factor = _read(self.folder, "vae")["scaling_factor"]
+        self.latent_format.scale_factor = tiny_shapes.read(self.folder, "vae")["scaling_factor"]
 
     def get_model(self, state_dict, prefix="", device=None):
         model = super().get_model(state_dict, prefix, device=device)
-        config = _read(self.folder, "unet")
-        heads = _levels(config["num_attention_heads"] or config["attention_head_dim"],
-                        len(config["block_out_channels"]))
-        tiny_shapes.set_heads(model.diffusion_model, heads, config["layers_per_block"])
+        config = tiny_shapes.read(self.folder, "unet")
+        tiny_shapes.set_heads(model.diffusion_model, tiny_shapes.heads_of(config), config["layers_per_block"])
         if hasattr(model, "embedder"):
             model.embedder = model_base.Timestep(config["addition_time_embed_dim"])
         return model
@@ -64,7 +41,7 @@ def _model_config(folder):
 
 def _vae(folder):
     stock = forge_loader.VAE
-    config = _read(folder, "vae")
+    config = tiny_shapes.read(folder, "vae")
     channels = config["block_out_channels"]
     params = {"embed_dim": config["latent_channels"], "ddconfig": {
         "double_z": True, "z_channels": config["latent_channels"], "resolution": 256, "in_channels": 3, "out_ch": 3,
@@ -76,7 +53,7 @@ def _vae(folder):
                                        affine=True)
 
     def vae(sd=None, metadata=None, **kwargs):
-        with _replaced(vae_model, "Normalize", normalize):
+        with tiny_shapes.replaced(vae_model, "Normalize", normalize):
             return stock(sd=sd, config={"params": params}, metadata=metadata, **kwargs)
 
     return vae
@@ -109,10 +86,10 @@ def load_model_for_a1111(timer, checkpoint_info=None, state_dict=None):
     folder = os.path.abspath(os.path.splitext(checkpoint_info.filename)[0] + ".files") if checkpoint_info else ""
     if not os.path.isdir(folder):
         return _load(timer, checkpoint_info=checkpoint_info, state_dict=state_dict)
-    with _replaced(model_detection, "model_config_from_unet", _model_config(folder)), \
-            _replaced(forge_loader, "VAE", _vae(folder)), \
-            _replaced(sd1_clip, "CLIPTextConfig", _text_config(folder)), \
-            _replaced(tiny_shapes, "open_clip_embedder", _stock_embedder):
+    with tiny_shapes.replaced(model_detection, "model_config_from_unet", _model_config(folder)), \
+            tiny_shapes.replaced(forge_loader, "VAE", _vae(folder)), \
+            tiny_shapes.replaced(sd1_clip, "CLIPTextConfig", _text_config(folder)), \
+            tiny_shapes.replaced(tiny_shapes, "open_clip_embedder", _stock_embedder):
         return _load(timer, checkpoint_info=checkpoint_info, state_dict=state_dict)
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import json
+import os
 from fractions import Fraction
 
 import torch
@@ -27,6 +29,33 @@ def _plain(value):
     """OmegaConf's lists and dicts as Python's."""
     from omegaconf import OmegaConf
     return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+
+
+def read(folder, part):
+    """The diffusers config of a part of a model."""
+    with open(os.path.join(folder, part, "config.json"), encoding="utf-8") as file:
+        return json.load(file)
+
+
+def by_level(value, levels):
+    """A config's value of each level, which may be one for all."""
+    return [value] * levels if isinstance(value, int) else list(value)
+
+
+def heads_of(config):
+    """Numbers of heads by level of a diffusers UNet config."""
+    return by_level(config["num_attention_heads"] or config["attention_head_dim"], len(config["block_out_channels"]))
+
+
+@contextlib.contextmanager
+def replaced(obj, name, value):
+    """Within it, the attribute is `value`."""
+    before = getattr(obj, name)
+    setattr(obj, name, value)
+    try:
+        yield before
+    finally:
+        setattr(obj, name, before)
 
 
 def unet(*, base, channels, heads, layers, **params):
@@ -72,19 +101,12 @@ def vae(*, base, groups, model_module, **params):
     """`base` is the stock class of the VAE, `groups` its norms' number of groups (32 in the stock code)."""
     module, name = base.rsplit(".", 1)
     kind = getattr(importlib.import_module(module), name)
-    with _groups(importlib.import_module(model_module), groups):
+
+    def normalize(in_channels, num_groups=None):
+        return torch.nn.GroupNorm(num_groups=groups, num_channels=in_channels, eps=1e-6, affine=True)
+
+    with replaced(importlib.import_module(model_module), "Normalize", normalize):
         return kind(**params)
-
-
-@contextlib.contextmanager
-def _groups(module, groups):
-    original = module.Normalize
-    module.Normalize = lambda in_channels, num_groups=None: torch.nn.GroupNorm(
-        num_groups=groups, num_channels=in_channels, eps=1e-6, affine=True)
-    try:
-        yield
-    finally:
-        module.Normalize = original
 
 
 def open_clip_embedder(*, base, embed_dim, text_cfg, mlp_ratio=4.0, quick_gelu=False, **params):
@@ -104,17 +126,10 @@ def open_clip_embedder(*, base, embed_dim, text_cfg, mlp_ratio=4.0, quick_gelu=F
             k.pop("mlp_ratio", None)
             init(self, d_model, n_head, *a[1:], mlp_ratio=mlp_ratio, **k)
 
-        block.__init__ = with_ratio
-        try:
+        with replaced(block, "__init__", with_ratio):
             model = open_clip.model.CLIP(embed_dim=embed_dim, vision_cfg=vision, text_cfg=_plain(text_cfg),
                                          quick_gelu=quick_gelu)
-        finally:
-            block.__init__ = init
         return model, None, None
 
-    original = module.open_clip.create_model_and_transforms
-    module.open_clip.create_model_and_transforms = create
-    try:
+    with replaced(module.open_clip, "create_model_and_transforms", create):
         return module.FrozenOpenCLIPEmbedder2(arch="tiny", version=None, **params)
-    finally:
-        module.open_clip.create_model_and_transforms = original
