@@ -57,7 +57,7 @@ def estimate(plan: Plan, settings: Settings, *, solver: Solver, stage_solver: So
         parts.append(PartCost(None, size, steps, calls, calls, 0, calls * _rows(guidance), 0, 0))
     for stage in plan.stages:
         script = make_script(stage_solver, settings, timestep, has_control=has_control and has_base, views=stage.views,
-                             from_noise=not has_base and stage is plan.stages[0])
+                             stages=len(plan.stages), from_noise=not has_base and stage is plan.stages[0])
         windows = views = unet = unet_views = control = 0
         for call in script.calls:
             local, dilated = (_rows(call.guidance(own, guidance))

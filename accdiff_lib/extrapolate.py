@@ -228,7 +228,8 @@ class Extrapolation:
         """Samples the canvas of a stage from the last picture; its statistics are those of the base latent."""
         host, settings, begin = self.host, request.settings, time.perf_counter()
         script = make_script(host.stage_solver, settings, host.timestep, views=stage.views,
-                             has_control=host.has_control and base is not None, from_noise=last is None)
+                             stages=len(request.plan.stages), has_control=host.has_control and base is not None,
+                             from_noise=last is None)
         rows = script.rows(stage)
         host.progress.begin(stage, rows)
         scene = self._scene(request, result, stage, last, wants_hint=any(call.control for call in script.calls))

@@ -93,16 +93,17 @@ def rehearse(solver: Solver, sigmas: torch.Tensor) -> list[Call]:
 
 
 def make_script(solver: Solver, settings: Settings, timestep: Callable[[float], float], *,
-                has_control: bool, views: int, from_noise: bool = False) -> Script:
+                has_control: bool, views: int, stages: int = 1, from_noise: bool = False) -> Script:
     """The script of a stage with `views` dilated views: where it starts, and what each call computes.
 
     With a tolerance, leading steps are left out where the skip residual erases what they do, the windows where hardly
     anything of them would remain, the dilated pass where its weight is negligible (METHODS 7, optimisations 1 to 3).
+    The tolerance is the finished picture's: each of its `stages` adds an error to what it enlarges, so it gets a share.
     `from_noise`: there is no picture to enlarge, so nothing may be left out at the beginning.
     """
-    count = len(solver.sigmas) - 1
+    count, tolerance = len(solver.sigmas) - 1, settings.tolerance / stages
     step_c1 = [_weights(timestep(float(sigma)), settings)[0] for sigma in solver.sigmas[:-1]]
-    start = max(round(settings.start * count), _erased_steps(step_c1, settings.tolerance / 3))
+    start = max(round(settings.start * count), _erased_steps(step_c1, tolerance / 3))
     start = 0 if from_noise else min(start, count - 1)
     sigmas = solver.sigmas[start:]
     calls = []
@@ -116,7 +117,7 @@ def make_script(solver: Solver, settings: Settings, timestep: Callable[[float], 
             call, step=step, c1=c1, c2=c2, c3=c3, local=settings.windows, dilated=dilated, control=control,
             guided=_in_range(step, count, settings.guidance_start, settings.guidance_end)))
     if settings.windows and settings.dilated and views > 1:
-        calls = _without_negligible(calls, step_c1, [float(sigma) for sigma in solver.sigmas], settings.tolerance)
+        calls = _without_negligible(calls, step_c1, [float(sigma) for sigma in solver.sigmas], tolerance)
     return Script(start, sigmas, tuple(calls))
 
 

@@ -19,6 +19,7 @@ from accdiff_lib.hosts.loading import Models, load
 from accdiff_lib.hosts.samplers import SAMPLERS, SCHEDULERS
 from accdiff_lib.hosts.standalone import StandaloneHost
 from accdiff_lib.plan import make_plan
+from accdiff_lib.schedule import make_script
 from accdiff_lib.settings import METHODS, OPTIONS, make
 from tests import tiny
 from tests.silent import SilentProgress
@@ -133,6 +134,18 @@ def test_methods_differ_and_count_what_the_plan_says(models):
     for number, name in enumerate(names):
         for other in names[number + 1:]:
             assert not torch.allclose(results[name], results[other], atol=1e-3), f"{name} = {other}"
+
+
+def test_stages_share_the_tolerance_as_the_plan_says(models):
+    values = {"scale": 3, "tolerance": 0.1, "window_prompts": False, "controlnet": False}
+    result, host = run(models, values, steps=6)
+    wanted = request(host, values)
+    estimated = cost.estimate(wanted.plan, wanted.settings, solver=host.solver, stage_solver=host.stage_solver,
+                              timestep=host.timestep, guidance=5.0, has_control=host.has_control)
+    assert [part.windows + part.views for part in estimated] == [picture.rows for picture in result.pictures]
+    whole = replace(wanted.settings, tolerance=0.05)
+    alone = make_script(host.stage_solver, whole, host.timestep, has_control=False, views=4)
+    assert result.pictures[1].rows == alone.rows(wanted.plan.stages[0])
 
 
 def test_the_cost_of_parts_of_the_steps(models):

@@ -19,9 +19,9 @@ LEVELS = NoiseLevels(ALPHAS)
 TWICE = ("Heun", "DPM2", "DPM2 a", "DPM++ 2S a", "DPM++ SDE")
 
 
-def script(sampler="Euler", scheduler="Leading", steps=50, views=4, has_control=True, **values):
+def script(sampler="Euler", scheduler="Leading", steps=50, views=4, has_control=True, stages=1, **values):
     return make_script(solver(sampler, scheduler, steps, LEVELS), make(values), LEVELS.timestep,
-                       has_control=has_control, views=views)
+                       has_control=has_control, views=views, stages=stages)
 
 
 @pytest.mark.parametrize("sampler", list(SAMPLERS))
@@ -63,6 +63,13 @@ def test_the_papers_run_at_the_default_tolerance():
     assert calls[0].step == 10
     assert [call.step for call in calls if not call.dilated] == [46, 47, 48, 49]
     assert [call.step for call in calls if not call.local] == [10, 11, 12]
+
+
+def test_each_stage_gets_a_share_of_the_tolerance():
+    """At 4x, three stages' errors add up."""
+    shared = script(tolerance=1e-3, stages=3)
+    assert shared.calls == script(tolerance=1e-3 / 3).calls
+    assert shared.start < script(tolerance=1e-3).start
 
 
 def test_tolerance_zero_computes_everything():
