@@ -91,7 +91,7 @@ class Canvas:
             denoised = self.dilated_pass(x, sigma, call, number)
         self.denoised = denoised
         if call.first:
-            self.host.progress.preview(denoised)
+            self.host.progress.preview(denoised.to(self.host.device))
         return denoised if self.scene.upsampled is None or len(whole) == 1 else torch.cat([
             denoised, self.scene.upsampled.to(x)])
 
@@ -111,6 +111,10 @@ class Canvas:
             x = solver.integrate(lambda x, sigma, **_: picture.to(x), x, solver.sigmas[:self.script.start + 1], seed)
         return solver.integrate(self, torch.cat([x, x]), sigmas, seed)[:1]
 
+    def _denoise(self, x: Tensor, sigma: Tensor, rows: Rows) -> Tensor:
+        """Of a part of the canvas, which may be elsewhere than the model."""
+        return self.host.denoise(x.to(self.host.device), sigma.to(self.host.device), rows).to(x.device)
+
     # --- the local pass ----------------------------------------------------------------------------------------
 
     def local_pass(self, x: Tensor, sigma: Tensor, call: Call) -> Tensor:
@@ -124,10 +128,10 @@ class Canvas:
 
         def evaluate(rows: slice) -> Tensor:
             part = windows[rows]
-            return self.host.denoise(torch.cat([padded[..., w.rows, w.columns] for w in part]), sigma, Rows(
+            return self._denoise(torch.cat([padded[..., w.rows, w.columns] for w in part]), sigma, Rows(
                 texts[rows], [(CELL * w.top, CELL * w.left) for w in part], self.scene.picture,
                 call.guidance(self.settings.local_guidance, self.scene.guidance), self.settings.guidance_rescale,
-                hint=None if hint is None else self._hint_crops(hint, part, x.device),
+                hint=None if hint is None else self._hint_crops(hint, part, self.host.device),
                 hint_names=[(self, w) for w in part] if again else (),
                 strength=self.settings.control_strength))
 
@@ -198,7 +202,7 @@ class Canvas:
 
         def evaluate(rows: slice) -> Tensor:
             count = rows.stop - rows.start
-            return self.host.denoise(seen[rows], sigma, Rows(
+            return self._denoise(seen[rows], sigma, Rows(
                 [self.scene.text] * count, [(0, 0)] * count, self.scene.picture,
                 call.guidance(self.settings.dilated_guidance, self.scene.guidance), self.settings.guidance_rescale))
 

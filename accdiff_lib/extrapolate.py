@@ -241,6 +241,7 @@ class Extrapolation:
             if canvas.denoised is None:
                 raise
             result.stopped, latent = "skipped", canvas.denoised
+        latent = latent.to(host.device)
         if base is not None:
             latent = match_statistics(latent, base.latent.mean(), base.latent.std())
         return Picture(stage, latent, None, rows, time.perf_counter() - begin)
@@ -249,14 +250,15 @@ class Extrapolation:
                wants_hint: bool) -> Scene:
         host = self.host
         size = (stage.height, stage.width)
+        device = host.canvas_device(*size)
         upsampled = edges = None
         if last is not None:
-            upsampled = F.interpolate(last.latent, size, mode="bicubic", align_corners=False)
+            upsampled = F.interpolate(last.latent, size, mode="bicubic", align_corners=False).to(device)
             if wants_hint:
                 assert last.image is not None
                 edges = hint(canny(last.image, request.settings.canny_sigma), *stage.pixels)
         windows, texts = self._windows(request, result, stage)
-        noise = seeds.normal((1, host.channels, *size), request.seed, "stage", stage.number).to(host.device)
+        noise = seeds.normal((1, host.channels, *size), request.seed, "stage", stage.number).to(device)
         return Scene(upsampled, noise, self.texts([request.prompt])[0], windows, texts, request.plan.pixels,
                      request.guidance, seeds.derive(request.seed, "canvas"), edges)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -20,6 +22,8 @@ from tests.test_schedule import LEVELS
 
 class Toy:
     """A host whose model knows the answer: `truth` of the window's own place on the canvas, whatever the noise."""
+
+    device = torch.device("cpu")
 
     def __init__(self, fits: int = 8):
         self.progress = SilentProgress()
@@ -63,6 +67,28 @@ def made_canvas(host, *, settings=None, size=(96, 80), scale=2, seed=1, batch=0)
 def sample(host, **kwargs):
     canvas, made, scene, script = made_canvas(host, **kwargs)
     return made.integrate(canvas, scene.trajectory(float(script.sigmas[0])), script.sigmas, 0)
+
+
+def test_a_canvas_on_the_cpu_gives_the_model_its_parts_on_the_device():
+    """meta stands for the device: what is not moved there is seen, and so is what is moved there and back."""
+    class Elsewhere(Toy):
+        device = torch.device("meta")
+
+        def denoise(self, x, sigma, rows):
+            given = [x, sigma] if rows.hint is None else [x, sigma, rows.hint]
+            assert {tensor.device.type for tensor in given} == {"meta"}
+            self.hints += rows.hint is not None
+            return torch.zeros(x.shape)
+
+    host = Elsewhere()
+    host.hints = 0
+    canvas, made, scene, script = made_canvas(host)
+    scene.hint = torch.zeros(1, 1, 8 * 96, 8 * 80)
+    canvas.script = replace(script, calls=tuple(replace(call, control=True) for call in script.calls))
+    canvas._calls = iter(enumerate(canvas.script.calls))
+    result = made.integrate(canvas, scene.trajectory(float(script.sigmas[0])), script.sigmas, 0)
+    assert result.device.type == "cpu" and result.shape == (1, 4, 96, 80)
+    assert host.hints == 4 * 3  # twenty windows in batches of eight at each step
 
 
 @given(views=st.sampled_from([4, 9, 16]), seed=st.integers(0, 2 ** 62))

@@ -384,6 +384,8 @@ def test_memory():
     host = make_host()
     assert host.rows_that_fit(32, 32) == memory.MOST_CPU_ROWS
     assert host.rows_that_fit(10**5, 10**5) == 1
+    host.device = torch.device("cuda")
+    assert [host.canvas_device(512, side).type for side in (512, 513)] == ["cuda", "cpu"]
     real = memory.RowMemory(torch.device("cpu"), 320, 4)
     assert real.fit(128, 128) == 1
     assert memory.vae_tile(torch.device("cpu"), 64, 64, 128, 4) == 0

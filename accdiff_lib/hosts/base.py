@@ -149,7 +149,7 @@ class Host(Protocol):
     def denoise(self, x: Tensor, sigma: Tensor, rows: Rows) -> Tensor:
         """x0 predictions [M, C, h, w] of `x` [M, C, h, w] at noise level `sigma` (a scalar tensor), after CFG.
 
-        Raises whatever the device raises when memory runs out; rows never influence each other.
+        All is on `device`. Raises whatever that raises when memory runs out; rows never influence each other.
         """
         ...
 
@@ -174,6 +174,10 @@ class Host(Protocol):
 
     def encode_image(self, image: np.ndarray) -> Tensor:
         """The latent [1, C, h, w] of a picture uint8 [8h, 8w, 3]."""
+        ...
+
+    def canvas_device(self, height: int, width: int) -> torch.device:
+        """Where the tensors of a canvas of height x width cells live: `device`, or the CPU where that is dear."""
         ...
 
     def rows_that_fit(self, height: int, width: int) -> int:

@@ -15,6 +15,8 @@ ROW_NUMBERS = 64
 VAE_NUMBERS = 10
 #: Of a cell in the dozen float32 tensors of four channels that the canvas consists of.
 CANVAS_BYTES = 12 * 4 * 4
+#: Of a larger canvas (4096 x 4096 pixels) the device has only the windows at work.
+MOST_CANVAS_CELLS = 512 * 512
 #: Latent cells of a VAE tile's side where the whole does not fit.
 TILE = 64
 #: Share of the free memory to plan with.
@@ -112,7 +114,8 @@ def need(weights: Mapping[str, int], *, unet_width: int, vae_width: int, window:
     the largest `window` that the UNet sees and of the largest `canvas`, item sizes in bytes of a number."""
     return Need(itemsize * (weights["text_encoder"] + weights.get("text_encoder_2", 0)),
                 itemsize * (weights["unet"] + weights.get("controlnet", 0)), vae_itemsize * weights["vae"],
-                ROW_NUMBERS * unet_width * itemsize * window, CANVAS_BYTES * canvas,
+                ROW_NUMBERS * unet_width * itemsize * window,
+                CANVAS_BYTES * canvas if canvas <= MOST_CANVAS_CELLS else 0,
                 _vae_bytes(TILE, TILE, vae_width, vae_itemsize))
 
 

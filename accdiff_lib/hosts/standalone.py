@@ -153,6 +153,10 @@ class StandaloneHost:
         uncond = batch * ("uncond" in self._halves) // len(self._halves)
         return slice(uncond, batch)
 
+    def canvas_device(self, height: int, width: int) -> torch.device:
+        """See base.Host."""
+        return self.device if height * width <= memory.MOST_CANVAS_CELLS else torch.device("cpu")
+
     def rows_that_fit(self, height: int, width: int) -> int:
         """See base.Host."""
         return self._memory.fit(height, width)

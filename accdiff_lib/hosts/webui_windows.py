@@ -148,6 +148,10 @@ class WindowHost:
         """See base.Host."""
         return self._rows.cond_rows(batch)
 
+    def canvas_device(self, height: int, width: int) -> torch.device:
+        """See base.Host: always the model's, because some of the WebUIs' samplers keep tables there."""
+        return self.device
+
     def rows_that_fit(self, height: int, width: int) -> int:
         """See base.Host."""
         return self._memory.fit(height, width)
