@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
@@ -78,21 +79,25 @@ def main() -> None:
     parser.add_argument("--scales", type=float, nargs="+", default=[2, 4])
     parser.add_argument("--steps", type=int, default=STEPS, help="of the base pass, and at most of a stage "
                         "(default: %(default)s)")
+    parser.add_argument("--window", type=int, default=0, help="side of windows and base picture in latent cells "
+                        "(default: the model's own; smaller ones for a slow device)")
     parser.add_argument("--ways", nargs="+", choices=tuple(WAYS), default=list(WAYS))
     parser.add_argument("--out", type=Path, help="folder for performance.json and, with matplotlib, performance.png")
     given = parser.parse_args()
     device = torch.device("cuda" if cuda else "cpu")
     dtype = torch.float16 if cuda and given.model == "sdxl" else torch.float32
     models = random_sdxl(device, dtype) if given.model == "sdxl" else load(None, device=device, dtype=dtype)
-    measure(models, "fast", 2, device, dtype, steps=2)  # warm-up
+    measure(models, "fast", 2, device, dtype, steps=2, window=given.window)  # warm-up
     records: list[dict[str, Any]] = []
     for scale in given.scales:
         literal = None
         for way in given.ways:
-            run = measure(models, way, scale, device, dtype, steps=given.steps)
+            run = measure(models, way, scale, device, dtype, steps=given.steps, window=given.window)
             literal = run if way == "literal" else literal
             records.append(compared(run, literal, scale, shows_things=given.model == "embedded"))
-    rate, batch = devices.best_unet_rate(models, device, dtype)
+            print(json.dumps(records[-1]), file=sys.stderr)
+    native = int(models.unet.config["sample_size"])  # type: ignore[attr-defined]
+    rate, batch = devices.best_unet_rate(models, given.window or native, device, dtype)
     last = records[-1]
     speed_ups = {f"{record['way']}_x": record["speed_up"] for record in records
                  if record["size"] == last["size"] and record["way"] in ("paper", "balanced", "fast")
@@ -100,12 +105,13 @@ def main() -> None:
     inside = sum(last["inside"].get(name, 0) for name in ("UNet", "ControlNet"))
     summary: dict[str, Any] = {
         "device": devices.name(device), "model": given.model, "torch": torch.__version__, "steps": given.steps,
+        "window": given.window or native,
         **speed_ups,
         "engine_share": max(record["engine_share"] for record in records if record["way"] != "literal"),
         "unet_throughput": round(max(record["unet"] / record["inside"]["UNet"] for record in records) / rate, 3),
         "best_unet_batch": batch, "matmul_tflops": round(devices.matmul_tflops(device, dtype), 3),
         "networks_tflops": round(last["tflop"] / inside, 3), "runs": records,
-        "growth": growth(int(models.unet.config["sample_size"])),  # type: ignore[attr-defined]
+        "growth": growth(native),
         "sdxl_memory_estimated": [least_memory(side, controlnet) for side in (2048, 4096, 8192)
                                   for controlnet in (False, True)]}
     print(f"{given.model}, {given.steps} steps, {summary['device']}, torch {torch.__version__}\n")

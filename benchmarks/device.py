@@ -32,13 +32,13 @@ def matmul_tflops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 @torch.no_grad()
-def best_unet_rate(models: Models, device: torch.device, dtype: torch.dtype) -> tuple[float, int]:
-    """(rows per second, batch) of the bare UNet at native size, at the batch size that is fastest."""
+def best_unet_rate(models: Models, window: int, device: torch.device, dtype: torch.dtype) -> tuple[float, int]:
+    """(rows per second, batch) of the bare UNet on latents of window x window cells, at the fastest batch size."""
     unet: Any = cast(Any, models.unet)
-    side, found = int(unet.config["sample_size"]), []
+    found = []
     width = int(unet.config["cross_attention_dim"])
     for batch in (1, 2, 4, 8, 16):
-        x = torch.randn(batch, 4, side, side, device=device, dtype=dtype)
+        x = torch.randn(batch, 4, window, window, device=device, dtype=dtype)
         text = torch.randn(batch, 77, width, device=device, dtype=dtype)
         pooled = int(unet.config["projection_class_embeddings_input_dim"]) - 6 * int(
             unet.config["addition_time_embed_dim"])

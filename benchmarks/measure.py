@@ -148,8 +148,11 @@ class Run:
 
 
 def measure(models: Models, way: str, scale: float, device: torch.device, dtype: torch.dtype, *, steps: int = STEPS,
-            values: Mapping[str, Any] | None = None) -> Run:
-    """Makes the picture of `scale` in one of WAYS; `values` are more settings."""
+            window: int = 0, values: Mapping[str, Any] | None = None) -> Run:
+    """Makes the picture of `scale` in one of WAYS; `values` are more settings.
+
+    Windows and base picture have `window` latent cells a side; 0 takes the model's own.
+    """
     settings = make({"scale": scale, **WAYS[way], **(values or {})})
     bar = Bar(f"{way} {scale:g}x")
     own = {name: None if given in (SAME, 0) else given for name, given in (
@@ -157,8 +160,8 @@ def measure(models: Models, way: str, scale: float, device: torch.device, dtype:
         ("stage_steps", min(settings.stage_steps, steps)))}
     host = StandaloneHost(models, prompt=PROMPT, negative=NEGATIVE, progress=bar, sampler=SAMPLER, scheduler=SCHEDULER,
                           steps=steps, device=device, dtype=dtype, **own)  # type: ignore[arg-type]
-    side = CELL * host.window
-    plan = make_plan((side, side), settings, native=host.window)
+    window = window or host.window
+    plan = make_plan((CELL * window, CELL * window), settings, native=window)
     request = Request(PROMPT, SEED, GUIDANCE, settings, plan, intermediate=way == "literal")
     parts = cost.estimate(plan, settings, solver=host.solver, stage_solver=host.stage_solver, timestep=host.timestep,
                           guidance=GUIDANCE, has_control=host.has_control)
