@@ -1,11 +1,10 @@
 """Speed, memory and fidelity: `python -m benchmarks`, or `make bench`.
 
 Makes one picture at each scale in several ways, in one run on one device: by the reference's schedule to the letter
-(benchmarks/literal.py), and with the presets *Paper*, *Balanced* and *Fast*. For each: seconds, evaluations of the
-networks, the speed-up over the literal schedule, the relative L2 distance of the final latent to the literal one, the
-engine's own share of the time, peak memory; with the embedded model also sharpness relative to the literal picture and
-the things in it. Then how the work grows from 2x to 8x, and what memory SDXL needs, by the plan. The last line is one
-JSON object.
+(benchmarks/literal.py), and with the presets. For each: seconds, evaluations of the networks, the speed-up over the
+literal schedule, the relative L2 distance of the final latent to the literal one, the engine's own share of the time,
+peak memory; with the embedded model also sharpness relative to the literal picture and the things in it. Then how the
+work grows from 2x to 8x, and what memory SDXL needs, by the plan. The last line is one JSON object.
 
 `--model embedded` (the CPU's default) measures the built-in model, `--model sdxl` (CUDA's default) full-size SDXL
 networks with random weights in float16.
@@ -54,12 +53,13 @@ def compared(run: Run, literal: Run | None, scale: float, *, shows_things: bool)
 def table(records: Sequence[dict[str, Any]]) -> str:
     """The figures as a Markdown table."""
     columns = {"size": "size", "way": "way", "seconds": "seconds", "speed_up": "speed-up", "unet": "UNet",
-               "controlnet": "ControlNet", "distance": "distance", "sharpness": "sharpness", "engine_share": "engine",
-               "peak_gib": "peak GiB"}
+               "controlnet": "ControlNet", "distance": "distance", "sharpness": "sharpness", "things": "things",
+               "engine_share": "engine", "peak_gib": "peak GiB"}
     columns = {key: label for key, label in columns.items() if any(key in record for record in records)}
     lines = [" | ".join(columns.values()), " | ".join("---" for _ in columns)]
     for record in records:
-        shown = {**record, "engine_share": f"{record['engine_share']:.1%}"}
+        shown = {**record, "engine_share": f"{record['engine_share']:.1%}",
+                 "things": sum(record.get("things", {}).values())}
         lines.append(" | ".join(str(shown.get(key, "")) for key in columns))
     return "\n".join(f"| {line} |" for line in lines)
 

@@ -31,7 +31,7 @@ SAMPLER, SCHEDULER, STEPS = "Euler", "Leading", 50
 #: What is compared: the settings of each way to make the same picture.
 WAYS: dict[str, dict[str, Any]] = {
     "literal": {"tolerance": 0}, "paper": {}, "paper, 1e-2": {"tolerance": 0.01}, "balanced": {"preset": "balanced"},
-    "fast": {"preset": "fast"}}
+    "fast": {"preset": "fast"}, "few-step": {"preset": "few-step"}, "low-vram": {"preset": "low-vram"}}
 
 
 @dataclass
@@ -159,7 +159,8 @@ def measure(models: Models, way: str, scale: float, device: torch.device, dtype:
         ("stage_sampler", settings.stage_sampler), ("stage_scheduler", settings.stage_scheduler),
         ("stage_steps", min(settings.stage_steps, steps)))}
     host = StandaloneHost(models, prompt=PROMPT, negative=NEGATIVE, progress=bar, sampler=SAMPLER, scheduler=SCHEDULER,
-                          steps=steps, device=device, dtype=dtype, **own)  # type: ignore[arg-type]
+                          steps=steps, device=device, dtype=dtype, vae_tile=settings.vae_tile,
+                          **own)  # type: ignore[arg-type]
     window = window or host.window
     plan = make_plan((CELL * window, CELL * window), settings, native=window)
     request = Request(PROMPT, SEED, GUIDANCE, settings, plan, intermediate=way == "literal")
@@ -170,7 +171,8 @@ def measure(models: Models, way: str, scale: float, device: torch.device, dtype:
     clock = Clock()
     begin = now()
     with clock.measuring(models, host):
-        result = (LiteralExtrapolation if way == "literal" else Extrapolation)(host).run(request)
+        engine = (LiteralExtrapolation if way == "literal" else Extrapolation)(host, settings.window_batch)
+        result = engine.run(request)
     seconds = now() - begin
     bar.close()
     picture = result.pictures[-1]
