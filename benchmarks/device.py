@@ -21,7 +21,8 @@ def name(device: torch.device) -> str:
     info = Path("/proc/cpuinfo")
     models = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
               ] if info.exists() else []
-    return f"{models[0] if models else platform.processor()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{models[0] if models else platform.processor()}, {threads} thread{'' if threads == 1 else 's'}"
 
 
 def matmul_tflops(device: torch.device, dtype: torch.dtype) -> float:
