@@ -181,11 +181,11 @@
 
     function inRange(step, count, start, end) { return step / count >= start && (step + 1) / count <= end; }
 
-    function makeScript(sampler, sigmas, settings, hasControl, views, fromNoise) {
-        const count = sigmas.length - 1;
+    function makeScript(sampler, sigmas, settings, hasControl, views, stages, fromNoise) {
+        const count = sigmas.length - 1, tolerance = settings.tolerance / stages;
         const c1 = sigmas.slice(0, -1).map(sigma => weights(timestep(sigma), settings)[0]);
         const remains = carried(c1);
-        const erased = Math.max(0, remains.slice(0, -1).filter(x => x <= settings.tolerance / 3).length - 1);
+        const erased = Math.max(0, remains.slice(0, -1).filter(x => x <= tolerance / 3).length - 1);
         const start = fromNoise ? 0 : Math.min(Math.max(round(settings.start * count), erased), count - 1);
         const calls = rehearse(sampler, sigmas.slice(start));
         const negligible = settings.windows && settings.dilated && views > 1;
@@ -199,9 +199,9 @@
             call.guided = inRange(step, count, settings.guidance_start, settings.guidance_end);
             if (negligible) {
                 effect += (1 - sigmas[step + 1] / sigmas[step]) * (1 - c2) * remains[step + 1];
-                call.local = !call.dilated || effect > settings.tolerance / 10;
+                call.local = !call.dilated || effect > tolerance / 10;
                 call.control = call.control && call.local;
-                call.dilated = call.dilated && (!call.local || c2 > 10 * settings.tolerance);
+                call.dilated = call.dilated && (!call.local || c2 > 10 * tolerance);
             }
         }
         return {steps: count - start, calls: calls};
@@ -232,7 +232,7 @@
         }
         for (const stage of plan.stages) {
             const script = makeScript(sampler, levels, settings, given.has_control && hasBase, stage.views,
-                !hasBase && stage.number === 1);
+                plan.stages.length, !hasBase && stage.number === 1);
             const count = name => script.calls.filter(call => call[name]).length;
             const windows = count("local") * stage.windowCount, views = count("dilated") * stage.views;
             let unet = 0, unetViews = 0, controlnet = 0;
