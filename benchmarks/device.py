@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 
+from accdiff_lib.errors import is_out_of_memory
 from accdiff_lib.hosts.loading import Models
 from benchmarks.measure import now
 
@@ -50,7 +51,12 @@ def best_unet_rate(models: Models, window: int, device: torch.device, dtype: tor
         def evaluate(x=x, t=t, text=text, added=added) -> object:
             return unet(x, t, text, added_cond_kwargs=added)
 
-        found.append((batch / _fastest(evaluate), batch))
+        try:
+            found.append((batch / _fastest(evaluate), batch))
+        except Exception as error:
+            if not found or not is_out_of_memory(error):
+                raise
+            break
     return max(found)
 
 

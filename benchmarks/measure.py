@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -63,14 +62,15 @@ class Clock:
 
     def _hooks(self, name: str, network: nn.Module) -> list[Any]:
         return [network.register_forward_pre_hook(lambda *_: self._begun.append(now())),
-                network.register_forward_hook(lambda *_: self._end(name))]
+                network.register_forward_hook(lambda *_: self._end(name), always_call=True)]
 
     def _timed(self, name: str, function: Any) -> Any:
         def timed(*args: Any, **kwargs: Any) -> Any:
             self._begun.append(now())
-            result = function(*args, **kwargs)
-            self._end(name)
-            return result
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._end(name)
 
         return timed
 
@@ -130,6 +130,7 @@ class Run:
     controlnet: int
     #: Of UNet and ControlNet.
     teraflop: float
+    #: Of the device; 0 where it does not count.
     peak_bytes: int
     latent: Tensor
     image: np.ndarray
@@ -141,10 +142,11 @@ class Run:
 
     def record(self) -> dict[str, Any]:
         """The figures as JSON."""
+        peak = {"peak_gib": round(self.peak_bytes / 2**30, 2)} if self.peak_bytes else {}
         return {"way": self.way, "size": f"{self.pixels[1]}x{self.pixels[0]}", "seconds": round(self.seconds, 2),
                 "inside": {name: round(seconds, 2) for name, seconds in self.inside.items()},
                 "engine_share": round(self.engine_share, 4), "unet": self.unet, "controlnet": self.controlnet,
-                "tflop": round(self.teraflop, 2), "peak_gib": round(self.peak_bytes / 2**30, 2)}
+                "tflop": round(self.teraflop, 2), **peak}
 
 
 def measure(models: Models, way: str, scale: float, device: torch.device, dtype: torch.dtype, *, steps: int = STEPS,
@@ -179,7 +181,7 @@ def measure(models: Models, way: str, scale: float, device: torch.device, dtype:
     assert picture.image is not None
     return Run(way, plan.pixels, seconds, clock.seconds, sum(part.unet for part in parts),
                sum(part.controlnet for part in parts), sum(_teraflop(host, part) for part in parts),
-               host.peak_bytes or _peak_of_process(), picture.latent.float().cpu(), picture.image)
+               host.peak_bytes, picture.latent.float().cpu(), picture.image)
 
 
 def _teraflop(host: StandaloneHost, part: cost.PartCost) -> float:
@@ -187,9 +189,3 @@ def _teraflop(host: StandaloneHost, part: cost.PartCost) -> float:
         return part.unet * host.flops(part.pixels[0] // CELL, part.pixels[1] // CELL).unet
     window, view = host.flops(*part.stage.window), host.flops(*part.stage.view_size)
     return part.priced(window=window.unet, control=window.controlnet, view=view.unet)
-
-
-def _peak_of_process() -> int:
-    """The most resident memory of this process so far, in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
