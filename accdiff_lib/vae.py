@@ -4,7 +4,8 @@ All tiles go through the network in lock-step, one operation at a time, as in Sc
 section 4.4). But every convolution sees its tile's true neighbours (a halo of one cell, cut off afterwards), every
 GroupNorm takes the statistics of the whole image, and the attention sees all of it, so nothing is approximated.
 
-Memory. The device holds one tile, and the attention's keys and values: 2 C h w numbers at latent resolution. The
+Memory. The device holds one tile, and until the attention is done its keys and values: 2 c h w numbers at latent
+resolution (c the channels of the innermost level), half as many again while those of the tiles are joined. The
 activations of the whole image lie on the CPU, rows of tiles being freed while the next map fills: at most
 `2 C H W` numbers in the dtype of the VAE (C the channels of the outermost level, H x W the image in pixels) plus two
 or three rows of tiles. That is 34 GB in fp16 and 69 GB in fp32 for 8192 x 8192 px (C = 128), a quarter for 4096 x 4096.
@@ -188,16 +189,17 @@ class FeatureMap:
 
 
 @torch.no_grad()
-def _run(half: nn.Module, sweeps: Sequence[Sweep], x: FeatureMap, check: Check | None, on_tile: OnTile | None,
+def _run(half: nn.Module, sweeps: list[Sweep], x: FeatureMap, check: Check | None, on_tile: OnTile | None,
          store: torch.device | None) -> Tensor:
-    """Runs all operations, one after the other, each over all tiles."""
+    """Runs all operations, one after the other, each over all tiles. Empties `sweeps`, so that what they keep goes."""
     device, tiles = next(half.parameters()).device, x.grid.tiles
     if len(tiles) > 1 and any(getattr(m, "padding_mode", "zeros") != "zeros" for m in half.modules()):
         raise InputError("a VAE whose convolutions do not pad with zeros (seamless tiling) must run in one tile")
     store = store or (device if len(tiles) == 1 else torch.device("cpu"))
-    skip = None
-    for i, sweep in enumerate(sweeps):
-        watched = _watched(tiles, check, on_tile, i * len(tiles), len(sweeps) * len(tiles))
+    skip, count = None, len(sweeps)
+    for i in range(count):
+        sweep = sweeps.pop(0)
+        watched = _watched(tiles, check, on_tile, i * len(tiles), count * len(tiles))
         x, skip = _sweep(sweep, x, skip, watched, device, store)
     return x.tensor()
 

@@ -284,6 +284,21 @@ def test_activations_of_two_full_maps_at_most(direction: str, monkeypatch: pytes
     assert 2 * full <= peak <= 2 * full + 3 * 2 * row
 
 
+def test_keys_and_values_go_when_the_attention_is_done(vae: AutoencoderKL, monkeypatch) -> None:
+    """They are of the whole picture, and on the device."""
+    made, held = [], []
+    init = Attention.__init__
+
+    def noting(self: Attention, block: nn.Module) -> None:
+        init(self, block)
+        made.append(weakref.ref(self))
+
+    monkeypatch.setattr(Attention, "__init__", noting)
+    tiled.decode(vae, latent(6, 6), tile=4,
+                 on_tile=lambda done, total: held.append(any((one := ref()) and one._keys for ref in made)))
+    assert len(made) == 1 and any(held) and not any(held[len(held) // 2:])
+
+
 def test_store_may_be_chosen(vae: AutoencoderKL) -> None:
     z = latent(6, 6)
     assert torch.equal(tiled.decode(vae, z, tile=4, store=torch.device("cpu")), tiled.decode(vae, z, tile=4))
