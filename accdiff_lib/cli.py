@@ -61,7 +61,7 @@ def dry_run(job: Job) -> int:
         parts = [{**report.as_json(part), "tflop": round(cost, 6)} for part, cost in zip(job.parts, costs, strict=True)]
         total = {key: sum(part[key] for part in parts) for key in ("unet", "controlnet", "tflop")}
         _print_json({**_described(job), "dry_run": True, "parts": parts, "total": total, "memory": {
-            "resident": job.need.resident, "offloaded": job.need.offloaded}})
+            "resident": job.need.resident, "offloaded": job.need.offloaded, "main": job.need.main}})
         return DONE
     (base_height, base_width), (height, width) = (tuple(CELL * side for side in job.plan.base), job.plan.pixels)
     print(f"model {job.model.name}: {base_width}x{base_height} to {width}x{height}, {job.general['sampler']}, "
@@ -69,7 +69,7 @@ def dry_run(job: Job) -> int:
     print(report.table(job.parts, costs, job.general["batch"]))
     print("\nUNet and ControlNet: latents evaluated, with the unconditional ones. TFLOP: those and the VAE's decodes.")
     print(f"Device memory, estimated: at least {_gib(job.need.resident)}, with --offload on "
-          f"{_gib(job.need.offloaded)}.")
+          f"{_gib(job.need.offloaded)}; main memory for the decode {_gib(job.need.main)}.")
     return DONE
 
 

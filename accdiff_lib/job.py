@@ -50,7 +50,7 @@ class Job:
 
         seen = [self.plan.base] + [size for stage in self.plan.stages for size in (stage.window, stage.view_size)]
         return memory.need(self.model.weights, unet_width=self.model.unet["block_out_channels"][0],
-                           vae_width=self.model.vae["block_out_channels"][0], itemsize=self.dtype.itemsize,
+                           vae_widths=self.model.vae["block_out_channels"], itemsize=self.dtype.itemsize,
                            window=max(height * width for height, width in seen),
                            canvas=self.plan.pixels[0] * self.plan.pixels[1] // CELL**2,
                            vae_itemsize=self.model.vae_dtype(self.dtype).itemsize)

@@ -51,7 +51,7 @@ class Stage:
     #: (height, width) of a window; smaller than the model's where the canvas is.
     window: tuple[int, int]
     stride: int
-    #: The jitter range, and so the zeros around the canvas.
+    #: The jitter range, and so the border that the canvas gets all around.
     padding: int
     #: Distance of neighbouring cells of a dilated view; there are dilation^2 views.
     dilation: int
@@ -73,7 +73,7 @@ class Stage:
 
     @property
     def dilated_padding(self) -> tuple[int, int]:
-        """Rows of zeros above and columns of zeros left of the canvas that make it divisible into views."""
+        """Rows above and columns left of the canvas that make it divisible into views."""
         whole = self.dilation * self.multiple
         return -self.height % whole, -self.width % whole
 

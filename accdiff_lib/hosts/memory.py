@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -92,31 +92,35 @@ class Need:
     text: int
     unet: int
     vae: int
-    #: What one row of the UNet takes besides, the canvas, and one tile of the VAE.
+    #: What one row of the UNet takes besides, the canvas, and the VAE for a tile or for its attention to the whole.
     row: int
     canvas: int
-    tile: int
+    decode: int
+    #: Main memory in which the VAE's tiles wait for each other.
+    main: int
 
     @property
     def resident(self) -> int:
         """With all networks on the device."""
-        return self.text + self.unet + self.vae + self.canvas + max(2 * self.row, self.tile)
+        return self.text + self.unet + self.vae + self.canvas + max(2 * self.row, self.decode)
 
     @property
     def offloaded(self) -> int:
         """With only those at work on the device."""
-        return self.canvas + max(self.text, self.unet + self.row, self.vae + self.tile)
+        return self.canvas + max(self.text, self.unet + self.row, self.vae + self.decode)
 
 
-def need(weights: Mapping[str, int], *, unet_width: int, vae_width: int, window: int, canvas: int, itemsize: int,
-         vae_itemsize: int) -> Need:
-    """What a run needs: `weights` in numbers by network, widths in channels of the outermost blocks, latent cells of
-    the largest `window` that the UNet sees and of the largest `canvas`, item sizes in bytes of a number."""
+def need(weights: Mapping[str, int], *, unet_width: int, vae_widths: Sequence[int], window: int, canvas: int,
+         itemsize: int, vae_itemsize: int) -> Need:
+    """What a run needs: `weights` in numbers by network, channels of the UNet's outermost block and of all blocks of
+    the VAE, latent cells of the largest `window` that the UNet sees and of the largest `canvas`, item sizes in bytes of
+    a number."""
+    tile, attention = _vae_bytes(TILE, TILE, vae_widths[0], vae_itemsize), 3 * vae_widths[-1] * canvas * vae_itemsize
     return Need(itemsize * (weights["text_encoder"] + weights.get("text_encoder_2", 0)),
                 itemsize * (weights["unet"] + weights.get("controlnet", 0)), vae_itemsize * weights["vae"],
                 ROW_NUMBERS * unet_width * itemsize * window,
-                CANVAS_BYTES * canvas if canvas <= MOST_CANVAS_CELLS else 0,
-                _vae_bytes(TILE, TILE, vae_width, vae_itemsize))
+                CANVAS_BYTES * min(canvas, MOST_CANVAS_CELLS), max(tile, attention),
+                2 * vae_widths[0] * 64 * canvas * vae_itemsize)
 
 
 def _vae_bytes(height: int, width: int, channels: int, itemsize: int) -> int:
