@@ -68,7 +68,8 @@ class Canvas:
         #: The latest prediction, for previews and for Skip.
         self.denoised: Tensor | None = None
         self._calls = iter(enumerate(script.calls))
-        self._windows: Sequence[Window] = ()
+        #: One list of windows for all steps, so their hints come again.
+        self._fixed = scene.windows(0) is scene.windows(1)
 
     def __call__(self, x: Tensor, sigma: Tensor, **_: object) -> Tensor:
         """The x0 prediction of `x` [1, C, h, w] at noise level `sigma` ([1] or a scalar), of the same shape.
@@ -91,7 +92,7 @@ class Canvas:
             denoised = self.dilated_pass(x, sigma, call, number)
         self.denoised = denoised
         if call.first:
-            self.host.progress.preview(denoised.to(self.host.device))
+            self.host.progress.preview(denoised)
         return denoised if self.scene.upsampled is None or len(whole) == 1 else torch.cat([
             denoised, self.scene.upsampled.to(x)])
 
@@ -124,7 +125,6 @@ class Canvas:
         padded = self._pad(x, windows)
         value, count = torch.zeros_like(padded), torch.zeros_like(padded[:, :1])
         hint = self.scene.hint if call.control else None
-        again, self._windows = windows is self._windows, windows
 
         def evaluate(rows: slice) -> Tensor:
             part = windows[rows]
@@ -132,7 +132,7 @@ class Canvas:
                 texts[rows], [(CELL * w.top, CELL * w.left) for w in part], self.scene.picture,
                 call.guidance(self.settings.local_guidance, self.scene.guidance), self.settings.guidance_rescale,
                 hint=None if hint is None else self._hint_crops(hint, part, self.host.device),
-                hint_names=[(self, w) for w in part] if again else (),
+                hint_names=[(self, w) for w in part] if self._fixed else (),
                 strength=self.settings.control_strength))
 
         size = windows[0].height, windows[0].width

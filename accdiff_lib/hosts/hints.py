@@ -28,6 +28,11 @@ class HintEmbeddings:
         self._kept: dict[object, Tensor] = {}
         self._bytes = 0
 
+    def forget(self) -> None:
+        """Lets go of what is kept: of the embeddings, and of the canvas that names them."""
+        self._canvas, self._bytes = None, 0
+        self._kept.clear()
+
     @contextmanager
     def ready(self, rows: Rows) -> Iterator[Tensor]:
         """The rows' embedded hints [M, C, h, w]; within it the ControlNet takes them in place of the hints."""
@@ -46,8 +51,8 @@ class HintEmbeddings:
             return embedding(hint.to(self._device, self._dtype))
         canvas = rows.hint_names[0][0]
         if canvas is not self._canvas:
-            self._canvas, self._bytes = canvas, 0
-            self._kept.clear()
+            self.forget()
+            self._canvas = canvas
         found = {name: self._kept[name] for name in rows.hint_names if name in self._kept}
         new = [number for number, name in enumerate(rows.hint_names) if name not in found]
         if new:
