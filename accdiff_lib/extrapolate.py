@@ -95,6 +95,8 @@ class Extrapolation:
         except Exception as error:
             reason = _why_stopped(error)
             if reason is None or not result.pictures:
+                if is_out_of_memory(error):
+                    raise OutOfMemory(f"out of memory before anything was finished: {error}") from error
                 raise
         # Here, where the exception that keeps the stage's tensors alive is gone: the decode may need their memory.
         self._give_up(result, reason)
@@ -253,7 +255,7 @@ class Extrapolation:
         device = host.canvas_device(*size)
         upsampled = edges = None
         if last is not None:
-            upsampled = F.interpolate(last.latent, size, mode="bicubic", align_corners=False).to(device)
+            upsampled = F.interpolate(last.latent.to(device), size, mode="bicubic", align_corners=False)
             if wants_hint:
                 assert last.image is not None
                 edges = hint(canny(last.image, request.settings.canny_sigma), *stage.pixels)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from accdiff_lib import cost
-from accdiff_lib.errors import Interrupted
+from accdiff_lib.errors import Interrupted, OutOfMemory
 from accdiff_lib.extrapolate import Extrapolation, Request, Result
 from accdiff_lib.hosts.loading import Models, load
 from accdiff_lib.hosts.samplers import SAMPLERS, SCHEDULERS
@@ -350,6 +350,36 @@ def test_when_memory_does_not_suffice_the_last_stage_is_returned(models):
     assert result.stopped.startswith("out of memory")
     assert result.pictures[-1].image is not None and len(result.pictures) < 3
     assert "out of memory" in host.progress.comments[0]
+
+
+def test_when_memory_does_not_suffice_for_the_base_picture_the_error_says_so(models):
+    def fail(_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(OutOfMemory, match="before anything was finished: CUDA out of memory"):
+        run(models, watch=fail)
+    assert hooks(models) == 0
+
+
+@pytest.mark.parametrize("values, times", [({}, 1), ({"window_prompts": False}, 2)])
+def test_a_hint_is_embedded_once_where_windows_stay(models, values, times):
+    """Nine windows, two steps; without window prompts they move. Nothing is kept while the picture is decoded."""
+    embedded, kept = [], []
+
+    class Decoding(Watched):
+        def decode(self, latent, **kwargs):
+            picture = super().decode(latent, **kwargs)
+            kept.append(len(self._hints._kept))
+            return picture
+
+    host = make_host(models, steps=2, cls=Decoding)
+    embedding = models.controlnet.controlnet_cond_embedding
+    handle = embedding.conv_in.register_forward_hook(lambda _, args, __: embedded.append(len(args[0])))
+    try:
+        Extrapolation(host).run(request(host, values))
+    finally:
+        handle.remove()
+    assert sum(embedded) == 9 * times and kept == [0, 0]
 
 
 def test_other_failures_rise_and_leave_no_hooks(models):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -108,6 +109,30 @@ def test_the_halves_of_cfg_one_after_the_other_give_the_same(models, monkeypatch
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+def test_a_pair_that_does_not_fit_after_all_is_computed_half_by_half(models):
+    one, batches = host(models), []
+    rows = Rows(one.encode_texts(["a red ball"]), [(0, 0)], (256, 256), 5.0)
+    x = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(0))
+    together = one.denoise(x, torch.tensor(3.0), rows)
+
+    def full(_, args):
+        batches.append(len(args[0]))
+        if len(args[0]) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    handle = models.unet.register_forward_pre_hook(full)
+    try:
+        apart = [one.denoise(x, torch.tensor(3.0), rows) for _ in range(2)]
+        with pytest.raises(torch.OutOfMemoryError):  # more rows are the batcher's to divide
+            one.denoise(x.repeat(2, 1, 1, 1), torch.tensor(3.0), replace(
+                rows, texts=[*rows.texts] * 2, origins=[*rows.origins] * 2))
+    finally:
+        handle.remove()
+    assert batches == [2, 1, 1, 1, 1, 4]
+    for other in apart:
+        torch.testing.assert_close(together, other, rtol=1e-4, atol=1e-5)
+
+
 def test_the_need_counts_every_weight(models):
     job = prepare(["x", "--scale", "2", "--dtype", "float32", "--dry-run"])
     numbers = {id(module): sum(value.numel() for value in module.parameters()) for module in models.modules()}
@@ -116,6 +141,18 @@ def test_the_need_counts_every_weight(models):
     assert need.unet == 4 * sum(numbers[id(module)] for module in (models.unet, models.controlnet))
     assert need.text + need.vae + need.unet < need.resident
     assert max(need.unet, need.vae, need.text) < need.offloaded < need.resident
+
+
+def test_the_need_counts_the_vaes_attention_and_what_waits_for_it():
+    """SDXL's VAE in float32 at 8192x8192: keys and values of 512 channels at a cell, and once more one of them."""
+    def need(side):
+        return memory.need({"text_encoder": 0, "unet": 0, "vae": 0}, unet_width=320, vae_widths=[128, 256, 512, 512],
+                           window=128**2, canvas=(side // 8) ** 2, itemsize=2, vae_itemsize=4)
+
+    assert need(8192).decode == 3 * 512 * 1024**2 * 4
+    assert need(1024).decode == need(2048).decode  # a tile takes more
+    assert need(8192).main == 2 * 128 * 8192**2 * 4
+    assert need(8192).canvas == need(4096).canvas > need(2048).canvas
 
 
 @pytest.mark.parametrize(("free", "flag", "expected"), [

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from accdiff_lib.errors import InputError
+from accdiff_lib.errors import InputError, is_out_of_memory
 from accdiff_lib.hosts import flops, memory
 from accdiff_lib.hosts.base import Progress, Rows, Solver
 from accdiff_lib.hosts.hints import HintEmbeddings
@@ -74,6 +74,8 @@ class StandaloneHost:
         self._residency = Residency(models.modules(), self.device, offload=offload)
         #: Parts of the batch that the UNet sees: "uncond", "cond".
         self._halves: tuple[str, ...] = GUIDED
+        #: Memory ran out for the pair of a row.
+        self._apart = False
 
     # Text and noise levels
 
@@ -100,16 +102,29 @@ class StandaloneHost:
         level = float(sigma)
         latent = (x.float() / (level**2 + 1) ** 0.5).to(self.dtype)
         self._residency.use(self._unet, self._controlnet if _has_hint(rows) else None, keep=self._controlnet)
-        if guided and len(rows) == 1 and not self._memory.pair_fits(*x.shape[-2:]):
+        output = self._together(latent, level, rows, guided)
+        if output is None:
             output = torch.cat([self._predict(latent, level, rows, (half,)) for half in GUIDED])
-        else:
-            output = self._predict(latent, level, rows, GUIDED if guided else ("cond",))
         if guided:
             uncond, cond = output.chunk(2)
             output = uncond + rows.guidance * (cond - uncond)
             if rows.rescale > 0:
                 output = rescaled(output, cond, rows.rescale)
         return denoised(x.float(), level, output, self.models.prediction).to(x.dtype)
+
+    def _together(self, latent: Tensor, level: float, rows: Rows, guided: bool) -> Tensor | None:
+        """Both halves in one batch; None where memory is too short for the pair of a single row."""
+        alone = guided and len(rows) == 1
+        if alone and (self._apart or not self._memory.pair_fits(*latent.shape[-2:])):
+            return None
+        try:
+            return self._predict(latent, level, rows, GUIDED if guided else ("cond",))
+        except Exception as error:
+            if not (alone and is_out_of_memory(error)):
+                raise
+        self._apart = True
+        memory.release()  # here, where the exception that keeps tensors alive is gone
+        return None
 
     def _predict(self, latent: Tensor, level: float, rows: Rows, halves: tuple[str, ...]) -> Tensor:
         """The UNet's output [B, C, h, w], float32, for scaled latents [M, C, h, w]: B is M times the `halves`."""
@@ -176,6 +191,7 @@ class StandaloneHost:
 
     def decode(self, latent: Tensor, *, interruptible: bool = True) -> np.ndarray:
         """See base.Host."""
+        self._hints.forget()
         self._residency.use(self._vae)
         return self._runner.decode(latent, interruptible=interruptible)
 
