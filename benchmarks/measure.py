@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -150,12 +150,12 @@ class Run:
 
 
 def measure(models: Models, way: str, scale: float, device: torch.device, dtype: torch.dtype, *, steps: int = STEPS,
-            window: int = 0, values: Mapping[str, Any] | None = None) -> Run:
-    """Makes the picture of `scale` in one of WAYS; `values` are more settings.
+            window: int = 0) -> Run:
+    """Makes the picture of `scale` in one of WAYS.
 
     Windows and base picture have `window` latent cells a side; 0 takes the model's own.
     """
-    settings = make({"scale": scale, **WAYS[way], **(values or {})})
+    settings = make({"scale": scale, **WAYS[way]})
     bar = Bar(f"{way} {scale:g}x")
     own = {name: None if given in (SAME, 0) else given for name, given in (
         ("stage_sampler", settings.stage_sampler), ("stage_scheduler", settings.stage_scheduler),
