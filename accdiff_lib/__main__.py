@@ -7,7 +7,7 @@ import sys
 # small models many times slower; where none does, sleeping costs a little. Read when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from accdiff_lib.cli import main
+from accdiff_lib.command.run import main
 
 if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):

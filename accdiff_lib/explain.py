@@ -10,9 +10,9 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from accdiff_lib.extrapolate import Explanation
-from accdiff_lib.plan import Stage, Window
-from accdiff_lib.window_prompts import WindowPrompts, WordMask
+from accdiff_lib.engine.extrapolate import Explanation
+from accdiff_lib.engine.plan import Stage, Window
+from accdiff_lib.parts.window_prompts import WindowPrompts, WordMask
 
 #: What is written for a window that no word fits.
 EMPTY = "(empty)"

@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
-from accdiff_lib.hosts.loading import load
 from accdiff_lib.settings import make
+from accdiff_lib.standalone.loading import load
 from accdiff_lib.webui.outline import Generation, cost
 from benchmarks import device as devices
 from benchmarks.figure import draw

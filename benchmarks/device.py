@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 
 from accdiff_lib.errors import is_out_of_memory
-from accdiff_lib.hosts.loading import Models
+from accdiff_lib.standalone.loading import Models
 from benchmarks.measure import now
 
 

@@ -13,16 +13,16 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 import accdiff_lib
-from accdiff_lib.hosts import memory
-from accdiff_lib.hosts.loading import EMBEDDED, Models, alphas_cumprod, load_tokenizer
-from accdiff_lib.plan import CELL
+from accdiff_lib.engine import memory
+from accdiff_lib.engine.plan import CELL
+from accdiff_lib.standalone.loading import EMBEDDED, Models, alphas_cumprod, load_tokenizer
 
 CONFIGS = Path(accdiff_lib.__file__).parent / "configs" / "sdxl"
 
 
 def least_memory(side: int, controlnet: bool) -> dict[str, Any]:
     """What a picture of side x side pixels needs at least in float16, with all networks on the device or (`--offload`)
-    those at work; estimated (accdiff_lib.hosts.memory)."""
+    those at work; estimated (accdiff_lib.engine.memory)."""
     unet, vae = _config("unet"), _config("vae")
     need = memory.need(_weights(controlnet), unet_width=unet["block_out_channels"][0],
                        vae_widths=vae["block_out_channels"], window=unet["sample_size"] ** 2,

@@ -13,13 +13,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from accdiff_lib.canvas import Canvas
-from accdiff_lib.extrapolate import Extrapolation, Request, Result
-from accdiff_lib.hosts.base import Rows, Text
-from accdiff_lib.hosts.hints import HintEmbeddings
-from accdiff_lib.hosts.standalone import StandaloneHost
-from accdiff_lib.plan import Stage, Window
-from accdiff_lib.schedule import Call
+from accdiff_lib.engine.canvas import Canvas
+from accdiff_lib.engine.extrapolate import Extrapolation, Request, Result
+from accdiff_lib.engine.host import Rows, Text
+from accdiff_lib.engine.plan import Stage, Window
+from accdiff_lib.engine.schedule import Call
+from accdiff_lib.standalone.hints import HintEmbeddings
+from accdiff_lib.standalone.host import StandaloneHost
 
 
 class _Anew(HintEmbeddings):

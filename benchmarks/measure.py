@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from accdiff_lib import cost
-from accdiff_lib.extrapolate import Extrapolation, Request
-from accdiff_lib.hosts.base import Picture
-from accdiff_lib.hosts.loading import Models
-from accdiff_lib.hosts.standalone import StandaloneHost
-from accdiff_lib.plan import CELL, Stage, make_plan
+from accdiff_lib.engine import cost
+from accdiff_lib.engine.extrapolate import Extrapolation, Request
+from accdiff_lib.engine.host import Picture
+from accdiff_lib.engine.plan import CELL, Stage, make_plan
 from accdiff_lib.settings import SAME, make
+from accdiff_lib.standalone.host import StandaloneHost
+from accdiff_lib.standalone.loading import Models
 from benchmarks.literal import LiteralExtrapolation
 
 PROMPT, NEGATIVE, GUIDANCE, SEED = "a red ball and a blue star on snow, night sky", "blurry", 5.0, 42

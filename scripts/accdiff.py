@@ -5,9 +5,10 @@ from __future__ import annotations
 try:
     from modules import script_callbacks, scripts
 
-    from accdiff_lib.hosts import webui_host
-    from accdiff_lib.webui import api, options_page, panel, run, xyz
-    from accdiff_lib.webui.callbacks import guarded
+    from accdiff_lib.webui import run
+    from accdiff_lib.webui.hosts import webui as webui_host
+    from accdiff_lib.webui.ui import api, options_page, panel, xyz
+    from accdiff_lib.webui.ui.callbacks import guarded
 
     webui = webui_host.recognise()
 except Exception as error:  # an unknown host, or one too old: nothing is registered, so nothing changes

@@ -23,10 +23,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from accdiff_lib.hosts.loading import EMBEDDED, load_tokenizer
-from accdiff_lib.hosts.text import split_words
-from accdiff_lib.prompts import CONTEXT
-from accdiff_lib.structure import canny, hint
+from accdiff_lib.parts.prompts import CONTEXT, split_words
+from accdiff_lib.parts.structure import canny, hint
+from accdiff_lib.standalone.loading import EMBEDDED, load_tokenizer
 from testbed import vae as vae_training
 from testbed.captions import caption, word_targets
 from testbed.scenes import (

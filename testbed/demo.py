@@ -2,8 +2,8 @@
 
     python -m testbed.demo --out out/demo
 
-It runs the command (accdiff_lib.cli) twice with the same prompt and seed, counts the things in each picture, and puts
-the three into `demo.png`.
+It runs the command (accdiff_lib.command.run) twice with the same prompt and seed, counts the things in each picture, and
+puts the three into `demo.png`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from accdiff_lib.cli import main as command
+from accdiff_lib.command.run import main as command
 from testbed.counting import find
 
 PROMPT = "a red ball and a blue star on snow, night sky"

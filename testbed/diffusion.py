@@ -21,7 +21,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from accdiff_lib.hosts.loading import EMBEDDED, alphas_cumprod, load, load_tokenizer
+from accdiff_lib.standalone.loading import EMBEDDED, alphas_cumprod, load, load_tokenizer
 from testbed.checkpoints import Average, Checkpoint, training
 from testbed.dataset import CELLS, Shard, load_shards
 

@@ -18,11 +18,11 @@ import torch
 from scipy.stats import rankdata
 
 from accdiff_lib import seeds
-from accdiff_lib.hosts.base import Rows
-from accdiff_lib.hosts.loading import load
-from accdiff_lib.hosts.standalone import StandaloneHost
+from accdiff_lib.engine.host import Rows
+from accdiff_lib.parts.structure import canny, hint
 from accdiff_lib.settings import OPTIONS
-from accdiff_lib.structure import canny, hint
+from accdiff_lib.standalone.host import StandaloneHost
+from accdiff_lib.standalone.loading import load
 from testbed import vae
 from testbed.captions import caption, word_targets
 from testbed.counting import Found, find, match

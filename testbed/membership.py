@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from accdiff_lib.extrapolate import Extrapolation, Request
-from accdiff_lib.hosts.loading import load
-from accdiff_lib.hosts.standalone import StandaloneHost
-from accdiff_lib.plan import Plan, Stage, Window, make_plan
-from accdiff_lib.prompts import Word
+from accdiff_lib.engine.extrapolate import Extrapolation, Request
+from accdiff_lib.engine.plan import Plan, Stage, Window, make_plan
+from accdiff_lib.parts.prompts import Word
+from accdiff_lib.parts.window_prompts import window_prompts, word_masks
 from accdiff_lib.settings import MEMBERSHIPS, make
-from accdiff_lib.window_prompts import window_prompts, word_masks
+from accdiff_lib.standalone.host import StandaloneHost
+from accdiff_lib.standalone.loading import load
 from testbed.captions import NAMED, caption, word_targets
 from testbed.sampling import GUIDANCE, make_host
 from testbed.scenes import FULL, Scene, View, draw, render, shares, visible

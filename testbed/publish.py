@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, ControlNetModel
 
-from accdiff_lib.hosts.loading import EMBEDDED, Models, alphas_cumprod, load_tokenizer
+from accdiff_lib.standalone.loading import EMBEDDED, Models, alphas_cumprod, load_tokenizer
 from testbed import vae as vae_training
 from testbed.controlnet import HINT, trained_networks
 from testbed.dataset import load_shards, trained_vae

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from accdiff_lib import seeds
-from accdiff_lib.attention import AttentionRecorder, map_size
-from accdiff_lib.hosts.base import Picture, Rows
-from accdiff_lib.hosts.loading import Models
-from accdiff_lib.hosts.standalone import StandaloneHost
-from accdiff_lib.plan import CELL, Stage
+from accdiff_lib.engine.host import Picture, Rows
+from accdiff_lib.engine.plan import CELL, Stage
+from accdiff_lib.parts.attention import AttentionRecorder, map_size
+from accdiff_lib.standalone.host import StandaloneHost
+from accdiff_lib.standalone.loading import Models
 
 STEPS, GUIDANCE = 30, 5.0
 SAMPLER, SCHEDULER = "DPM++ 2M", "Karras"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import CLIPTokenizer
 
-from accdiff_lib.hosts.loading import Models
+from accdiff_lib.standalone.loading import Models
 
 SCHEDULER = {
     "_class_name": "EulerDiscreteScheduler",

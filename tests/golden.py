@@ -22,11 +22,11 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 import accdiff_lib
-from accdiff_lib.hosts.base import Rows
-from accdiff_lib.hosts.loading import Models
-from accdiff_lib.hosts.standalone import StandaloneHost
-from accdiff_lib.hosts.text import TextEmbedding
+from accdiff_lib.engine.host import Rows
 from accdiff_lib.settings import Settings, make
+from accdiff_lib.standalone.host import StandaloneHost
+from accdiff_lib.standalone.loading import Models
+from accdiff_lib.standalone.text import TextEmbedding
 from tests.silent import SilentProgress
 
 REPOSITORY = Path(__file__).parent.parent

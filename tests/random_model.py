@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from accdiff_lib.hosts.loading import EMBEDDED, Models, alphas_cumprod, load_tokenizer
+from accdiff_lib.standalone.loading import EMBEDDED, Models, alphas_cumprod, load_tokenizer
 
 #: Share of the UNet's prediction that is not the noise it was given.
 STRUCTURE = 0.15

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from accdiff_lib.hosts.a1111 import A1111Host
+from accdiff_lib.webui.hosts.a1111 import A1111Host
 
 
 class Network(nn.Module):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
-from accdiff_lib.attention import AttentionRecorder, map_size
+from accdiff_lib.parts.attention import AttentionRecorder, map_size
 from tests import tiny
 
 

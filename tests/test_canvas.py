@@ -9,13 +9,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from accdiff_lib.batching import Batcher
-from accdiff_lib.canvas import Canvas, Scene, join_views, match_statistics, split_views
+from accdiff_lib.engine.canvas import Canvas, Scene, join_views, match_statistics, split_views
+from accdiff_lib.engine.plan import Window, make_plan
+from accdiff_lib.engine.schedule import make_script
+from accdiff_lib.engine.spread import Batcher
 from accdiff_lib.errors import Interrupted, OutOfMemory, Skipped
-from accdiff_lib.hosts.samplers import solver
-from accdiff_lib.plan import Window, make_plan
-from accdiff_lib.schedule import make_script
 from accdiff_lib.settings import make
+from accdiff_lib.standalone.samplers import solver
 from tests.silent import SilentProgress
 from tests.test_schedule import LEVELS
 

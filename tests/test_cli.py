@@ -16,11 +16,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from accdiff_lib import __version__, arguments, cli, docs, infotext
-from accdiff_lib.hosts import loading
-from accdiff_lib.output import Folder, read_image
-from accdiff_lib.report import Terminal
+from accdiff_lib import __version__
+from accdiff_lib.command import arguments, docs
+from accdiff_lib.command import run as cli
+from accdiff_lib.command.files import Folder, read_image
+from accdiff_lib.command.report import Terminal
+from accdiff_lib.parts import infotext
 from accdiff_lib.settings import OPTIONS, from_infotext, make
+from accdiff_lib.standalone import loading
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = "a red fox, sitting on the snow"
@@ -236,7 +239,7 @@ def test_version(capsys):
 
 def test_readme_has_the_tables():
     text = docs.PAGE.read_text(encoding="utf-8")
-    assert docs.updated(text) == text, "run: python -m accdiff_lib.docs --write"
+    assert docs.updated(text) == text, "run: python -m accdiff_lib.command.docs --write"
 
 
 # --- runs ------------------------------------------------------------------------------------------------------
@@ -416,7 +419,7 @@ def test_a_reader_who_leaves_does_not_stop_the_run(tmp_path):
     command = [sys.executable, "-m", "accdiff_lib", "a ball", "--scale", "2", "--steps", "1", "--window", "8",
                "--width", "64", "--height", "64", "--out", str(tmp_path / "out")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               cwd=Path(cli.__file__).parent.parent)
+                               cwd=ROOT)
     assert process.stdout is not None and process.stderr is not None
     process.stdout.close()
     said = process.stderr.read()

@@ -87,7 +87,7 @@ def test_our_callbacks_have_the_parameters_of_the_webuis(host):
 def test_the_keywords_of_sample(host):
     """`given` are the keywords that the WebUI calls `p.sample` with: its parameters' names."""
     used: set[str] = set()
-    for name in ("webui/run", "hosts/a1111", "hosts/webui_forge"):
+    for name in ("webui/run", "webui/hosts/a1111", "webui/hosts/forge_base"):
         path = ROOT / "accdiff_lib" / f"{name}.py"
         for node in ast.walk(ast.parse(path.read_text())):
             text = ast.unparse(node) if isinstance(node, (ast.Subscript, ast.Call)) else ""

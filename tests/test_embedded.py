@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from accdiff_lib import cli
-from accdiff_lib.hosts.loading import load
+from accdiff_lib.command import run as cli
+from accdiff_lib.standalone.loading import load
 from testbed import demo, vae
 from testbed.counting import find
 from testbed.gates import GATES, attention, edges, held_out_scenes, outcomes, shares

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from accdiff_lib import explain
+from accdiff_lib.engine.extrapolate import Explanation
+from accdiff_lib.engine.plan import Window, make_plan
 from accdiff_lib.explain import COLOURS, COLUMN, EMPTY, PAGE, TEXT, entries, font, sheet, window_box, wrap
-from accdiff_lib.extrapolate import Explanation
-from accdiff_lib.plan import Window, make_plan
-from accdiff_lib.prompts import Word
+from accdiff_lib.parts.prompts import Word
+from accdiff_lib.parts.window_prompts import WindowPrompts, WordMask
 from accdiff_lib.settings import make
-from accdiff_lib.window_prompts import WindowPrompts, WordMask
 
 RNG = np.random.default_rng(0)
 

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 import torch
 
-from accdiff_lib import cost
+from accdiff_lib.engine import cost
+from accdiff_lib.engine.extrapolate import Extrapolation, Request, Result
+from accdiff_lib.engine.plan import make_plan
+from accdiff_lib.engine.schedule import make_script
 from accdiff_lib.errors import Interrupted, OutOfMemory
-from accdiff_lib.extrapolate import Extrapolation, Request, Result
-from accdiff_lib.hosts.loading import Models, load
-from accdiff_lib.hosts.samplers import SAMPLERS, SCHEDULERS
-from accdiff_lib.hosts.standalone import StandaloneHost
-from accdiff_lib.plan import make_plan
-from accdiff_lib.schedule import make_script
 from accdiff_lib.settings import METHODS, OPTIONS, make
+from accdiff_lib.standalone.host import StandaloneHost
+from accdiff_lib.standalone.loading import Models, load
+from accdiff_lib.standalone.samplers import SAMPLERS, SCHEDULERS
 from tests import tiny
 from tests.silent import SilentProgress
 

@@ -13,10 +13,14 @@ import torch
 from torch import nn
 
 from accdiff_lib.errors import InputError
-from accdiff_lib.hosts import forge, ldm_unet, reforge, webui_forge, webui_forge_control, webui_host
-from accdiff_lib.hosts.ldm_controlnet import LdmControlNet
-from accdiff_lib.hosts.ldm_rows import MarkedRows
 from accdiff_lib.webui import run
+from accdiff_lib.webui.hosts import forge, reforge
+from accdiff_lib.webui.hosts import forge_base as webui_forge
+from accdiff_lib.webui.hosts import forge_control as webui_forge_control
+from accdiff_lib.webui.hosts import webui as webui_host
+from accdiff_lib.webui.hosts.ldm import unet as ldm_unet
+from accdiff_lib.webui.hosts.ldm.controlnet import LdmControlNet
+from accdiff_lib.webui.hosts.ldm.rows import MarkedRows
 from tests import ldm_unet as stand_in
 from tests import tiny
 from tests.webui_stand_in import stood_in

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from accdiff_lib import infotext
+from accdiff_lib.parts import infotext
 
 letters = st.characters(codec="utf-8", exclude_characters="\n")
 lines = st.text(letters).map(str.strip).filter(lambda line: not line.startswith("Negative prompt:"))

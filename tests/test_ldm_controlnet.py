@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from accdiff_lib.errors import InputError
-from accdiff_lib.hosts.export import controlnet_to_checkpoint
-from accdiff_lib.hosts.finding import CONFIGS
-from accdiff_lib.hosts.ldm_controlnet import Encoder, LdmControlNet
+from accdiff_lib.standalone.export import controlnet_to_checkpoint
+from accdiff_lib.standalone.finding import CONFIGS
+from accdiff_lib.webui.hosts.ldm.controlnet import Encoder, LdmControlNet
 from tests import ldm_unet, tiny
 
 FAMILIES: dict[str, Any] = {"sdxl": tiny.sdxl, "sd15": tiny.sd15}

@@ -15,9 +15,9 @@ from diffusers.loaders import single_file_utils as diffusers_names
 from safetensors.torch import load_file, save_file
 
 from accdiff_lib.errors import InputError
-from accdiff_lib.hosts import export, loading
-from accdiff_lib.hosts.finding import CONFIGS, EMBEDDED
-from accdiff_lib.hosts.loading import Models, alphas_cumprod, describe, load
+from accdiff_lib.standalone import export, loading
+from accdiff_lib.standalone.finding import CONFIGS, EMBEDDED
+from accdiff_lib.standalone.loading import Models, alphas_cumprod, describe, load
 from tests import tiny
 
 FAMILIES = {"sdxl": tiny.sdxl, "sd15": tiny.sd15}

@@ -10,16 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from accdiff_lib.attention import AttentionRecorder, map_size
-from accdiff_lib.batching import Batcher
-from accdiff_lib.canvas import Canvas, Scene, match_statistics
-from accdiff_lib.hosts.base import Rows, Text
-from accdiff_lib.plan import CELL, Stage, Window, make_plan
-from accdiff_lib.prompts import Word
-from accdiff_lib.schedule import Call, make_script
+from accdiff_lib.engine.canvas import Canvas, Scene, match_statistics
+from accdiff_lib.engine.host import Rows, Text
+from accdiff_lib.engine.plan import CELL, Stage, Window, make_plan
+from accdiff_lib.engine.schedule import Call, make_script
+from accdiff_lib.engine.spread import Batcher
+from accdiff_lib.parts.attention import AttentionRecorder, map_size
+from accdiff_lib.parts.prompts import Word
+from accdiff_lib.parts.structure import hint
+from accdiff_lib.parts.window_prompts import WordMask, token_mask, window_prompts
 from accdiff_lib.settings import Settings
-from accdiff_lib.structure import hint
-from accdiff_lib.window_prompts import WordMask, token_mask, window_prompts
 from tests.golden import Case, GoldenHost, case_folders, folder, host
 
 #: Relative to the largest magnitude; METHODS.md 9.

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from accdiff_lib.batching import Batcher
-from accdiff_lib.canvas import Canvas, Scene, gaussian_filter, gaussian_kernel, smooth
-from accdiff_lib.hosts.noise import NoiseLevels
-from accdiff_lib.hosts.samplers import KSolver, schedule
-from accdiff_lib.plan import CELL, Stage, Window
-from accdiff_lib.prompts import Word
-from accdiff_lib.schedule import cosine_factor, make_script
+from accdiff_lib.engine.canvas import Canvas, Scene, gaussian_filter, gaussian_kernel, smooth
+from accdiff_lib.engine.plan import CELL, Stage, Window
+from accdiff_lib.engine.schedule import cosine_factor, make_script
+from accdiff_lib.engine.spread import Batcher
+from accdiff_lib.parts.noise_levels import NoiseLevels
+from accdiff_lib.parts.prompts import Word
+from accdiff_lib.parts.structure import canny, canny_thresholds, hint
+from accdiff_lib.parts.window_prompts import WordMask, token_mask, window_prompts, window_shares
 from accdiff_lib.settings import make
-from accdiff_lib.structure import canny, canny_thresholds, hint
-from accdiff_lib.window_prompts import WordMask, token_mask, window_prompts, window_shares
+from accdiff_lib.standalone.samplers import KSolver, schedule
 from tests.golden import OWN, Case, case_folders, folder, host, models
 
 CASES = [Case(path) for path in case_folders()]

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from accdiff_lib.engine.plan import Stage, base_size, make_plan, scales, starts
 from accdiff_lib.errors import InputError
-from accdiff_lib.plan import Stage, base_size, make_plan, scales, starts
 from accdiff_lib.settings import make
 
 sides = st.integers(8, 200)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from accdiff_lib.prompts import CONTEXT, Fragment, Word, compose, lay_out, parse
+from accdiff_lib.parts.prompts import CONTEXT, Fragment, Word, compose, lay_out, parse
 
 
 def letters(text):

@@ -12,12 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from accdiff_lib.hosts.loading import EMBEDDED, load_tokenizer
-from accdiff_lib.hosts.text import split_words
-from accdiff_lib.plan import CELL, Window, make_plan
-from accdiff_lib.prompts import lay_out
+from accdiff_lib.engine.plan import CELL, Window, make_plan
+from accdiff_lib.parts.prompts import lay_out, split_words
+from accdiff_lib.parts.window_prompts import window_prompts
 from accdiff_lib.settings import make
-from accdiff_lib.window_prompts import window_prompts
+from accdiff_lib.standalone.loading import EMBEDDED, load_tokenizer
 from testbed.captions import plain_caption
 from testbed.counting import find, wanted
 from testbed.quality import report
@@ -107,10 +106,11 @@ def test_a_key_changes_with_all_that_matters():
 
 def test_the_digest_is_of_the_modules_that_are_used():
     files = {path.relative_to(EMBEDDED.parent.parent).as_posix() for path in module_files("testbed.quality.pictures")}
-    assert {"testbed/quality/metrics.py", "testbed/counting.py", "accdiff_lib/canvas.py", "accdiff_lib/vae_layers.py",
-            "accdiff_lib/hosts/checkpoint.py", "accdiff_lib/hosts/samplers.py", "accdiff_lib/__init__.py"} <= files
-    assert not {"accdiff_lib/cli.py", "accdiff_lib/report.py", "testbed/diffusion.py", "testbed/quality/forms.py",
-                "testbed/quality/report.py"} & files
+    assert {"testbed/quality/metrics.py", "testbed/counting.py", "accdiff_lib/engine/canvas.py",
+            "accdiff_lib/parts/vae_layers.py", "accdiff_lib/standalone/checkpoint.py",
+            "accdiff_lib/standalone/samplers.py", "accdiff_lib/__init__.py"} <= files
+    assert not {"accdiff_lib/command/run.py", "accdiff_lib/command/report.py", "testbed/diffusion.py",
+                "testbed/quality/forms.py", "testbed/quality/report.py"} & files
 
 
 # The controls

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from accdiff_lib.attention import AttentionRecorder, map_size
-from accdiff_lib.hosts import memory
-from accdiff_lib.hosts.base import Rows
-from accdiff_lib.hosts.loading import load
-from accdiff_lib.hosts.residency import Residency
-from accdiff_lib.hosts.standalone import StandaloneHost
-from accdiff_lib.job import prepare
+from accdiff_lib.command.job import prepare
+from accdiff_lib.engine import memory
+from accdiff_lib.engine.host import Rows
+from accdiff_lib.parts.attention import AttentionRecorder, map_size
+from accdiff_lib.standalone.host import StandaloneHost
+from accdiff_lib.standalone.loading import load
+from accdiff_lib.standalone.residency import Residency
 
 
 class Network(nn.Module):

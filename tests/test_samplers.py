@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from accdiff_lib.errors import InputError
-from accdiff_lib.hosts import samplers
-from accdiff_lib.hosts.loading import alphas_cumprod
-from accdiff_lib.hosts.noise import NoiseLevels
-from accdiff_lib.hosts.samplers import SAMPLERS, SCHEDULERS, KSolver, brownian_noise, find_sampler, schedule, solver
+from accdiff_lib.parts.noise_levels import NoiseLevels
+from accdiff_lib.parts.step_noise import brownian_noise
+from accdiff_lib.standalone import samplers
+from accdiff_lib.standalone.loading import alphas_cumprod
+from accdiff_lib.standalone.samplers import SAMPLERS, SCHEDULERS, KSolver, find_sampler, schedule, solver
 from tests import golden
 
 LEVELS = NoiseLevels(alphas_cumprod({}))
@@ -196,7 +197,7 @@ class Broken(importlib.abc.MetaPathFinder):
             raise RuntimeError("operator torchvision::nms does not exist")
 sys.meta_path.insert(0, Broken())
 {before}
-from accdiff_lib.hosts import samplers
+from accdiff_lib.standalone import samplers
 assert callable(samplers._sampling.sample_dpmpp_3m_sde)
 print(sorted(name for name in sys.modules if name.split(".")[0] in ("k_diffusion", "torchvision")))
 {after}

@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
-from accdiff_lib.hosts.noise import NoiseLevels
-from accdiff_lib.hosts.samplers import SAMPLERS, SCHEDULERS, solver
-from accdiff_lib.schedule import carried, make_script, rehearse
+from accdiff_lib.engine.schedule import carried, make_script, rehearse
+from accdiff_lib.parts.noise_levels import NoiseLevels
 from accdiff_lib.settings import make
+from accdiff_lib.standalone.samplers import SAMPLERS, SCHEDULERS, solver
 
 ALPHAS = torch.cumprod(1 - torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2, 0)
 LEVELS = NoiseLevels(ALPHAS)

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from accdiff_lib import infotext as parameters
 from accdiff_lib.errors import InputError
+from accdiff_lib.parts import infotext as parameters
 from accdiff_lib.settings import METHODS, OPTIONS, PRESETS, Settings, changed, from_infotext, infotext, make
 
 

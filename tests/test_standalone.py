@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from accdiff_lib import vae as tiled_vae
+from accdiff_lib.engine import memory
+from accdiff_lib.engine.host import Rows
+from accdiff_lib.engine.plan import Window
 from accdiff_lib.errors import InputError, Interrupted
-from accdiff_lib.hosts import flops, memory
-from accdiff_lib.hosts.base import Rows
-from accdiff_lib.hosts.prediction import denoised
-from accdiff_lib.hosts.standalone import StandaloneHost
-from accdiff_lib.plan import Window
+from accdiff_lib.parts import vae as tiled_vae
+from accdiff_lib.parts.prediction import denoised
+from accdiff_lib.standalone import flops
+from accdiff_lib.standalone.host import StandaloneHost
 from tests import golden, tiny
 from tests.silent import SilentProgress
 

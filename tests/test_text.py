@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from accdiff_lib.hosts.text import TextEncoder, split_words
-from accdiff_lib.prompts import compose
+from accdiff_lib.parts.prompts import compose, split_words
+from accdiff_lib.standalone.text import TextEncoder
 from tests import golden, tiny
 
 CAT = 2368  # the token

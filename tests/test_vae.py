@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from accdiff_lib import vae as tiled
 from accdiff_lib.errors import InputError, Interrupted
-from accdiff_lib.vae_layers import Attention, decoder_sweeps, encoder_sweeps
+from accdiff_lib.parts import vae as tiled
+from accdiff_lib.parts.vae_layers import Attention, decoder_sweeps, encoder_sweeps
 from tests.ldm_vae import from_diffusers
 
 GOLDEN = Path(__file__).parent / "golden_data" / "weights"
@@ -124,7 +124,7 @@ def test_ldm_names(attention: bool, tile: int) -> None:
 def test_several_attention_heads_and_small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     vae, z = make(3), latent(7, 9)
     vae.decoder.mid_block.attentions[0].heads = 4
-    monkeypatch.setattr("accdiff_lib.vae_layers._SCORES", 63 * 5)
+    monkeypatch.setattr("accdiff_lib.parts.vae_layers._SCORES", 63 * 5)
     assert close(tiled.decode(vae, z, tile=4), vae.decode(z).sample)
 
 

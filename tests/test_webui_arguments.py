@@ -6,8 +6,9 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from accdiff_lib import __version__, infotext
+from accdiff_lib import __version__
 from accdiff_lib.errors import InputError
+from accdiff_lib.parts import infotext
 from accdiff_lib.settings import METHODS, OPTIONS, PRESETS, Settings, make
 from accdiff_lib.webui.arguments import (
     EXTRA,

@@ -124,11 +124,11 @@ def test_the_line_reads_well():
 
 def test_the_outline_counts_as_the_samplers_do():
     """Noise levels and model calls by formula are those of k-diffusion's functions."""
-    from accdiff_lib.hosts.noise import alphas_cumprod
-    from accdiff_lib.hosts.samplers import SAMPLERS as REAL
-    from accdiff_lib.hosts.samplers import SCHEDULERS as REAL_SCHEDULES
-    from accdiff_lib.hosts.samplers import NoiseLevels, solver
-    from accdiff_lib.schedule import rehearse
+    from accdiff_lib.engine.schedule import rehearse
+    from accdiff_lib.parts.noise_levels import alphas_cumprod
+    from accdiff_lib.standalone.samplers import SAMPLERS as REAL
+    from accdiff_lib.standalone.samplers import SCHEDULERS as REAL_SCHEDULES
+    from accdiff_lib.standalone.samplers import NoiseLevels, solver
 
     levels = NoiseLevels(alphas_cumprod({}))
     for sampler in REAL:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from accdiff_lib import infotext
+from accdiff_lib.parts import infotext
 from accdiff_lib.settings import OPTIONS, make
 from accdiff_lib.webui import arguments
 from accdiff_lib.webui.arguments import POSITIONAL, Job

@@ -14,8 +14,9 @@ import pytest
 
 from accdiff_lib.errors import InputError
 from accdiff_lib.settings import METHODS, OPTIONS, make
-from accdiff_lib.webui import api, arguments, callbacks, controlnets, hires, model, options_page, panel, run, xyz
+from accdiff_lib.webui import arguments, controlnets, hires, model, run
 from accdiff_lib.webui.arguments import EXTRA, POSITIONAL
+from accdiff_lib.webui.ui import api, callbacks, options_page, panel, xyz
 from tests.webui_stand_in import stood_in, webui  # noqa: F401 (a fixture)
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from accdiff_lib.errors import InputError
-from accdiff_lib.hosts import ldm_controlnet
+from accdiff_lib.webui.hosts.ldm import controlnet as ldm_controlnet
 from tests import tiny
 from tests.webui_stand_in.generation import BASE, OPTIONS, WebUI, at_call, started
 from tests.webui_stand_in.model import checkpoint

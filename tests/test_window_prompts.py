@@ -8,10 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from accdiff_lib.plan import Stage, Window, make_plan
-from accdiff_lib.prompts import Word
+from accdiff_lib.engine.plan import Stage, Window, make_plan
+from accdiff_lib.parts.prompts import Word
+from accdiff_lib.parts.window_prompts import WordMask, token_mask, window_prompts, window_shares, word_masks
 from accdiff_lib.settings import make
-from accdiff_lib.window_prompts import WordMask, token_mask, window_prompts, window_shares, word_masks
 
 
 def blob(rows, columns, where):

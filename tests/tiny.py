@@ -16,8 +16,8 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 
-from accdiff_lib.hosts.export import controlnet_to_checkpoint, to_checkpoint
-from accdiff_lib.hosts.loading import Models
+from accdiff_lib.standalone.export import controlnet_to_checkpoint, to_checkpoint
+from accdiff_lib.standalone.loading import Models
 from testbed import saving
 from tests import random_model
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from accdiff_lib.errors import InputError
-from accdiff_lib.hosts import webui_host
 from accdiff_lib.webui.arguments import NONE
+from accdiff_lib.webui.hosts import webui as webui_host
 
 
 def folders() -> list[Path]:

@@ -6,11 +6,11 @@ from typing import Any
 
 from PIL import Image
 
+from accdiff_lib.engine.extrapolate import Result
+from accdiff_lib.engine.host import Host, Picture
+from accdiff_lib.engine.plan import Plan
 from accdiff_lib.explain import sheet
-from accdiff_lib.extrapolate import Result
-from accdiff_lib.hosts.base import Host, Picture
-from accdiff_lib.plan import Plan
-from accdiff_lib.webui import options_page
+from accdiff_lib.webui.ui import options_page
 
 
 class Extras:

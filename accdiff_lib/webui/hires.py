@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from accdiff_lib.plan import CELL
+from accdiff_lib.engine.plan import CELL
 from accdiff_lib.settings import OPTIONS
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from accdiff_lib.hosts import webui_host
+from accdiff_lib.webui.hosts import webui as webui_host
 
 #: The latent a model was trained on: its side in cells of 8 pixels, and the multiple that sides must have.
 SDXL, SD15 = (128, 4), (64, 8)

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from accdiff_lib.cost import PartCost, estimate
-from accdiff_lib.hosts.noise import NoiseLevels, alphas_cumprod
-from accdiff_lib.plan import CELL, Plan, make_plan
+from accdiff_lib.engine.cost import PartCost, estimate
+from accdiff_lib.engine.plan import CELL, Plan, make_plan
+from accdiff_lib.parts.noise_levels import NoiseLevels, alphas_cumprod
 from accdiff_lib.settings import SAME, Settings
 
 #: What one ControlNet evaluation costs, as a part of a UNet evaluation of the same size (SDXL and SD1.5).

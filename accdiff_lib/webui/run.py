@@ -19,20 +19,21 @@ import torch
 from torch import Tensor
 
 from accdiff_lib import seeds
-from accdiff_lib.attention import map_size
-from accdiff_lib.cost import estimate
+from accdiff_lib.engine.cost import estimate
+from accdiff_lib.engine.extrapolate import Extrapolation, Request, Result
+from accdiff_lib.engine.host import Picture
+from accdiff_lib.engine.plan import make_plan
 from accdiff_lib.errors import InputError
-from accdiff_lib.extrapolate import Extrapolation, Request, Result
-from accdiff_lib.hosts import webui_host
-from accdiff_lib.hosts.base import Picture
-from accdiff_lib.hosts.webui_samplers import own_schedule, stage_solver
-from accdiff_lib.hosts.webui_text import final_prompt, is_composed
-from accdiff_lib.plan import make_plan
+from accdiff_lib.parts.attention import map_size
 from accdiff_lib.settings import OPTIONS, SAME, Settings, make
-from accdiff_lib.webui import controlnets, hires, options_page, xyz
+from accdiff_lib.webui import controlnets, hires
 from accdiff_lib.webui.arguments import Job, parse, stamped
 from accdiff_lib.webui.extras import Extras
-from accdiff_lib.webui.progress import WebUIProgress
+from accdiff_lib.webui.hosts import webui as webui_host
+from accdiff_lib.webui.hosts.samplers import own_schedule, stage_solver
+from accdiff_lib.webui.hosts.text import final_prompt, is_composed
+from accdiff_lib.webui.ui import options_page, xyz
+from accdiff_lib.webui.ui.progress import WebUIProgress
 
 RUN_ATTRIBUTE = "_accdiffusion_run"
 

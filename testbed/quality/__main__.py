@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from accdiff_lib.errors import InputError
-from accdiff_lib.hosts.loading import describe
-from accdiff_lib.hosts.samplers import find_sampler, find_scheduler
 from accdiff_lib.settings import OPTIONS
+from accdiff_lib.standalone.loading import describe
+from accdiff_lib.standalone.samplers import find_sampler, find_scheduler
 from testbed.quality import report
 from testbed.quality.contenders import SCALES, SUBJECT, TRACKS, find_contender
 from testbed.quality.forms import LONG, SHORT, Block, Form, tasks

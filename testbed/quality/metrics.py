@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import fft
 
-from accdiff_lib.plan import CELL, Window
+from accdiff_lib.engine.plan import CELL, Window
 from testbed.counting import MIN_AREA, Found, find, iou, match, painted, wanted
 from testbed.scenes import Scene
 

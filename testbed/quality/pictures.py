@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from accdiff_lib.extrapolate import Extrapolation, Request, Result
-from accdiff_lib.hosts.base import Picture
-from accdiff_lib.hosts.loading import load
-from accdiff_lib.hosts.standalone import StandaloneHost
-from accdiff_lib.plan import Plan, Window, make_plan
+from accdiff_lib.engine.extrapolate import Extrapolation, Request, Result
+from accdiff_lib.engine.host import Picture
+from accdiff_lib.engine.plan import Plan, Window, make_plan
 from accdiff_lib.settings import SAME, Settings, make
+from accdiff_lib.standalone.host import StandaloneHost
+from accdiff_lib.standalone.loading import load
 from testbed.captions import plain_caption
 from testbed.quality.contenders import CLEAN, CONTENDERS, Contender
 from testbed.quality.metrics import measure

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from accdiff_lib.hosts.finding import EMBEDDED
-from accdiff_lib.plan import CELL
+from accdiff_lib.engine.plan import CELL
 from accdiff_lib.settings import Settings
+from accdiff_lib.standalone.finding import EMBEDDED
 from testbed.quality.contenders import CONTENDERS, settings_of
 from testbed.quality.sources import digest
 from testbed.scenes import Scene, draw, held_out

@@ -79,20 +79,20 @@ MEMBERS: dict[str, str] = {
 OBJECTS: dict[str, dict[str, str]] = {
     "*": {"p": "p", "_p": "p", "self._p": "p", "sd_model": "model", "script": "script"},
     "run": {"processed": "processed"}, "extras": {"processed": "processed"},
-    "a1111": {"params": "params", "self._denoiser": "denoiser", "unet": "unet"}, "ldm_rows": {"params": "params"},
-    "webui_samplers": {"view": "p", "self._view": "p", "sampler": "sampler", "self._sampler": "sampler"},
-    "webui_windows": {"sampler": "sampler", "self._denoiser": "denoiser", "self._view": "p",
+    "a1111": {"params": "params", "self._denoiser": "denoiser", "unet": "unet"}, "rows": {"params": "params"},
+    "samplers": {"view": "p", "self._view": "p", "sampler": "sampler", "self._sampler": "sampler"},
+    "windows": {"sampler": "sampler", "self._denoiser": "denoiser", "self._view": "p",
                       "unet": "unet"},
-    "webui_text": {"self._model": "model", "embedder": "encoder", "chunk": "chunk", "fix": "fix",
+    "text": {"self._model": "model", "embedder": "encoder", "chunk": "chunk", "fix": "fix",
                    "embedding": "embedding", "multi": "multicond", "part": "part"},
-    "webui_forge": {"self._vae_patcher": "vae patcher", "patcher": "patcher", "self.patcher": "patcher",
+    "forge_base": {"self._vae_patcher": "vae patcher", "patcher": "patcher", "self.patcher": "patcher",
                     "unet": "patcher", "sampling": "sampling"},
-    "webui_forge_control": {"unet": "patcher", "self._sampling": "sampling"},
+    "forge_control": {"unet": "patcher", "self._sampling": "sampling"},
     "forge": {"unet": "patcher"}, "reforge": {"unet": "patcher"},
-    "ldm_unet": {"unet": "unet"}, "model": {"model": "model"}, "panel": {"scheduler": "schedule"}}
+    "unet": {"unet": "unet"}, "model": {"model": "model"}, "panel": {"scheduler": "schedule"}}
 #: In these functions a spelling of above is something else.
-ELSEWHERE = {("webui_forge", "base"): {"unet": "unet"}, ("webui_forge", "__init__"): {"unet": ""},
-             ("webui_text", "place"): {"embedder": "size embedder"}}
+ELSEWHERE = {("forge_base", "base"): {"unet": "unet"}, ("forge_base", "__init__"): {"unet": ""},
+             ("text", "place"): {"embedder": "size embedder"}}
 #: What the files for all WebUIs touch, and this one's adapter does otherwise.
 REPLACED: dict[str, set[str]] = {
     "a1111": set(), "reforge": set(),
@@ -123,13 +123,13 @@ class Uses:
 
 def files(host: str) -> list[Path]:
     """Our files that run in a WebUI."""
-    own = {"a1111": ["a1111", "a1111_lowvram", "ldm_rows", "ldm_unet"], "forge": ["forge"],
-           "reforge": ["reforge"]}[host]
+    own = [host, *(["a1111_lowvram", "ldm/rows", "ldm/unet"] if host == "a1111" else [])]
     if host != "a1111":
-        own += ["webui_forge", "webui_forge_control", "ldm_unet"]
-    names = [*own, "webui_host", "webui_samplers", "webui_text", "webui_windows"]
-    return [ROOT / "scripts" / "accdiff.py", *sorted((ROOT / "accdiff_lib" / "webui").glob("*.py")),
-            *(ROOT / "accdiff_lib" / "hosts" / f"{name}.py" for name in sorted(names))]
+        own += ["forge_base", "forge_control", "ldm/unet"]
+    webui = ROOT / "accdiff_lib" / "webui"
+    names = [*own, "webui", "samplers", "text", "windows"]
+    return [ROOT / "scripts" / "accdiff.py", *sorted(webui.glob("*.py")), *sorted((webui / "ui").glob("*.py")),
+            *(webui / "hosts" / f"{name}.py" for name in sorted(names))]
 
 
 def uses(host: str) -> Uses:

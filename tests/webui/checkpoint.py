@@ -19,8 +19,8 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from accdiff_lib.hosts.export import to_checkpoint
-from accdiff_lib.hosts.loading import EMBEDDED, load
+from accdiff_lib.standalone.export import to_checkpoint
+from accdiff_lib.standalone.loading import EMBEDDED, load
 from testbed.saving import SCHEDULER, tokenizer_config
 from tests.webui.tiny_shape.lib.tiny_shapes import by_level, heads_of
 

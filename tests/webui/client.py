@@ -17,7 +17,7 @@ import httpx
 import numpy as np
 from PIL import Image
 
-from accdiff_lib import infotext
+from accdiff_lib.parts import infotext
 
 URL = (os.environ.get("ACCDIFF_WEBUI_URL") or "").rstrip("/")
 BASE = int(os.environ.get("ACCDIFF_WEBUI_BASE") or 256)

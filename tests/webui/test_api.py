@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from accdiff_lib.infotext import parse
+from accdiff_lib.parts.infotext import parse
 from accdiff_lib.webui import arguments
 from tests.webui.client import BASE, NAME, URL, WINDOW, Refused, WebUI, alike, encoded, image, size
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from accdiff_lib.infotext import parse
+from accdiff_lib.parts.infotext import parse
 from accdiff_lib.webui import arguments
 from tests.webui.client import BASE, SOON, URL, WINDOW, Refused, alike, encoded, size, stage
 

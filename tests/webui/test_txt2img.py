@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from accdiff_lib.infotext import parse
+from accdiff_lib.parts.infotext import parse
 from accdiff_lib.webui import arguments
 from tests.webui.client import BASE, URL, WINDOW, Refused, WebUI, alike, difference, encoded, in_background, size
 from tests.webui.conftest import MISSING

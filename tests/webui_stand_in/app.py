@@ -34,7 +34,7 @@ class Nothing(ModuleType):
 
 
 accdiff_lib.webui.run = Nothing("accdiff_lib.webui.run")
-for module in (accdiff_lib.webui.run, Nothing("accdiff_lib.hosts.a1111")):
+for module in (accdiff_lib.webui.run, Nothing("accdiff_lib.webui.hosts.a1111")):
     sys.modules[module.__name__] = module
 NUMBERS = itertools.count()
 SAMPLERS, SCHEDULES = ["Euler", "Heun", "DPM++ 2M"], ["Automatic", "Karras"]

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from accdiff_lib.hosts.samplers import _packages, _stand_ins
+from accdiff_lib.standalone.samplers import _packages, _stand_ins
 from tests.webui_stand_in import stood_in
 from tests.webui_stand_in.model import Checkpoint, checkpoint
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from accdiff_lib.hosts.text import TextEncoder
+from accdiff_lib.standalone.text import TextEncoder
 from tests import ldm_unet, ldm_vae, tiny
 
 

@@ -1,0 +1,138 @@
+"""Picture files: written completely or not at all, and read whatever program made them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
+
+from accdiff_lib.engine.plan import CELL
+from accdiff_lib.errors import InputError
+from accdiff_lib.parts import infotext
+
+SMALLEST = 8 * CELL
+LARGEST = 8192
+#: One that is shrunk when it is read may have so many.
+MOST_PIXELS = 2**28
+
+
+class Folder:
+    """Where the pictures of a run go."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def check(self, size: int) -> None:
+        """Raises InputError unless files of together `size` bytes can be written; leaves nothing behind."""
+        existing = next(folder for folder in (self.path.absolute(), *self.path.absolute().parents) if _exists(folder))
+        if not existing.is_dir():
+            raise InputError(f"--out: {self.path} is not allowed, since {existing} is a file; it takes a folder")
+        try:
+            for part in (self.path.absolute(), *self.path.absolute().parents):
+                if part.is_symlink() and not part.exists():
+                    raise InputError(f"--out: {self.path} is not allowed, since {part} is a link to nowhere; it takes "
+                                     "a folder")
+            with tempfile.TemporaryFile(dir=existing):
+                pass
+            free = shutil.disk_usage(existing).free
+        except OSError as error:
+            raise InputError(f"--out: cannot write to {self.path} ({error.strerror}); it takes a folder you may write "
+                             "to") from error
+        if free < size:
+            raise InputError(f"--out: {self.path} has {free / 1e6:.0f} MB free, but the pictures may take "
+                             f"{size / 1e6:.0f} MB")
+
+    def write(self, name: str, image: np.ndarray, parameters: str = "") -> Path:
+        """Writes a picture uint8 [H, W, 3] with its generation parameters as PNG: under a temporary name, then renamed.
+
+        Raises InputError when the disk is full or the folder cannot be written any more.
+        """
+        chunks = PngInfo()
+        if parameters:
+            chunks.add_text(infotext.CHUNK, parameters)
+        temporary = self.path / f".{name}.{os.getpid()}.part"
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as stream:
+                Image.fromarray(image).save(stream, "PNG", pnginfo=chunks)
+            os.replace(temporary, self.path / name)
+        except OSError as error:
+            raise InputError(f"--out: cannot write {self.path / name} ({error.strerror or error})") from error
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        return self.path / name
+
+
+def read_image(path: Path, fit: tuple[int, int] | None = None) -> np.ndarray:
+    """A picture uint8 [H, W, 3], upright and opaque.
+
+    Its sides are cut to multiples of 8, or it is resized and cut (both centred) to `fit` = (height, width) pixels.
+    Raises InputError when it cannot be read or is too small or too large.
+    """
+    try:
+        with _any_size(), Image.open(path) as opened:
+            _check_size(path, opened.size, fit)
+            image = _rgb(ImageOps.exif_transpose(opened))
+    except FileNotFoundError:
+        raise InputError(f"--image: {path} does not exist; it takes a picture file") from None
+    except UnidentifiedImageError:
+        raise InputError(f"--image: {path} is not a picture that can be read; it takes PNG, JPEG, WebP, ...") from None
+    except InputError:
+        raise
+    except MemoryError:
+        raise InputError(f"--image: {path} does not fit into memory; it takes a smaller picture") from None
+    except (OSError, ValueError, SyntaxError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise InputError(f"--image: {path} cannot be read ({reason}); it takes a picture file") from error
+    width, height = image.size
+    size = (fit[1], fit[0]) if fit else (width // CELL * CELL, height // CELL * CELL)
+    if fit:
+        return np.asarray(ImageOps.fit(image, size, Image.Resampling.LANCZOS))
+    left, top = (width - size[0]) // 2, (height - size[1]) // 2
+    return np.asarray(image.crop((left, top, left + size[0], top + size[1])))
+
+
+def _check_size(path: Path, size: tuple[int, int], fit: tuple[int, int] | None) -> None:
+    if min(size) < SMALLEST:
+        raise InputError(f"--image: {path} is {size[0]}x{size[1]} pixels; it takes at least {SMALLEST}x{SMALLEST}")
+    if max(size) > LARGEST and fit is None:
+        raise InputError(f"--image: {path} is {size[0]}x{size[1]} pixels; it takes at most {LARGEST}x{LARGEST} (give "
+                         "--width and --height to shrink it)")
+    if size[0] * size[1] > MOST_PIXELS:
+        raise InputError(f"--image: {path} is {size[0]}x{size[1]} pixels; it takes at most {MOST_PIXELS >> 20} million")
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB; transparent parts become white."""
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
+        return Image.fromarray((np.asarray(image, np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+@contextmanager
+def _any_size() -> Iterator[None]:
+    """Lets Pillow open large pictures, which it would take for an attack."""
+    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # the name is too long, or no permission
+        return False
+

@@ -1,0 +1,204 @@
+"""What the command was asked for: read and checked, before any weight is loaded or anything is written."""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from accdiff_lib.command import arguments
+from accdiff_lib.engine.plan import CELL, Plan, base_size, make_plan
+from accdiff_lib.errors import InputError
+from accdiff_lib.settings import SAME, Settings, make
+
+if TYPE_CHECKING:  # torch takes seconds to import; --help and typing mistakes are answered before
+    import numpy as np
+    import torch
+
+    from accdiff_lib.command.files import Folder
+    from accdiff_lib.engine.cost import PartCost
+    from accdiff_lib.engine.memory import Need
+    from accdiff_lib.standalone.loading import ModelShape
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the user asked for, checked."""
+
+    arguments: argparse.Namespace
+    #: The general options: negative, seed, steps, cfg, ...
+    general: dict[str, Any]
+    settings: Settings
+    model: ModelShape
+    plan: Plan
+    parts: list[PartCost]
+    device: torch.device
+    dtype: torch.dtype
+    image: np.ndarray | None
+
+    @property
+    def stage_solver(self) -> tuple[str, str, int]:
+        """Sampler, schedule and steps of the stages."""
+        return _stage_solver(self.general, self.settings)
+
+    @property
+    def need(self) -> Need:
+        """Device memory."""
+        from accdiff_lib.engine import memory
+
+        seen = [self.plan.base] + [size for stage in self.plan.stages for size in (stage.window, stage.view_size)]
+        return memory.need(self.model.weights, unet_width=self.model.unet["block_out_channels"][0],
+                           vae_widths=self.model.vae["block_out_channels"], itemsize=self.dtype.itemsize,
+                           window=max(height * width for height, width in seen),
+                           canvas=self.plan.pixels[0] * self.plan.pixels[1] // CELL**2,
+                           vae_itemsize=self.model.vae_dtype(self.dtype).itemsize)
+
+    @property
+    def offloads(self) -> bool:
+        """Whether networks leave the device while they have nothing to do."""
+        from accdiff_lib.engine.memory import free_bytes
+
+        if self.device.type == "cpu" or self.general["offload"] != "auto":
+            return self.general["offload"] == "on"
+        return self.need.resident > free_bytes(self.device)
+
+    @property
+    def folder(self) -> Folder:
+        from accdiff_lib.command.files import Folder
+
+        return Folder(self.arguments.out)
+
+
+def prepare(argv: Sequence[str] | None) -> Job:
+    """Reads and checks everything but the weights. Raises InputError."""
+    namespace, general, chosen = arguments.read(argv)
+    settings = _in_flags(make, chosen)
+    # From here on with torch and PIL.
+    from accdiff_lib.command.files import read_image
+    from accdiff_lib.standalone.loading import describe
+
+    image = None
+    if namespace.image is not None:
+        fit = general["height"], general["width"]
+        if bool(fit[0]) != bool(fit[1]):
+            raise InputError("--width, --height: with --image give both, or neither to take the picture's own size")
+        image = read_image(namespace.image, fit if fit[0] else None)
+    general["sampler"], general["scheduler"] = _sampler(general["sampler"], general["scheduler"])
+    settings = _stage_names(settings)
+    device, dtype = _device(general["device"]), _dtype(general["dtype"], general["device"])
+    model = describe(namespace.model, vae=namespace.vae, controlnet=namespace.controlnet, config=namespace.config)
+    plan = _in_flags(make_plan, _base(general, settings, model, image), settings, native=model.sample_size)
+    parts = _cost(general, settings, model, plan, image is not None)
+    if general["seed"] + general["batch"] > 2**32:
+        raise InputError(f"--batch: {general['batch']} pictures from --seed {general['seed']} need seeds beyond "
+                         f"{2**32 - 1}; give a smaller seed")
+    if general["seed"] == -1:
+        general["seed"] = random.SystemRandom().randrange(2**32 - general["batch"])
+    job = Job(namespace, general, settings, model, plan, parts, device, dtype, image)
+    if not namespace.dry_run:
+        pixels = sum(part.pixels[0] * part.pixels[1] for part in parts)
+        job.folder.check(3 * pixels * general["batch"])
+        _check_names(job)
+    return job
+
+
+def _in_flags(function: Any, *args: Any, **kwargs: Any) -> Any:
+    """Calls a function of the engine; its complaints name flags instead of options."""
+    try:
+        return function(*args, **kwargs)
+    except InputError as error:
+        raise InputError(arguments.in_flags(str(error))) from error
+
+
+def _sampler(sampler: str, scheduler: str, prefix: str = "--") -> tuple[str, str]:
+    """The names as the tables spell them."""
+    from accdiff_lib.standalone.samplers import SAMPLERS, SCHEDULERS, find_sampler, find_scheduler
+
+    try:
+        sampler = find_sampler(sampler).name
+    except InputError:
+        raise InputError(f"{prefix}sampler: {sampler!r} is not allowed; it takes {', '.join(SAMPLERS)}") from None
+    try:
+        return sampler, find_scheduler(scheduler)
+    except InputError:
+        raise InputError(f"{prefix}scheduler: {scheduler!r} is not allowed; it takes "
+                         f"{', '.join(SCHEDULERS)}") from None
+
+
+def _stage_names(settings: Settings) -> Settings:
+    """The stages' sampler and schedule, checked."""
+    same_sampler, same_scheduler = (name.strip().lower() == SAME.lower() for name in (
+        settings.stage_sampler, settings.stage_scheduler))
+    sampler, scheduler = _sampler("Euler" if same_sampler else settings.stage_sampler,
+                                  "Normal" if same_scheduler else settings.stage_scheduler, prefix="--stage-")
+    return replace(settings, stage_sampler=SAME if same_sampler else sampler,
+                   stage_scheduler=SAME if same_scheduler else scheduler)
+
+
+def _stage_solver(general: dict[str, Any], settings: Settings) -> tuple[str, str, int]:
+    sampler, scheduler = (general[name] if own == SAME else own for name, own in (
+        ("sampler", settings.stage_sampler), ("scheduler", settings.stage_scheduler)))
+    return sampler, scheduler, settings.stage_steps or general["steps"]
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    there = ["cpu"] + [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        there.append("mps")
+    if name == "auto":
+        return torch.device("cuda" if len(there) > 1 and there[1].startswith("cuda") else there[-1])
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or (str(device) not in there and not (str(device) == "cuda" and "cuda:0" in there)):
+        raise InputError(f"--device: {name!r} is not allowed; here are auto, {', '.join(there)}")
+    return device
+
+
+def _dtype(name: str, device: str) -> torch.dtype:
+    import torch
+
+    if name == "auto":
+        name = "float16" if _device(device).type == "cuda" else "float32"
+    return getattr(torch, name)
+
+
+def _base(general: dict[str, Any], settings: Settings, model: ModelShape, image: np.ndarray | None) -> tuple[int, int]:
+    """(height, width) of the base picture in pixels."""
+    native = model.sample_size * CELL
+    if image is not None:
+        return image.shape[0], image.shape[1]
+    if general["width"] or general["height"]:
+        return general["height"] or native, general["width"] or native
+    if settings.target_width:
+        return base_size(native, (settings.target_height, settings.target_width))
+    return native, native
+
+
+def _cost(general: dict[str, Any], settings: Settings, model: ModelShape, plan: Plan,
+          has_image: bool) -> list[PartCost]:
+    from accdiff_lib.engine.cost import estimate
+    from accdiff_lib.parts.noise_levels import NoiseLevels
+    from accdiff_lib.standalone.samplers import solver
+
+    assert model.alphas_cumprod is not None
+    levels = NoiseLevels(model.alphas_cumprod)
+    return estimate(plan, settings, solver=solver(general["sampler"], general["scheduler"], general["steps"], levels),
+                    stage_solver=solver(*_stage_solver(general, settings), levels), timestep=levels.timestep,
+                    guidance=general["cfg"], has_control=model.controlnet is not None, from_image=has_image)
+
+
+def _check_names(job: Job) -> None:
+    """Raises InputError where a folder lies in the way of a picture."""
+    names = ["base", "final", "explain", *(f"stage-{stage.name}" for stage in job.plan.stages)]
+    first, batch = job.general["seed"], job.general["batch"]
+    for suffix in [f"-{seed}" for seed in range(first, first + batch)] if batch > 1 else [""]:
+        for name in names:
+            path = job.folder.path / f"{name}{suffix}.png"
+            if path.is_dir():
+                raise InputError(f"--out: {path} is a folder, so no picture of this name can be written")

@@ -1,0 +1,1 @@
+"""The run, whatever the program and the method: plan, schedule, cost, canvas, extrapolation."""

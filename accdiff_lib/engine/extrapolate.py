@@ -1,0 +1,291 @@
+"""The run: base picture -> stages -> large picture (METHODS 1.1 and 1.5)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from accdiff_lib import seeds
+from accdiff_lib.engine.canvas import Canvas, Scene, match_statistics
+from accdiff_lib.engine.host import Host, Picture, Rows, Text
+from accdiff_lib.engine.plan import CELL, Plan, Stage, Window, coherent_size
+from accdiff_lib.engine.schedule import TRAINING_STEPS, make_script, rehearse
+from accdiff_lib.engine.spread import Batcher, check_stop
+from accdiff_lib.errors import Interrupted, OutOfMemory, Skipped, is_out_of_memory
+from accdiff_lib.parts.attention import AttentionRecorder, map_size
+from accdiff_lib.parts.structure import canny, hint
+from accdiff_lib.parts.window_prompts import WindowPrompts, WordMask, window_prompts, word_masks
+from accdiff_lib.settings import Settings
+
+#: Noise level (share of the training timesteps) at which an existing picture's attention is recorded.
+RECORDING_NOISE = 0.3
+
+
+@dataclass
+class Explanation:
+    """How the window prompts came about."""
+
+    words: list[WordMask] = field(default_factory=list)
+    stages: list[tuple[Stage, WindowPrompts]] = field(default_factory=list)
+
+
+@dataclass
+class Result:
+    """All that one image's run made; `pictures[-1]` is the best finished one and has its image."""
+
+    seed: int
+    pictures: list[Picture]
+    explanation: Explanation
+    #: Why it is not the picture that was asked for; empty when it is.
+    stopped: str = ""
+
+
+@dataclass
+class Request:
+    """One image to make."""
+
+    prompt: str
+    seed: int
+    #: CFG scale of the base pass.
+    guidance: float
+    settings: Settings
+    plan: Plan
+    #: Decode the base picture and every stage, also those nothing else needs.
+    intermediate: bool = False
+    #: Start from this picture uint8 [H, W, 3] (of the plan's base size) instead of a base pass.
+    image: np.ndarray | None = None
+    #: Start from this latent [1, C, h, w] of the plan's base size, which somebody else has sampled, with the attention
+    #: maps [rows, columns, tokens] recorded meanwhile; without maps, they are recorded from it.
+    base: tuple[Tensor, Tensor | None] | None = None
+
+
+class Extrapolation:
+    """One generation in a host: makes images from requests, with the encoded texts shared between them."""
+
+    #: What predicts a stage's whole picture.
+    canvas: type[Canvas] = Canvas
+
+    def __init__(self, host: Host, window_batch: int = 0):
+        """`window_batch` windows are evaluated at once; 0 asks the host what fits."""
+        self.host = host
+        self._texts: dict[str, Text] = {}
+        self._batcher = Batcher(host, window_batch)
+
+    def run(self, request: Request) -> Result:
+        """Makes one image.
+
+        Interrupt returns the last finished picture; Skip the current prediction, decoded; when memory or the VAE's
+        precision don't suffice, the last finished picture is returned and the reason commented. What is finished is
+        also reported to the host at once. Raises Interrupted, Skipped, OutOfMemory or NotFinite when nothing was
+        finished, and whatever the model raises.
+        """
+        result = Result(request.seed, [], Explanation())
+        try:
+            with torch.no_grad():
+                self._run(request, result)
+            return result
+        except Exception as error:
+            reason = _why_stopped(error)
+            if reason is None or not result.pictures:
+                if is_out_of_memory(error):
+                    raise OutOfMemory(f"out of memory before anything was finished: {error}") from error
+                raise
+        # Here, where the exception that keeps the stage's tensors alive is gone: the decode may need their memory.
+        self._give_up(result, reason)
+        return result
+
+    def texts(self, prompts: Sequence[str]) -> list[Text]:
+        """Encoded prompts; each distinct one is encoded once."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._texts]
+        if new:
+            self._texts.update(zip(new, self.host.encode_texts(new), strict=True))
+        return [self._texts[prompt] for prompt in prompts]
+
+    def locate(self, request: Request, maps: Tensor) -> list[WordMask]:
+        """Where each word of the prompt is, from the base pass's attention maps [rows, columns, tokens]."""
+        return word_masks(maps, self.host.words(request.prompt), request.settings.membership)
+
+    def _run(self, request: Request, result: Result) -> None:
+        plan, settings = request.plan, request.settings
+        wants_all = request.intermediate or (self.host.has_control and settings.uses_controlnet)
+        base = None
+        if request.image is not None or request.base is not None or settings.base_pass or not plan.stages:
+            base, maps = self._base(request, result)
+            self._finish(result, base, decode=wants_all or bool(result.stopped) or not plan.stages)
+            if maps is not None:
+                result.explanation.words = self.locate(request, maps)
+        last = base
+        for stage in plan.stages:
+            if result.stopped:
+                break
+            last = self._stage(request, result, stage, base, last)
+            self._finish(result, last, decode=wants_all or bool(result.stopped) or stage is plan.stages[-1])
+
+    def _finish(self, result: Result, picture: Picture, *, decode: bool) -> None:
+        if decode:
+            picture.image = self.host.decode(picture.latent)
+        result.pictures.append(picture)
+        self.host.progress.finished(picture)
+
+    def _give_up(self, result: Result, reason: str) -> None:
+        """Keeps the best finished picture."""
+        result.stopped = reason
+        best = result.pictures[-1]
+        if best.image is None:
+            try:
+                best.image = self.host.decode(best.latent, interruptible=False)
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise OutOfMemory(f"{reason}; nor does the {best.name} picture's decode fit into memory") from error
+                raise
+        self.host.progress.comment(f"{reason}; the picture is the {best.name} one")
+
+    # --- the base picture --------------------------------------------------------------------------------------
+
+    def _base(self, request: Request, result: Result) -> tuple[Picture, Tensor | None]:
+        """The base picture, cropped to the target's shape, and its attention maps [rows, columns, tokens]."""
+        host, begin = self.host, time.perf_counter()
+        record = request.settings.uses_window_prompts and bool(request.plan.stages)
+        rows, given = 0, request.base
+        if request.image is not None:
+            given = host.encode_image(request.image), None
+        if given is not None:
+            latent, maps = given
+            if record and maps is None:
+                host.progress.begin(None, 1)
+                maps, rows = self.record(request, latent), 1
+                host.progress.advance(1)
+        else:
+            latent, maps, rows = self._sample_base(request, result, record)
+        crop = request.plan.crop
+        latent = latent[..., crop.rows, crop.columns]
+        return Picture(None, latent, None, rows, time.perf_counter() - begin), maps
+
+    def _sample_base(self, request: Request, result: Result, record: bool) -> tuple[Tensor, Tensor | None, int]:
+        host, solver, size = self.host, self.host.solver, request.plan.base
+        rows = self._whole(request)
+        calls = len(rehearse(solver, solver.sigmas))
+        host.progress.begin(None, calls)
+        denoised = None
+
+        def model(x: Tensor, sigma: Tensor, **_: object) -> Tensor:
+            nonlocal denoised
+            check_stop(host.progress)
+            denoised = host.denoise(x, sigma.flatten()[0], rows)
+            host.progress.advance(1)
+            host.progress.preview(denoised)
+            return denoised
+
+        recorder = self._recorder(size)
+        x = solver.noise_scale * seeds.first_noise((1, host.channels, *size), request.seed).to(host.device)
+        try:
+            with recorder if record else nullcontext():
+                latent = solver.integrate(model, x, solver.sigmas, seeds.derive(request.seed, "base sampler"))
+        except Skipped:
+            if denoised is None:
+                raise
+            result.stopped, latent = "skipped", denoised
+        return latent, recorder.maps[0] if record and not result.stopped else None, calls
+
+    @torch.no_grad()
+    def record(self, request: Request, latent: Tensor) -> Tensor:
+        """Attention maps [rows, columns, tokens] of a finished base latent: one prediction from a low noise level."""
+        host = self.host
+        size = coherent_size(request.plan.base, host.window)
+        if request.image is not None and size != request.plan.base:
+            height, width = size
+            image = cv2.resize(request.image, (width * CELL, height * CELL), interpolation=cv2.INTER_AREA)
+            latent = host.encode_image(image)
+        elif size != request.plan.base:
+            latent = F.interpolate(latent, size, mode="area")
+        sigma = min(host.solver.sigmas[:-1].tolist(),
+                    key=lambda level: abs(host.timestep(level) - RECORDING_NOISE * TRAINING_STEPS))
+        noise = seeds.normal(tuple(latent.shape), request.seed, "recording").to(latent)
+        with self._recorder(size) as recorder:
+            host.denoise(latent + sigma * noise, torch.tensor(sigma, device=host.device), self._whole(request))
+        return recorder.maps[0]
+
+    def _recorder(self, size: tuple[int, int]) -> AttentionRecorder:
+        cells = map_size(*size, self.host.attention_halvings)
+        return AttentionRecorder(self.host.cross_attention(), cells, self.host.cond_rows)
+
+    def _whole(self, request: Request) -> Rows:
+        """The conditioning of the base picture: the whole prompt and its own size, as if it were not to be enlarged."""
+        height, width = request.plan.base
+        return Rows(self.texts([request.prompt]), [(0, 0)], (CELL * height, CELL * width), request.guidance,
+                    request.settings.guidance_rescale)
+
+    # --- a stage -----------------------------------------------------------------------------------------------
+
+    def _stage(self, request: Request, result: Result, stage: Stage, base: Picture | None,
+               last: Picture | None) -> Picture:
+        """Samples the canvas of a stage from the last picture; its statistics are those of the base latent."""
+        host, settings, begin = self.host, request.settings, time.perf_counter()
+        script = make_script(host.stage_solver, settings, host.timestep, views=stage.views,
+                             stages=len(request.plan.stages), has_control=host.has_control and base is not None,
+                             from_noise=last is None)
+        rows = script.rows(stage)
+        host.progress.begin(stage, rows)
+        scene = self._scene(request, result, stage, last, wants_hint=any(call.control for call in script.calls))
+        canvas = self.canvas(host, stage, script, settings, scene, self._batcher)
+        seed = seeds.derive(request.seed, "stage sampler", stage.number)
+        try:
+            latent = canvas.run(host.stage_solver, seed)
+        except Skipped:
+            if canvas.denoised is None:
+                raise
+            result.stopped, latent = "skipped", canvas.denoised
+        latent = latent.to(host.device)
+        if base is not None:
+            latent = match_statistics(latent, base.latent.mean(), base.latent.std())
+        return Picture(stage, latent, None, rows, time.perf_counter() - begin)
+
+    def _scene(self, request: Request, result: Result, stage: Stage, last: Picture | None, *,
+               wants_hint: bool) -> Scene:
+        host = self.host
+        size = (stage.height, stage.width)
+        device = host.canvas_device(*size)
+        upsampled = edges = None
+        if last is not None:
+            upsampled = F.interpolate(last.latent.to(device), size, mode="bicubic", align_corners=False)
+            if wants_hint:
+                assert last.image is not None
+                edges = hint(canny(last.image, request.settings.canny_sigma), *stage.pixels)
+        windows, texts = self._windows(request, result, stage)
+        noise = seeds.normal((1, host.channels, *size), request.seed, "stage", stage.number).to(device)
+        return Scene(upsampled, noise, self.texts([request.prompt])[0], windows, texts, request.plan.pixels,
+                     request.guidance, seeds.derive(request.seed, "canvas"), edges)
+
+    def _windows(self, request: Request, result: Result, stage: Stage) -> tuple[
+            Callable[[int], Sequence[Window]], Callable[[int], Sequence[Text]]]:
+        """The windows of each step and their texts: fixed with window prompts, jittered anew each step without."""
+        settings, seed = request.settings, request.seed
+        if result.explanation.words:
+            windows = stage.windows(seeds.integers(seed, "windows", stage.number) if settings.jitter else None)
+            prompts = window_prompts(result.explanation.words, stage, windows, settings.c, request.plan.part,
+                                     settings.membership)
+            result.explanation.stages.append((stage, prompts))
+            texts = self.texts(prompts.prompts)
+            return lambda step: windows, lambda step: texts
+        text = self.texts([request.prompt]) * stage.window_count
+        if not settings.jitter:
+            fixed = stage.windows(None)
+            return lambda step: fixed, lambda step: text
+        return lambda step: stage.windows(seeds.integers(seed, "windows", stage.number, step)), lambda step: text
+
+
+def _why_stopped(error: Exception) -> str | None:
+    """Why a run ended early, for errors after which the last finished picture is still good; None for others."""
+    if isinstance(error, (Interrupted, Skipped)):
+        return type(error).__name__.lower()
+    if isinstance(error, ArithmeticError):  # NaN in the VAE
+        return str(error)
+    return f"out of memory: {error}" if isinstance(error, OutOfMemory) or is_out_of_memory(error) else None

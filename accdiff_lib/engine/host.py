@@ -1,0 +1,185 @@
+"""The protocol: all that the engine asks of the program it runs in.
+
+A host adapts one program (a WebUI, or diffusers on the command line) for one generation: it knows the loaded
+model, the prompts, the user's sampler and how to report progress. The engine (`extrapolate`, `canvas`) sees
+nothing of the program but this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from accdiff_lib.engine.plan import Stage, Window
+from accdiff_lib.parts.prompts import Word
+
+#: An encoded prompt (positive and negative together). The engine never looks inside.
+Text = Any
+
+#: `denoised = model(x, sigma)`: an x0 prediction, which is what a k-diffusion sampler integrates.
+Denoiser = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The conditioning of a batch of M latents that one model call evaluates; every sequence has length M."""
+
+    texts: Sequence[Text]
+    #: (top, left) of each latent in the picture, in pixels: SDXL's crop conditioning.
+    origins: Sequence[tuple[int, int]]
+    #: (height, width) of the whole picture in pixels: SDXL's original and target size.
+    canvas: tuple[int, int]
+    #: CFG scale; 1 evaluates no unconditional rows.
+    guidance: float
+    #: Guidance rescale (Lin et al. 2023, section 3.4); 0 is off.
+    rescale: float = 0.0
+    #: ControlNet hint [M, 3, 8h, 8w] in 0..1, or None to leave the ControlNet out.
+    hint: Tensor | None = None
+    #: A name for each hint when the same ones come again (a canvas, a window); none when they do not.
+    hint_names: Sequence[tuple[object, Window]] = ()
+    #: Factor on every ControlNet residual.
+    strength: float = 1.0
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+@dataclass
+class Picture:
+    """The base picture or the result of a stage."""
+
+    #: None for the base picture.
+    stage: Stage | None
+    latent: Tensor
+    #: uint8 [H, W, 3]; None until somebody needs it.
+    image: np.ndarray | None = None
+    #: Latents the model evaluated, and the time it took.
+    rows: int = 0
+    seconds: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return self.stage.name if self.stage else "base"
+
+
+class Solver(Protocol):
+    """The user's sampler and schedule: integrates any denoiser."""
+
+    name: str
+    #: [N + 1], descending, float32 on the CPU; the last is 0.
+    sigmas: Tensor
+    #: Standard deviation of the noise that a picture without a predecessor begins with.
+    noise_scale: float
+    #: Adds noise of its own at every step (ancestral and SDE samplers).
+    stochastic: bool
+
+    def integrate(self, model: Denoiser, x: Tensor, sigmas: Tensor, seed: int,
+                  callback: Callable[[Mapping[str, Any]], None] | None = None) -> Tensor:
+        """Samples from `x` [B, C, h, w] (already at noise level sigmas[0]) along `sigmas`, a part of `self.sigmas`.
+
+        `model(x, sigma)` gets the sampler's own `x` (it may rewrite it in place) and sigma as a tensor [B].
+        `callback` is k-diffusion's: called once a step, after the step's first model call, with the key "i".
+        All noise comes from `seed` and the noise levels, not from where in the schedule the run begins, and is the
+        same for every row of `x`.
+        """
+        ...
+
+
+class Progress(Protocol):
+    """What the user sees and can stop. `interrupted` and `skipped` are read between any two model batches."""
+
+    @property
+    def interrupted(self) -> bool: ...
+
+    @property
+    def skipped(self) -> bool: ...
+
+    def begin(self, stage: Stage | None, model_calls: int) -> None:
+        """A part of the run begins: the base pass (None) or a stage, with the latents the model will evaluate."""
+
+    def advance(self, rows: int) -> None:
+        """The model has evaluated `rows` latents more."""
+
+    def preview(self, denoised: Tensor) -> None:
+        """The current x0 prediction [1, C, h, w] of the whole canvas, once a step."""
+
+    def finished(self, picture: Picture) -> None:
+        """The base picture or a stage is done."""
+
+    def comment(self, text: str) -> None:
+        """Something the user should know that did not stop the run."""
+
+
+class Host(Protocol):
+    """One program, one loaded model, one generation."""
+
+    #: Side of the latent the model was trained on, in latent cells: 128 for SDXL, 64 for SD1.5.
+    window: int
+    #: Latent sides that the UNet takes are multiples of this (1 where it pads by itself).
+    multiple: int
+    channels: int
+    #: How often the UNet halves a latent until the deepest level of its down and up blocks that attends to the text,
+    #: where words are located: 2 for SDXL and SD1.5, so that a cell of the maps is 32 pixels.
+    attention_halvings: int
+    device: torch.device
+    #: A ControlNet is loaded and can be used.
+    has_control: bool
+    progress: Progress
+    #: Solver of the base pass and of the stages.
+    solver: Solver
+    stage_solver: Solver
+
+    def timestep(self, sigma: float) -> float:
+        """The (fractional) training timestep 0..999 of a noise level."""
+        ...
+
+    def words(self, prompt: str) -> list[Word]:
+        """The words of a prompt with the columns their tokens have in the cross-attention maps."""
+        ...
+
+    def encode_texts(self, prompts: Sequence[str]) -> list[Text]:
+        """Encodes prompts (each with the generation's negative prompt); the engine asks once per distinct text."""
+        ...
+
+    def denoise(self, x: Tensor, sigma: Tensor, rows: Rows) -> Tensor:
+        """x0 predictions [M, C, h, w] of `x` [M, C, h, w] at noise level `sigma` (a scalar tensor), after CFG.
+
+        All is on `device`. Raises whatever that raises when memory runs out; rows never influence each other.
+        """
+        ...
+
+    def cross_attention(self) -> Sequence[tuple[str, nn.Module]]:
+        """The UNet's cross-attention layers of the down and up blocks (not the middle), by name.
+
+        Each has `to_q`, `to_k` and `heads`, and is called with the image tokens first and the text tokens second
+        or under a name that contains "context" or "encoder_hidden_states".
+        """
+        ...
+
+    def cond_rows(self, batch: int) -> slice:
+        """Which rows of a UNet batch of the running `denoise` call are conditional, in the order of its `x`."""
+        ...
+
+    def decode(self, latent: Tensor, *, interruptible: bool = True) -> np.ndarray:
+        """The picture uint8 [8h, 8w, 3] of a latent [1, C, h, w].
+
+        Raises Interrupted between tiles (unless it must finish), an ArithmeticError when the VAE makes NaN.
+        """
+        ...
+
+    def encode_image(self, image: np.ndarray) -> Tensor:
+        """The latent [1, C, h, w] of a picture uint8 [8h, 8w, 3]."""
+        ...
+
+    def canvas_device(self, height: int, width: int) -> torch.device:
+        """Where the tensors of a canvas of height x width cells live: `device`, or the CPU where that is dear."""
+        ...
+
+    def rows_that_fit(self, height: int, width: int) -> int:
+        """How many latents of height x width cells one `denoise` call can hold now, by free memory; at least 1."""
+        ...

@@ -1,0 +1,1 @@
+"""Building blocks without the state of a run."""

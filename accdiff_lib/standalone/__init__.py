@@ -1,0 +1,1 @@
+"""The host on diffusers: model files, text, samplers, memory."""

@@ -1,0 +1,144 @@
+"""Loads a model for the standalone host from local files: the embedded one, a diffusers folder or a checkpoint.
+
+Nothing here can reach a network: configs are read as JSON, networks are built from them without weights, and every
+weight is fetched by name from a safetensors file. No library's `from_pretrained` is called, so there is no
+environment variable to set and no hub to ask; a weight that is missing is an error, never a random number.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from accdiff_lib.parts.noise_levels import alphas_cumprod
+from accdiff_lib.standalone.checkpoint import Given, fill
+from accdiff_lib.standalone.finding import EMBEDDED, ModelShape, Part, find, read_config
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+__all__ = ["EMBEDDED", "ModelShape", "Models", "alphas_cumprod", "describe", "load", "load_tokenizer"]
+
+
+@dataclass
+class Models:
+    """A loaded model; every network is in `eval` mode and needs no gradients."""
+
+    family: str  # "sdxl" or "sd15"
+    name: str  # file stem or folder name, for the infotext
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    text_encoders: list[CLIPTextModel | CLIPTextModelWithProjection]  # SD1.5 has one, SDXL two
+    tokenizers: list[CLIPTokenizer]
+    controlnet: ControlNetModel | None
+    prediction: str  # "epsilon" or "v_prediction"
+    alphas_cumprod: Tensor  # [1000] float64, on the CPU
+    #: An empty negative prompt is zeros, not the encoded empty text.
+    zero_negative: bool = False
+
+    def modules(self) -> list[nn.Module]:
+        """All networks."""
+        networks: list[Any] = [self.unet, self.vae, *self.text_encoders, self.controlnet]
+        return [network for network in networks if network is not None]
+
+
+def load(model: str | Path | None, *, vae: str | Path | None = None, controlnet: str | Path | None = None,
+         config: str | Path | None = None, device: str | torch.device = "cpu",
+         dtype: torch.dtype = torch.float32) -> Models:
+    """Loads a model; None is the embedded one, which brings its own ControlNet.
+
+    `model` is a diffusers folder or a .safetensors checkpoint in original names; `config` names a folder of diffusers
+    configs for an odd checkpoint; `vae` replaces that part, `controlnet` adds one. A VAE whose config says
+    `force_upcast` stays in float32 when `dtype` is float16. Raises InputError (one line: option, path, reason, what is
+    allowed) for whatever cannot be loaded.
+    """
+    found = find(model, vae, controlnet, config)
+    shape = found.shape
+    with _quiet():
+        built = {key: _build(key, part, shape.vae_dtype(dtype) if key == "vae" else dtype, device)
+                 for key, part in found.parts.items()}
+    encoders: list[Any] = [built[key] for key in ("text_encoder", "text_encoder_2") if key in built]
+    tokenizers = [load_tokenizer(folder) for folder in found.tokenizers]
+    for encoder, tokenizer in zip(encoders, tokenizers, strict=True):
+        if tokenizer.vocab_size > encoder.config.vocab_size:
+            raise found.given.error(f"its text encoder knows {encoder.config.vocab_size} tokens, "
+                                    f"its tokenizer {tokenizer.vocab_size}")
+    return Models(
+        family=shape.family, name=shape.name, unet=built["unet"], vae=built["vae"], text_encoders=encoders,
+        tokenizers=tokenizers, controlnet=built.get("controlnet"), prediction=shape.prediction,
+        alphas_cumprod=shape.alphas_cumprod, zero_negative=shape.zero_negative)
+
+
+def describe(model: str | Path | None, *, vae: str | Path | None = None, controlnet: str | Path | None = None,
+             config: str | Path | None = None) -> ModelShape:
+    """What `load` would load, from configs and headers alone; raises the same errors but those of single tensors."""
+    return find(model, vae, controlnet, config).shape
+
+
+def _build(key: str, part: Part, dtype: torch.dtype, device: str | torch.device) -> Any:
+    """Builds a network from its config on the meta device and gives it its weights."""
+    from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel  # slow: `describe` does without
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    kinds: dict[str, Any] = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "controlnet": ControlNetModel}
+    module: Any
+    try:
+        with torch.device("meta"):
+            if key in kinds:
+                module = kinds[key].from_config(dict(part.config))
+            else:
+                text = CLIPTextModelWithProjection if key == "text_encoder_2" else CLIPTextModel
+                module = text(CLIPTextConfig.from_dict(dict(part.config)))
+        if key not in kinds:  # the one buffer that no file has
+            module.text_model.embeddings.position_ids = torch.arange(module.config.max_position_embeddings)[None]
+        places = part.places(module)
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError) as error:
+        raise part.file.given.error(f"the config of its {part.what} describes no such network ({error})") from error
+    fill(module, part.file, places, part.prefix, what=f"the {part.what}", dtype=dtype, device=device,
+         closed=part.closed)
+    part.file.close()
+    return module
+
+
+def load_tokenizer(folder: Path) -> CLIPTokenizer:
+    """The CLIP tokenizer of a diffusers folder; without vocabulary files it has the embedded model's (all are one)."""
+    from transformers import CLIPTokenizer
+
+    given = Given("--model", folder)
+    config = read_config(given, file="tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    own = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
+    vocabulary = folder if own else EMBEDDED / "tokenizer"
+    try:
+        special = {key: token if isinstance(token, str) else token["content"]  # older configs keep a record
+                   for key, token in config.items() if key in ("bos_token", "eos_token", "unk_token", "pad_token")}
+        return CLIPTokenizer(str(vocabulary / "vocab.json"), str(vocabulary / "merges.txt"),
+                             model_max_length=config.get("model_max_length", 77), **special)
+    except (OSError, ValueError, TypeError, KeyError, IndexError) as error:
+        raise given.error(f"the tokenizer cannot be read ({error})") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No chatter of the libraries about old configs; their settings are as before afterwards."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    loggers: tuple[Any, ...] = (diffusers_logging, transformers_logging)
+    before = [log.get_verbosity() for log in loggers]
+    try:
+        for log in loggers:
+            log.set_verbosity_error()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for log, level in zip(loggers, before, strict=True):
+            log.set_verbosity(level)

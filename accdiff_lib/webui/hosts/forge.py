@@ -1,0 +1,148 @@
+"""Forge: its own engine (`backend`) under A1111's user interface. An adapter module: see webui_host.WebUI."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from accdiff_lib.webui.hosts import forge_base as webui_forge
+from accdiff_lib.webui.hosts.forge_base import ForgeSession, controlnet_folders, controlnet_suffixes
+from accdiff_lib.webui.hosts.text import WebUITextEncoder
+from accdiff_lib.webui.hosts.webui import lacking
+from accdiff_lib.webui.hosts.windows import native_window
+
+__all__ = ["controlnet_folders", "controlnet_suffixes", "missing", "native_window", "register", "remember", "session"]
+
+
+def missing() -> str:
+    """See webui_host.WebUI."""
+    return lacking("modules.sd_samplers_cfg_denoiser", "modules_forge.shared", "backend.sampling.sampling_function")
+
+
+def register() -> None:
+    """See webui_host.WebUI."""
+
+
+def remember(p: Any) -> Callable[[], None]:
+    """See webui_host.WebUI."""
+    return webui_forge.remember(p, ForgeBackend())
+
+
+def session(p: Any, *, hires: bool) -> ForgeSession:
+    """See webui_host.WebUI."""
+    return ForgeSession(p, ForgeBackend(), hires=hires)
+
+
+class ForgeBackend:
+    """Implements webui_forge.Backend."""
+
+    def prepare(self, unet: Any, x: Tensor) -> None:
+        from backend.sampling.sampling_function import sampling_prepare
+
+        sampling_prepare(unet, x)
+
+    def cleanup(self, unet: Any) -> None:
+        from backend.sampling.sampling_function import sampling_cleanup
+
+        sampling_cleanup(unet)
+
+    def load(self, patchers: list[Any], room: float) -> None:
+        from backend import memory_management
+
+        memory_management.load_models_gpu(patchers, memory_required=room)
+
+    def patcher(self, module: nn.Module, unet: Any) -> Any:
+        from backend.patcher.base import ModelPatcher
+
+        return ModelPatcher(module, load_device=unet.load_device, offload_device=unet.offload_device)
+
+    def sampling(self, unet: Any) -> Any:
+        return unet.model.predictor
+
+    def dtype(self, unet: Any) -> torch.dtype:
+        dtype: torch.dtype = unet.model.computation_dtype
+        return dtype
+
+    def prediction(self, sd_model: Any) -> str:
+        return str(sd_model.forge_objects.unet.model.predictor.prediction_type)
+
+    def scaling(self, sd_model: Any) -> float:
+        return float(sd_model.forge_objects.vae.first_stage_model.scaling_factor)
+
+    def always_tiled(self) -> bool:
+        from backend import memory_management
+
+        return bool(memory_management.VAE_ALWAYS_TILED)
+
+    def text(self, sd_model: Any, prompt: str, negative: str, size: tuple[int, int]) -> WebUITextEncoder:
+        from modules import shared
+
+        sd_model.set_clip_skip(int(shared.opts.CLIP_stop_at_last_layers))  # another checkpoint may have been loaded
+        return ForgeTextEncoder(sd_model, prompt, negative, size)
+
+    def place(self, sd_model: Any) -> Callable[..., Any]:
+        return lambda cond, origin, canvas: placed(sd_model, cond, origin, canvas)
+
+    def reload(self, p: Any, *, hires: bool) -> None:
+        from modules import sd_models, shared
+        from modules_forge import main_entry
+
+        with sd_models.SkipWritingToConfig():
+            checkpoint, modules = shared.opts.sd_model_checkpoint, shared.opts.forge_additional_modules
+            changed = hires and _choose_hires(p)
+            try:
+                if changed:
+                    main_entry.refresh_model_loading_parameters()
+                sd_models.forge_model_reload()  # back from a refiner, too
+            finally:
+                if changed:
+                    main_entry.modules_change(modules, save=False, refresh=False)
+                    main_entry.checkpoint_change(checkpoint, save=False, refresh=False)
+                    main_entry.refresh_model_loading_parameters()
+
+    def guidance(self, p: Any) -> float:
+        return float(p.hr_cfg)
+
+
+def _choose_hires(p: Any) -> bool:
+    """Sets the checkpoint and the modules (VAE, text encoders) of Hires. fix; whether they are others than before."""
+    from modules_forge import main_entry
+
+    modules, checkpoint = getattr(p, "hr_additional_modules", None), p.hr_checkpoint_name
+    changed = False
+    if modules is not None and "Use same choices" not in modules:
+        changed = main_entry.modules_change(modules, save=False, refresh=False)
+    if checkpoint and checkpoint != "Use same checkpoint":
+        changed = main_entry.checkpoint_change(checkpoint, save=False, refresh=False) or changed
+    return changed
+
+
+class ForgeTextEncoder(WebUITextEncoder):
+    """The text encoders of a model, which Forge calls engines."""
+
+    def _tokenizing(self) -> Any:
+        names = ("text_processing_engine_l", "text_processing_engine", "text_processing_engine_g")
+        return next(getattr(self._model, name) for name in names if hasattr(self._model, name))
+
+    def _tokenizer(self, embedder: Any) -> Any:
+        return embedder.tokenizer
+
+
+def placed(sd_model: Any, cond: Any, origin: tuple[int, int], canvas: tuple[int, int]) -> Any:
+    """SDXL's cond for a latent at `origin` = (top, left) of a picture of `canvas` = (height, width) pixels.
+
+    Its vector ends with the embedded size, crop and target size; in a refiner, with size, crop and the aesthetic score.
+    """
+    if not isinstance(cond, dict) or not hasattr(sd_model, "embedder"):
+        return cond
+    numbers, behind = [*canvas, *origin, *canvas], 0
+    if not hasattr(sd_model, "text_processing_engine_l"):
+        numbers, behind = numbers[:4], 1
+    vector: Tensor = cond["vector"].clone()
+    embedded = torch.cat([sd_model.embedder(torch.tensor([float(number)])) for number in numbers], dim=1)[0]
+    end = len(vector) - behind * (len(embedded) // len(numbers))
+    vector[end - len(embedded):end] = embedded.to(vector)
+    return {**cond, "vector": vector}

@@ -1,0 +1,138 @@
+"""ControlNets for the stages in Forge and reForge: files loaded by the WebUI itself, or by our own loader.
+
+What the WebUI loads takes part as one of its own ControlNets does, so that other extensions' patches of ControlNets
+and its memory management go on working. Where it cannot load a file, ours takes the same place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from accdiff_lib.webui.hosts import webui as webui_host
+from accdiff_lib.webui.hosts.ldm.controlnet import LdmControlNet, layers_per_level
+from accdiff_lib.webui.hosts.ldm.controlnet_file import ControlNetFile, check_family
+
+
+def load_once(p: Any, path: Path, backend: Any) -> Any:
+    """What `load` gives for the loaded model, read once for all batches of a generation `p`.
+
+    Its weights lie where the WebUI's memory management wants them meanwhile.
+    """
+    unet = p.sd_model.forge_objects.unet
+    return webui_host.loaded_once(p, path, unet.model.diffusion_model, lambda: load(path, unet, backend))
+
+
+def load(path: Path, unet: Any, backend: Any) -> Any:
+    """The ControlNet of a file, for the UNet of a patcher. Raises InputError (one line) where it cannot steer it."""
+    module = unet.model.diffusion_model
+    if _is_control_lora(path):
+        loaded = _built_in(path)
+        if loaded is not None:
+            return loaded
+    elif _has_plain_weights(module):  # not where weights are stored in 4 bits, in tensors of other shapes
+        file = ControlNetFile(path)
+        try:
+            check_family(file, file.names(layers_per_level(module)), module)
+        finally:
+            file.close()
+    loaded = _built_in(path)
+    if loaded is not None:
+        return loaded
+    print(f"[AccDiffusion] this WebUI cannot load {path.name} by itself; it is loaded by AccDiffusion's own loader")
+    own = LdmControlNet.load(path, module, dtype=backend.dtype(unet), device=unet.offload_device)
+    holder = nn.Module()  # patchers set attributes on what they manage
+    holder.network = own.network
+    return OwnControl(own, backend.patcher(holder, unet), backend.sampling)
+
+
+def _built_in(path: Path) -> Any:
+    """What the WebUI's loader makes of the file; None where it fails."""
+    from modules_forge.shared import try_load_supported_control_model
+
+    try:
+        found = try_load_supported_control_model(str(path))
+    except Exception:  # it does not expect files of models that it does not know
+        return None
+    control: Any = getattr(found, "model_patcher", None)
+    return control.copy() if hasattr(control, "get_control") else None
+
+
+def _is_control_lora(path: Path) -> bool:
+    """Whether the file is a difference to the UNet, which only the WebUI's loader knows."""
+    if path.suffix != ".safetensors":
+        return False
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return "lora_controlnet" in file.keys()  # noqa: SIM118
+    except Exception:
+        return False  # the loaders say what is wrong with it
+
+
+def _has_plain_weights(module: nn.Module) -> bool:
+    return all(weight.is_floating_point() for weight in module.parameters())
+
+
+class OwnControl:
+    """Our ControlNet in the form of the WebUI's own ones."""
+
+    def __init__(self, controlnet: LdmControlNet, patcher: Any, sampling: Callable[[Any], Any]) -> None:
+        """`patcher` manages its weights; `sampling` is Backend.sampling."""
+        self._controlnet, self._patcher, self._sampling_of = controlnet, patcher, sampling
+        self._sampling: Any = None
+        self.previous_controlnet = None
+        self.transformer_options: Mapping[str, Any] = {}
+        self.cond_hint_original: Tensor | None = None
+        self.cond_hint: Tensor | None = None
+        self.strength = 1.0
+
+    def set_cond_hint(self, hint: Tensor, strength: float = 1.0,
+                      _range: tuple[float, float] = (0.0, 1.0)) -> OwnControl:
+        """Hints [M, 3, 8h, 8w] in 0..1 of a batch of images."""
+        self.cond_hint_original, self.strength = hint, strength
+        return self
+
+    def get_models(self) -> list[Any]:
+        """What must be loaded with it."""
+        return [self._patcher]
+
+    def get_extra_hooks(self) -> list[Any]:
+        """None."""
+        return []
+
+    def inference_memory_requirements(self, _dtype: torch.dtype) -> int:
+        """Bytes beside its weights."""
+        return 0
+
+    def pre_run(self, model: Any, _percent_to_sigma: Callable[[float], float]) -> None:
+        """Sampling begins."""
+        self._sampling = self._sampling_of(_Holder(model))
+
+    def cleanup(self) -> None:
+        """Sampling ends."""
+        self._sampling = self.cond_hint_original = self.cond_hint = None
+
+    def get_control(self, x: Tensor, sigma: Tensor, cond: Mapping[str, Any], chunks: int,
+                    _options: Any = None) -> dict[str, list[Tensor]] | None:
+        """Residuals for a call of the model with `chunks` rows of every image: `x` [chunks * M, 4, h, w]."""
+        if self.cond_hint_original is None:
+            return None
+        images = list(range(len(x) // chunks)) * chunks
+        down, middle = self._controlnet.residuals(
+            self.cond_hint_original, images, self._sampling.calculate_input(sigma, x),
+            self._sampling.timestep(sigma).float(), cond["c_crossattn"], cond.get("y"))
+        for residual in (*down, middle):
+            residual.mul_(self.strength)
+        return {"input": [], "middle": [middle], "output": down}  # the UNet takes them from the end
+
+
+class _Holder:
+    """A model as the patcher's `model`, which is where Backend.sampling looks."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model

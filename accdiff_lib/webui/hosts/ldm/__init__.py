@@ -1,0 +1,1 @@
+"""Networks in ldm's layout, which every WebUI has kept."""

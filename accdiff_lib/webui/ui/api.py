@@ -1,0 +1,95 @@
+"""HTTP: the table of options, the size of the loaded model, and a plan with its cost, without generating.
+
+    GET  /accdiffusion/v1/options
+    GET  /accdiffusion/v1/model
+    POST /accdiffusion/v1/plan     {"width": 1024, "height": 1024, "steps": 30, "scale": 4, "preset": "fast"}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from accdiff_lib import __version__
+from accdiff_lib.errors import InputError
+from accdiff_lib.settings import LARGEST, METHODS, OPTIONS, PRESETS, Option
+from accdiff_lib.webui import model
+from accdiff_lib.webui.arguments import EXTRA, NONE, POSITIONAL, parse
+from accdiff_lib.webui.ui import options_page
+
+#: What a plan depends on besides the options; the names are those of txt2img's API where it has them.
+GENERATION: dict[str, Option] = {row.name: row for row in (
+    Option("width", "width", "Width of the base picture in pixels.", 1024, "generation", 64, LARGEST),
+    Option("height", "height", "Height of the base picture in pixels.", 1024, "generation", 64, LARGEST),
+    Option("steps", "steps", "Sampling steps of the base pass.", 20, "generation", 1, 1000),
+    Option("cfg_scale", "CFG scale", "CFG scale of the base pass.", 7.0, "generation", 1, 30),
+    Option("sampler_name", "sampler", "Sampler of the base pass.", "Euler", "generation"),
+    Option("scheduler", "schedule type", "Schedule type of the base pass.", "Automatic", "generation"),
+    Option("batch", "batch", "So many pictures.", 1, "generation", 1, 10000),
+    Option("from_image", "from image", "The base picture is given, as in img2img.", False, "generation"),
+    Option("native", "native size", "Side of the model's own latent in cells: 128 for SDXL, 64 for SD1.5; 0 is the "
+           "loaded checkpoint's.", 0, "generation", 0, 512))}
+
+
+def schema() -> dict[str, Any]:
+    """The table as a JSON schema of the dict that `alwayson_scripts.AccDiffusion.args[0]` takes."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema", "title": "AccDiffusion", "type": "object",
+        "additionalProperties": False, "x-version": __version__,
+        "properties": {row.name: _property(row) for row in [*EXTRA.values(), *OPTIONS.values()]},
+        "x-positional": list(POSITIONAL), "x-methods": METHODS, "x-presets": PRESETS}
+
+
+def _property(row: Option) -> dict[str, Any]:
+    kind = {bool: "boolean", int: "integer", float: "number", str: "string"}[row.kind]
+    # A dict that is given at all is enabled, unless it says otherwise.
+    default = True if row.name == "enabled" else row.default
+    found: dict[str, Any] = {"type": kind, "title": row.label, "description": row.help, "default": default,
+                             "x-group": row.group, "x-infotext": row.infotext}
+    found |= {name: value for name, value in (("minimum", row.minimum), ("maximum", row.maximum),
+                                              ("x-step", row.step)) if value is not None}
+    return found | ({"enum": list(row.choices)} if row.choices else {})
+
+
+def plan(body: Mapping[str, Any]) -> dict[str, Any]:
+    """Sizes, stages, model calls and relative cost of a generation. Raises InputError."""
+    names = [*GENERATION, *POSITIONAL]
+    for name in body:
+        if name not in names:
+            raise InputError(f"{name}: there is no such option; the options are {', '.join(names)}")
+    given = {name: row.parse(body.get(name, row.default)) for name, row in GENERATION.items()}
+    options = {name: value for name, value in body.items() if name in POSITIONAL}
+    job = parse([{**options, "enabled": True}], defaults=options_page.defaults())
+    assert job is not None
+    from accdiff_lib.webui import outline  # with torch
+
+    native, multiple = model.for_size(given["width"], given["height"])
+    native = given["native"] or native
+    generation = outline.Generation(
+        (given["height"], given["width"]), given["steps"], given["cfg_scale"], given["sampler_name"],
+        given["scheduler"], native, multiple, has_control=job.controlnet != NONE, from_image=given["from_image"])
+    return {**outline.as_json(outline.cost(job.settings, generation), given["batch"]), "native": native}
+
+
+def register(_demo: Any, app: Any) -> None:
+    """Adds the routes; a callback of `on_app_started`, which the WebUI calls with and without its page."""
+    from fastapi import Body, HTTPException
+
+    def options_route():
+        return schema()
+
+    def model_route():
+        native, multiple = model.shape() or (0, 0)
+        return {"native": native, "multiple": multiple}
+
+    def plan_route(body=Body(default={})):  # noqa: B008 (FastAPI's way); no annotation: the check below is ours
+        if not isinstance(body, dict):
+            raise HTTPException(422, "The body must be a JSON object of options")
+        try:
+            return plan(body)
+        except InputError as error:
+            raise HTTPException(422, str(error)) from error
+
+    for path, route, method in (("options", options_route, "GET"), ("model", model_route, "GET"),
+                                ("plan", plan_route, "POST")):
+        app.add_api_route(f"/accdiffusion/v1/{path}", route, methods=[method], tags=["AccDiffusion"])

@@ -1,0 +1,191 @@
+"""The accordion in txt2img and img2img, made from the table: a few controls in sight, all others under "Advanced"."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from accdiff_lib.settings import OPTIONS, SAME, Option
+from accdiff_lib.webui import controlnets
+from accdiff_lib.webui.arguments import CONTROLNET_KEY, EXTRA, NONE, POSITIONAL, VERSION_KEY, picked, restored
+from accdiff_lib.webui.ui import options_page
+
+#: The options in sight, by rows; all others are under "Advanced", by the table's groups.
+IN_SIGHT = (("method", "preset"), ("scale", "target_width", "target_height"), ("control_strength", "c"))
+_PLACED = {name for row in IN_SIGHT for name in row}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """What a script's `ui` returns and sets."""
+
+    #: In the order of `arguments.POSITIONAL`.
+    components: list[Any]
+    infotext_fields: list[Any]
+
+
+def build(elem_id: Callable[[str], str], is_img2img: bool) -> Panel:
+    """Builds the panel inside the running `gr.Blocks`; without side effects, as the API calls it twice more.
+
+    `elem_id` makes an element's id from a name (Script.elem_id).
+    """
+    import gradio as gr
+    from modules.ui_components import InputAccordion
+
+    made: dict[str, Any] = {}
+    with InputAccordion(False, label="AccDiffusion", elem_id=elem_id("enabled")) as enabled:
+        made["enabled"] = enabled
+        for names in IN_SIGHT[:2]:
+            _row(names, made, elem_id)
+        gr.HTML(_live_line(elem_id), elem_id=elem_id("cost"))
+        with gr.Row():
+            made["controlnet_model"] = _controlnet_model(elem_id)
+        _row(IN_SIGHT[2], made, elem_id)
+        with gr.Accordion("Advanced", open=False, elem_id=elem_id("advanced")):
+            _advanced(made, elem_id)
+    for which in ("method", "preset"):
+        _starting_point(which, made)
+    components = [made[name] for name in POSITIONAL]
+    return Panel(components, _paste_fields(made, is_img2img))
+
+
+# --- controls from the table -----------------------------------------------------------------------------------
+
+def label(option: Option) -> str:
+    """An option's label on the panel."""
+    return option.label[0].upper() + option.label[1:]
+
+
+def slider_step(option: Option) -> float:
+    """The option's step, or a finer one where the default would lie between two steps."""
+    assert option.step is not None and option.minimum is not None
+    steps = (option.default - option.minimum) / option.step
+    return option.step if abs(steps - round(steps)) < 1e-6 else 0.01
+
+
+def _control(option: Option, made: dict[str, Any], elem_id: Callable[[str], str]) -> None:
+    import gradio as gr
+
+    common: dict[str, Any] = {"label": label(option), "elem_id": elem_id(option.name)}
+    value: Any = options_page.value("vae_tile") if option.name == "vae_tile" else option.default
+    if option.kind is bool:
+        made[option.name] = gr.Checkbox(value=value, **common)
+    elif option.kind is str:
+        made[option.name] = gr.Dropdown(choices=_choices(option), value=value, **common)
+    else:
+        made[option.name] = gr.Slider(minimum=option.minimum, maximum=option.maximum, step=slider_step(option),
+                                      value=value, **common)
+    if option.name == "vae_tile":
+        made[option.name].do_not_save_to_config = True  # ui-config.json would win over the settings page
+
+
+def _choices(option: Option) -> list[str]:
+    if option.name == "stage_sampler":
+        from modules import sd_samplers
+
+        return [SAME, *sd_samplers.visible_sampler_names()]
+    if option.name == "stage_scheduler":
+        from modules import sd_schedulers
+
+        return [SAME, *(scheduler.label for scheduler in sd_schedulers.schedulers)]
+    return list(option.choices)
+
+
+def _row(names: Iterable[str], made: dict[str, Any], elem_id: Callable[[str], str]) -> None:
+    import gradio as gr
+
+    with gr.Row():
+        for name in names:
+            _control(OPTIONS[name], made, elem_id)
+
+
+def _advanced(made: dict[str, Any], elem_id: Callable[[str], str]) -> None:
+    """Every option that is not in sight: for each group its switches in a row, then lists and sliders in pairs."""
+    import gradio as gr
+
+    for group in dict.fromkeys(option.group for option in OPTIONS.values()):
+        options = [option for option in OPTIONS.values() if option.group == group and option.name not in _PLACED]
+        if not options:
+            continue
+        gr.HTML(f"<div class='accdiff-group'>{html.escape(group[0].upper() + group[1:])}</div>")
+        switches = [option.name for option in options if option.kind is bool]
+        lists = [option.name for option in options if option.kind is str]
+        sliders = [option.name for option in options if option.kind in (int, float)]
+        for names in [switches, *_pairs(lists), *_pairs(sliders)]:
+            if names:
+                _row(names, made, elem_id)
+
+
+def _pairs(names: list[str]) -> list[list[str]]:
+    return [names[first:first + 2] for first in range(0, len(names), 2)]
+
+
+def _controlnet_model(elem_id: Callable[[str], str]) -> Any:
+    import gradio as gr
+    from modules.ui_components import ToolButton
+
+    names, wanted = controlnets.names(), options_page.value("controlnet_model")
+    # A model that is pasted but not here must stay visible, so that Generate can say that it is missing.
+    model = gr.Dropdown(choices=names, value=wanted if wanted in names else NONE, allow_custom_value=True,
+                        label=EXTRA["controlnet_model"].label, elem_id=elem_id("controlnet_model"))
+    model.do_not_save_to_config = True  # ui-config.json would win over the settings page
+    refresh = ToolButton(value="\U0001f504", elem_id=elem_id("controlnet_refresh"))
+    refresh.click(fn=lambda: gr.update(choices=controlnets.names()), inputs=[], outputs=[model], show_progress=False,
+                  queue=False)
+    return model
+
+
+def _live_line(elem_id: Callable[[str], str]) -> str:
+    """The place of the line that javascript/accdiff.js writes, and the table it needs."""
+    def rows(options: Mapping[str, Option]) -> dict[str, Any]:
+        return {name: {"default": option.default, "help": option.help} for name, option in options.items()}
+
+    table = {"prefix": elem_id(""), "options": rows(OPTIONS), "extra": rows(EXTRA)}
+    return ("<div class='accdiff-cost'></div>"
+            f"<div class='accdiff-data' hidden data-table='{html.escape(json.dumps(table))}'></div>")
+
+
+# --- a method or a preset is a starting point ------------------------------------------------------------------
+
+def _starting_point(which: str, made: dict[str, Any]) -> None:
+    """Picking a method or preset sets the controls it is about; only the user's own pick does, not a paste."""
+    import gradio as gr
+
+    def pick(method: str, preset: str) -> list[Any]:
+        return [gr.update(value=value) for value in picked(which, method, preset).values()]
+
+    about = picked(which, OPTIONS["method"].default, OPTIONS["preset"].default)
+    made[which].input(fn=pick, inputs=[made["method"], made["preset"]], outputs=[made[name] for name in about],
+                      show_progress=False, queue=False)
+
+
+# --- Send to txt2img -------------------------------------------------------------------------------------------
+
+def _paste_fields(made: Mapping[str, Any], is_img2img: bool) -> list[Any]:
+    """A field for each control. Parameters of a picture made without AccDiffusion switch it off and leave the rest."""
+    from modules.infotext_utils import PasteField
+
+    # No `api` names: those are of fields of the API's request, and script arguments are none.
+    # Whoever sends a large picture to img2img seldom wants it enlarged once more, so there the switch stays as it is.
+    switch = [] if is_img2img else [PasteField(made["enabled"], lambda parameters: VERSION_KEY in parameters)]
+    model = PasteField(made["controlnet_model"], _pasted_model)
+    return [*switch, model, *(PasteField(made[name], _pasted(name)) for name in OPTIONS)]
+
+
+def _pasted(name: str) -> Callable[[Mapping[str, str]], Any]:
+    def value(parameters: Mapping[str, str]) -> Any:
+        job = restored(parameters)
+        return None if job is None else getattr(job.settings, name)
+    return value
+
+
+def _pasted_model(parameters: Mapping[str, str]) -> str | None:
+    """The name as the dropdown lists it; one that isn't here as it is written."""
+    if VERSION_KEY not in parameters:
+        return None
+    wanted = parameters.get(CONTROLNET_KEY, NONE)
+    known = {controlnets.key(name): name for name in controlnets.names()}
+    return known.get(controlnets.key(wanted), wanted)
