@@ -11,8 +11,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from accdiff_lib.engine.extrapolate import Explanation
-from accdiff_lib.engine.plan import Stage, Window
+from accdiff_lib.engine.plan import Stage
 from accdiff_lib.parts.window_prompts import WindowPrompts, WordMask
+from accdiff_lib.parts.windows import Window
 
 #: What is written for a window that no word fits.
 EMPTY = "(empty)"
@@ -39,7 +40,8 @@ def sheet(base: np.ndarray, explanation: Explanation,
     `base` is the base picture uint8 [h, w, 3] as the canvas shows it: the `part` (top, left, bottom, right in 0..1) of
     what the attention maps cover.
     """
-    blocks = [_stage_block(base, stage, prompts) for stage, prompts in explanation.stages]
+    blocks = [_stage_block(base, stage, prompts) for stage, prompts in explanation.stages
+              if isinstance(prompts, WindowPrompts)]
     if not blocks:
         blocks.append(_titled("Base picture", [_enlarged(base, PICTURE)]))
     blocks.extend(_word_blocks(base, explanation.words, part))
@@ -79,12 +81,12 @@ def colour(number: int) -> tuple[int, int, int]:
 def window_box(window: Window, stage: Stage, size: tuple[int, int]) -> Box:
     """Where a window lies (left, top, right, bottom; inclusive) in a picture of the canvas of `size` = (width, height).
 
-    What reaches into the canvas's padding is cut off.
+    What reaches beyond the canvas is cut off.
     """
     edges = []
     for start, length, cells, pixels in ((window.left, window.width, stage.width, size[0]),
                                          (window.top, window.height, stage.height, size[1])):
-        first, last = (min(max(cell - stage.padding, 0), cells) for cell in (start, start + length))
+        first, last = (min(max(cell, 0), cells) for cell in (start, start + length))
         edges.append((round(first / cells * pixels), max(round(last / cells * pixels) - 1, 0)))
     (left, right), (top, bottom) = edges
     return left, top, right, bottom
@@ -105,27 +107,30 @@ def draw_windows(picture: Image.Image, stage: Stage, windows: Sequence[Window]) 
 def _stage_block(base: np.ndarray, stage: Stage, prompts: WindowPrompts) -> Image.Image:
     picture = _enlarged(base, PICTURE)
     picture = Image.blend(picture, Image.new("RGB", picture.size, "white"), 0.5)  # so that lines stand out
-    draw_windows(picture, stage, prompts.windows)
-    window, (height, width) = stage.window, stage.pixels
+    draw_windows(picture, stage, prompts.on_canvas)
+    window, (height, width) = prompts.windows[0], stage.pixels
     title = (f"Stage {stage.name}: {width}x{height} pixels, {len(prompts.windows)} windows of "
-             f"{8 * window[1]}x{8 * window[0]}, drawn on the base picture")
-    rows = entries(prompts.prompts)
-    beside, rest = _fill(rows, 2, picture.height)
-    columns = _fill_evenly(rest, 4)
-    below = max((sum(entry.height for entry in column) for column in columns), default=0)
-    body = Image.new("RGB", (PAGE - 2 * MARGIN, picture.height + (GAP + below if below else 0)), "white")
+             f"{8 * window.width}x{8 * window.height}, drawn on the base picture")
+    listed = entries(prompts.prompts)
+    beside, rest = _fill(listed, 2, picture.height)
+    below = [rest[first:first + 4] for first in range(0, len(rest), 4)]
+    heights = [max(entry.height for entry in line) for line in below]
+    body = Image.new("RGB", (PAGE - 2 * MARGIN, picture.height + sum(heights) + (GAP if below else 0)), "white")
     body.paste(picture, (0, 0))
     for number, column in enumerate(beside):
         _draw_entries(body, column, (2 + number) * (COLUMN + GAP), 0)
-    for number, column in enumerate(columns):
-        _draw_entries(body, column, number * (COLUMN + GAP), picture.height + GAP)
+    top = picture.height + GAP
+    for line, height in zip(below, heights, strict=True):
+        for number, entry in enumerate(line):
+            _draw_entries(body, [entry], number * (COLUMN + GAP), top)
+        top += height
     return _titled(title, [body])
 
 
-def _fill(rows: Sequence[Entry], columns: int, height: int) -> tuple[list[list[Entry]], list[Entry]]:
+def _fill(listed: Sequence[Entry], columns: int, height: int) -> tuple[list[list[Entry]], list[Entry]]:
     """As many entries as fit into columns of this height, and the rest."""
     filled: list[list[Entry]] = []
-    rest = list(rows)
+    rest = list(listed)
     for _ in range(columns):
         column, used = [], 0
         while rest and used + rest[0].height <= height:
@@ -135,23 +140,9 @@ def _fill(rows: Sequence[Entry], columns: int, height: int) -> tuple[list[list[E
     return filled, rest
 
 
-def _fill_evenly(rows: Sequence[Entry], columns: int) -> list[list[Entry]]:
-    """All entries in columns as short as possible."""
-    if not rows:
-        return []
-    low, high = max(entry.height for entry in rows), sum(entry.height for entry in rows)
-    while low < high:
-        middle = (low + high) // 2
-        if _fill(rows, columns, middle)[1]:
-            low = middle + 1
-        else:
-            high = middle
-    return _fill(rows, columns, low)[0]
-
-
-def _draw_entries(page: Image.Image, rows: Sequence[Entry], left: int, top: int) -> None:
+def _draw_entries(page: Image.Image, listed: Sequence[Entry], left: int, top: int) -> None:
     draw = ImageDraw.Draw(page)
-    for entry in rows:
+    for entry in listed:
         _chip(draw, (left, top + 1), str(entry.number), font(13), colour(entry.number))
         grey = entry.lines == (EMPTY,)
         for number, line in enumerate(entry.lines):

@@ -11,7 +11,8 @@ from typing import Any, NoReturn
 
 from accdiff_lib import __version__
 from accdiff_lib.errors import InputError
-from accdiff_lib.settings import LARGEST, OPTIONS, Option
+from accdiff_lib.methods import OPTIONS
+from accdiff_lib.settings import LARGEST, Option
 
 PROGRAM = "python -m accdiff_lib"
 

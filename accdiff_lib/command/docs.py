@@ -7,11 +7,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from accdiff_lib.command.arguments import GENERAL, allowed, default, flag
-from accdiff_lib.settings import METHODS, OPTIONS, PRESETS, Option
+from accdiff_lib.methods import METHODS, OPTIONS
+from accdiff_lib.settings import PRESETS, Option
 
 PAGE = Path(__file__).resolve().parents[2] / "docs/options.md"
 BEGIN, END = "<!-- python -m accdiff_lib.command.docs --write: begin -->", "<!-- end -->"
@@ -22,7 +24,8 @@ def tables() -> str:
     return "\n\n".join([
         "### A generation\n\n" + _options(GENERAL.values()),
         "### Settings\n\n" + _options(OPTIONS.values()),
-        "### Methods\n\nA method is a set of values for these settings.\n\n" + _sets(METHODS, "Method"),
+        "### Methods\n\nA method is a set of values for these settings.\n\n" + _sets(
+            {name: method.values for name, method in METHODS.items()}, "Method"),
         "### Presets\n\nSo is a preset; an option on the command line wins over both.\n\n" + _sets(PRESETS, "Preset")])
 
 
@@ -44,7 +47,7 @@ def _spelled(option: Option) -> str:
     return f"{spelled}`, `--no-{spelled[2:]}" if option.kind is bool else spelled
 
 
-def _sets(sets: dict[str, dict], title: str) -> str:
+def _sets(sets: Mapping[str, Mapping[str, Any]], title: str) -> str:
     rows = [f"| `{name}` | {', '.join(_value(*item) for item in values.items()) or 'all defaults'} |"
             for name, values in sets.items()]
     return "\n".join([f"| {title} | |", "| --- | --- |", *rows])

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 from accdiff_lib.command import arguments
 from accdiff_lib.engine.plan import CELL, Plan, base_size, make_plan
 from accdiff_lib.errors import InputError
-from accdiff_lib.settings import SAME, Settings, make
+from accdiff_lib.methods import make, of
+from accdiff_lib.settings import SAME, Settings
 
 if TYPE_CHECKING:  # torch takes seconds to import; --help and typing mistakes are answered before
     import numpy as np
     import torch
 
     from accdiff_lib.command.files import Folder
-    from accdiff_lib.engine.cost import PartCost
+    from accdiff_lib.engine.cost import Part
     from accdiff_lib.engine.memory import Need
     from accdiff_lib.standalone.loading import ModelShape
 
@@ -33,7 +34,7 @@ class Job:
     settings: Settings
     model: ModelShape
     plan: Plan
-    parts: list[PartCost]
+    parts: list[Part]
     device: torch.device
     dtype: torch.dtype
     image: np.ndarray | None
@@ -48,10 +49,10 @@ class Job:
         """Device memory."""
         from accdiff_lib.engine import memory
 
-        seen = [self.plan.base] + [size for stage in self.plan.stages for size in (stage.window, stage.view_size)]
+        seen = [work.height * work.width for part in self.parts for work in part.work]
         return memory.need(self.model.weights, unet_width=self.model.unet["block_out_channels"][0],
                            vae_widths=self.model.vae["block_out_channels"], itemsize=self.dtype.itemsize,
-                           window=max(height * width for height, width in seen),
+                           latent=max(seen, default=0),
                            canvas=self.plan.pixels[0] * self.plan.pixels[1] // CELL**2,
                            vae_itemsize=self.model.vae_dtype(self.dtype).itemsize)
 
@@ -89,7 +90,7 @@ def prepare(argv: Sequence[str] | None) -> Job:
     settings = _stage_names(settings)
     device, dtype = _device(general["device"]), _dtype(general["dtype"], general["device"])
     model = describe(namespace.model, vae=namespace.vae, controlnet=namespace.controlnet, config=namespace.config)
-    plan = _in_flags(make_plan, _base(general, settings, model, image), settings, native=model.sample_size)
+    plan = _in_flags(make_plan, _base(general, settings, model, image), settings, native=model.native)
     parts = _cost(general, settings, model, plan, image is not None)
     if general["seed"] + general["batch"] > 2**32:
         raise InputError(f"--batch: {general['batch']} pictures from --seed {general['seed']} need seeds beyond "
@@ -170,7 +171,7 @@ def _dtype(name: str, device: str) -> torch.dtype:
 
 def _base(general: dict[str, Any], settings: Settings, model: ModelShape, image: np.ndarray | None) -> tuple[int, int]:
     """(height, width) of the base picture in pixels."""
-    native = model.sample_size * CELL
+    native = model.native * CELL
     if image is not None:
         return image.shape[0], image.shape[1]
     if general["width"] or general["height"]:
@@ -181,14 +182,15 @@ def _base(general: dict[str, Any], settings: Settings, model: ModelShape, image:
 
 
 def _cost(general: dict[str, Any], settings: Settings, model: ModelShape, plan: Plan,
-          has_image: bool) -> list[PartCost]:
+          has_image: bool) -> list[Part]:
     from accdiff_lib.engine.cost import estimate
     from accdiff_lib.parts.noise_levels import NoiseLevels
     from accdiff_lib.standalone.samplers import solver
 
     assert model.alphas_cumprod is not None
     levels = NoiseLevels(model.alphas_cumprod)
-    return estimate(plan, settings, solver=solver(general["sampler"], general["scheduler"], general["steps"], levels),
+    base = solver(general["sampler"], general["scheduler"], general["steps"], levels)
+    return estimate(of(settings), plan, settings, base_solver=base,
                     stage_solver=solver(*_stage_solver(general, settings), levels), timestep=levels.timestep,
                     guidance=general["cfg"], has_control=model.controlnet is not None, from_image=has_image)
 

@@ -13,9 +13,9 @@ from typing import Any, TextIO
 from torch import Tensor
 from tqdm import tqdm
 
-from accdiff_lib.engine.cost import PartCost
+from accdiff_lib.engine.cost import Part
 from accdiff_lib.engine.host import Picture
-from accdiff_lib.engine.plan import Stage
+from accdiff_lib.engine.plan import CELL, Stage
 
 #: Writes a finished picture; returns where to.
 Save = Callable[[Picture], "Path | None"]
@@ -24,7 +24,7 @@ Save = Callable[[Picture], "Path | None"]
 class Terminal:
     """Progress on the terminal (implements engine.host.Progress): a bar on stderr, a line for each finished part."""
 
-    def __init__(self, parts: Sequence[PartCost], images: int, lines: TextIO, bar: TextIO):
+    def __init__(self, parts: Sequence[Part], images: int, lines: TextIO, bar: TextIO):
         self.comments: list[str] = []
         #: Parts of the current image, for the JSON object.
         self.done: list[dict[str, Any]] = []
@@ -33,9 +33,9 @@ class Terminal:
         self._lines = lines
         self._stop = False
         self._since = time.perf_counter()
-        rows = sum(part.windows + part.views for part in parts)
+        latents = sum(part.latents for part in parts)
         # Every 10 s is enough for a log file.
-        self._bar = tqdm(total=rows * images, unit="latent", file=bar, smoothing=0.05, dynamic_ncols=True,
+        self._bar = tqdm(total=latents * images, unit="latent", file=bar, smoothing=0.05, dynamic_ncols=True,
                          mininterval=0.1 if bar.isatty() else 10)
 
     # --- engine.host.Progress -----------------------------------------------------------------------------------
@@ -48,11 +48,11 @@ class Terminal:
     def skipped(self) -> bool:
         return False
 
-    def begin(self, stage: Stage | None, model_calls: int) -> None:
+    def begin(self, stage: Stage | None, latents: int) -> None:
         self._bar.set_description(stage.name if stage else "base")
 
-    def advance(self, rows: int) -> None:
-        self._bar.update(rows)
+    def advance(self, latents: int) -> None:
+        self._bar.update(latents)
 
     def preview(self, denoised: Tensor) -> None:
         pass
@@ -106,42 +106,45 @@ class Terminal:
             signal.signal(signal.SIGINT, before)
 
 
-def part_line(part: PartCost, seconds: float) -> str:
-    """ "stage 2x    512x512    9 windows + 4 views    1234 model calls    12.3 s" """
-    grid = ""
-    if part.stage is not None:
-        counts = ((part.windows, part.stage.window_count, "window"), (part.views, part.stage.views, "dilated view"))
-        grid = " + ".join(f"{count} {noun}{'s' if count > 1 else ''}" for used, count, noun in counts if used)
+def part_line(part: Part, seconds: float) -> str:
+    """ "stage 2x    512x512    9 windows + 4 dilated views    1234 evaluations    12.3 s" """
+    at_once = " + ".join(f"{work.count} {work.name}{'s' if work.count > 1 else ''}" for work in part.at_most
+                         ) if part.stage else ""
     name = f"stage {part.name}" if part.stage else "base"
-    return (f"{name:<12}{_size(part):>11}   {grid:<32}{part.unet + part.controlnet:>7} model calls"
+    return (f"{name:<12}{_size(part):>11}   {at_once:<32}{part.unet + part.controlnet:>7} evaluations"
             f"{seconds:>9.1f} s")
 
 
-def as_json(part: PartCost) -> dict[str, Any]:
-    """A part's cost; evaluations count latents, the unconditional ones too."""
-    return {"name": part.name, "width": part.pixels[1], "height": part.pixels[0],
-            "windows": part.stage.window_count if part.stage and part.windows else 0,
-            "views": part.stage.views if part.stage and part.views else 0,
-            "steps": part.steps, "canvas_calls": part.calls, "unet": part.unet, "controlnet": part.controlnet}
+def as_json(part: Part) -> dict[str, Any]:
+    """A part's cost: latents of each kind that a call of the canvas evaluates at most, and evaluations of the networks
+    in all calls, the unconditional ones too."""
+    at_most = {work.name: {"count": work.count, "width": CELL * work.width, "height": CELL * work.height}
+               for work in part.at_most} if part.stage else {}
+    return {"name": part.name, "width": part.pixels[1], "height": part.pixels[0], "at_once": at_most,
+            "steps": part.steps, "canvas_calls": part.calls, "latents": part.latents, "unet": part.unet,
+            "controlnet": part.controlnet}
 
 
-def table(parts: Sequence[PartCost], teraflop: Sequence[float], images: int) -> str:
+def table(parts: Sequence[Part], teraflop: Sequence[float], images: int) -> str:
     """The dry run's table: a row for each part, the sum, and the sum for all images."""
-    head = ("part", "size", "windows", "views", "steps", "UNet", "ControlNet", "TFLOP")
-    rows: list[tuple[str, ...]] = [head]
+    kinds = list(dict.fromkeys(work.name for part in parts if part.stage for work in part.at_most))
+    lines: list[tuple[str, ...]] = [("part", "size", *(f"{kind}s" for kind in kinds), "steps", "UNet", "ControlNet",
+                                     "TFLOP")]
     for part, cost in zip(parts, teraflop, strict=True):
-        record = as_json(part)
-        rows.append((part.name, _size(part), *(f"{record[key] or '-'}" for key in ("windows", "views", "steps")),
-                     str(part.unet), f"{part.controlnet or '-'}", number(cost)))
+        at_most = {work.name: work.count for work in part.at_most}
+        lines.append((part.name, _size(part), *(f"{at_most.get(kind, '-')}" for kind in kinds), f"{part.steps or '-'}",
+                      str(part.unet), f"{part.controlnet or '-'}", number(cost)))
     total = [sum(part.unet for part in parts), sum(part.controlnet for part in parts), sum(teraflop)]
     for count in dict.fromkeys((1, images)):
         name = "one picture" if count == 1 else f"{count} pictures"
-        rows.append((name, "", "", "", "", *(str(count * value) for value in total[:2]), number(count * total[2])))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    lines = ["  ".join(cell.ljust(width) if column < 1 else cell.rjust(width)
-                       for column, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip() for row in rows]
-    lines.insert(1 + len(parts), "-" * max(map(len, lines)))
-    return "\n".join(lines)
+        lines.append((name, "", *("" for _ in kinds), "", *(str(count * value) for value in total[:2]),
+                      number(count * total[2])))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = ["  ".join(cell.ljust(width) if column < 1 else cell.rjust(width)
+                      for column, (cell, width) in enumerate(zip(line, widths, strict=True))).rstrip()
+            for line in lines]
+    text.insert(1 + len(parts), "-" * max(map(len, text)))
+    return "\n".join(text)
 
 
 def number(value: float) -> str:
@@ -149,5 +152,5 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _size(part: PartCost) -> str:
+def _size(part: Part) -> str:
     return f"{part.pixels[1]}x{part.pixels[0]}"

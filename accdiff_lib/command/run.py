@@ -11,24 +11,27 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accdiff_lib import __version__
+from accdiff_lib.command import arguments
 from accdiff_lib.command.job import Job, prepare
-from accdiff_lib.engine.plan import CELL, coherent_size
+from accdiff_lib.engine.plan import CELL
 from accdiff_lib.errors import InputError, Interrupted, OutOfMemory
+from accdiff_lib.methods import infotext as settings_infotext
+from accdiff_lib.methods import of
 from accdiff_lib.parts import infotext
-from accdiff_lib.settings import infotext as settings_infotext
+from accdiff_lib.settings import values
 
 if TYPE_CHECKING:  # torch takes seconds to import; --help and typing mistakes are answered before
     import numpy as np
 
     from accdiff_lib.command.report import Terminal
-    from accdiff_lib.engine.cost import PartCost
+    from accdiff_lib.engine.cost import Part
     from accdiff_lib.engine.extrapolate import Result
     from accdiff_lib.engine.host import Picture
+    from accdiff_lib.engine.method import Work
     from accdiff_lib.standalone.host import StandaloneHost
     from accdiff_lib.standalone.loading import Models
 
@@ -68,7 +71,9 @@ def dry_run(job: Job) -> int:
     print(f"model {job.model.name}: {base_width}x{base_height} to {width}x{height}, {job.general['sampler']}, "
           f"{job.general['scheduler']}, {job.settings.method}\n")
     print(report.table(job.parts, costs, job.general["batch"]))
-    print("\nUNet and ControlNet: latents evaluated, with the unconditional ones. TFLOP: those and the VAE's decodes.")
+    for note in job.settings.notes:
+        print(f"note: {arguments.in_flags(note)}")
+    print("\nUNet and ControlNet: evaluations, with the unconditional ones. TFLOP: those and the VAE's decodes.")
     print(f"Device memory, estimated: at least {_gib(job.need.resident)}, with --offload on "
           f"{_gib(job.need.offloaded)}; main memory for the decode {_gib(job.need.main)}.")
     return DONE
@@ -78,20 +83,18 @@ def _gib(size: int) -> str:
     return f"{size / 2**30:.2g} GiB" if size > 2**28 else f"{size / 2**20:.0f} MiB"
 
 
-def _teraflop(job: Job, part: PartCost) -> float:
+def _teraflop(job: Job, part: Part) -> float:
     """UNet, ControlNet and the VAE's decode of a part."""
     from accdiff_lib.standalone import flops
 
     def count(height: int, width: int) -> flops.Flops:
         return flops.count(height, width, unet=job.model.unet, vae=job.model.vae, controlnet=job.model.controlnet)
 
-    decode = count(part.pixels[0] // CELL, part.pixels[1] // CELL).vae
-    if part.stage is None:
-        # An existing picture is only looked at once, to record its attention.
-        seen = job.plan.base if job.image is None else coherent_size(job.plan.base, job.model.sample_size)
-        return decode + part.unet * count(*seen).unet
-    window, view = count(*part.stage.window), count(*part.stage.view_size)
-    return decode + part.priced(window=window.unet, control=window.controlnet, view=view.unet)
+    def price(work: Work) -> tuple[float, float]:
+        cost = count(work.height, work.width)
+        return cost.unet, cost.controlnet
+
+    return part.priced(price) + count(part.pixels[0] // CELL, part.pixels[1] // CELL).vae
 
 
 # --- the run ---------------------------------------------------------------------------------------------------
@@ -111,6 +114,8 @@ def run(job: Job) -> int:
     lines = sys.stderr if given.json else sys.stdout
     terminal = Terminal(job.parts, job.general["batch"], lines, sys.stderr)
     try:
+        for note in job.settings.notes:
+            terminal.comment(arguments.in_flags(note))
         host = _host(job, models, terminal, offload)
         if job.settings.uses_controlnet and job.plan.stages and not host.has_control:
             terminal.comment("no ControlNet is loaded, so edges do not guide the windows (give --controlnet PATH, or "
@@ -150,14 +155,16 @@ def _one(job: Job, terminal: Terminal, host: StandaloneHost, extrapolation: Any,
          seed: int) -> tuple[dict[str, Any], int]:
     """Makes one picture: what the JSON object says of it, and the exit code."""
     from accdiff_lib.engine.extrapolate import Request
+    from accdiff_lib.engine.host import GivenImage
 
     files = Files(job, seed)
     terminal.save = files.save
     terminal.next_image()
     if job.general["batch"] > 1:
         terminal.say(f"seed {seed}")
-    request = Request(job.arguments.prompt, seed, job.general["cfg"], job.settings, job.plan,
-                      intermediate=job.arguments.intermediate, image=job.image)
+    request = Request(job.arguments.prompt, seed, job.general["cfg"], of(job.settings), job.settings, job.plan,
+                      intermediate=job.arguments.intermediate,
+                      given=None if job.image is None else GivenImage(job.image))
     record: dict[str, Any] = {"seed": seed, "stopped": ""}
     try:
         result = extrapolation.run(request)
@@ -245,7 +252,7 @@ def _described(job: Job) -> dict[str, Any]:
             "dtype": str(job.dtype).removeprefix("torch."), "model": job.model.name, "family": job.model.family,
             "seeds": list(range(general["seed"], general["seed"] + general["batch"])),
             "base": {"width": base_width, "height": base_height}, "target": {"width": width, "height": height},
-            "settings": asdict(job.settings)}
+            "settings": values(job.settings)}
 
 
 def _print_json(value: dict[str, Any]) -> None:

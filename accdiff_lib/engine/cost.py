@@ -1,19 +1,21 @@
-"""What a run costs, before it runs: the model evaluations of every stage, counted from plan and script."""
+"""What a run costs, before it runs: the work of every stage, summed over the calls of its script."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 from accdiff_lib.engine.host import Solver
+from accdiff_lib.engine.method import Call, Method, Work
 from accdiff_lib.engine.plan import CELL, Plan, Stage
 from accdiff_lib.engine.schedule import make_script, rehearse
 from accdiff_lib.settings import Settings
 
 
 @dataclass(frozen=True)
-class PartCost:
-    """The base pass (stage None) or a stage. An evaluation is one latent through a network; CFG takes two of each."""
+class Part:
+    """The base pass (stage None) or a stage."""
 
     stage: Stage | None
     #: (height, width) in pixels.
@@ -21,28 +23,39 @@ class PartCost:
     #: Steps that are computed, and calls of the whole canvas by the sampler.
     steps: int
     calls: int
-    #: Latents evaluated: windows, dilated views (for the base pass the picture itself).
-    windows: int
-    views: int
-    #: UNet evaluations with the unconditional ones, those of views among them, and ControlNet evaluations.
-    unet: int
-    unet_views: int
-    controlnet: int
+    #: What a call evaluates at most, and what all calls together evaluate: one entry for each kind.
+    at_most: tuple[Work, ...]
+    work: tuple[Work, ...]
 
     @property
     def name(self) -> str:
         return self.stage.name if self.stage else "base"
 
-    def priced(self, *, window: float, control: float, view: float) -> float:
-        """What a stage's evaluations cost, from the price of one: of the UNet and the ControlNet on a window, of the
-        UNet on a dilated view."""
-        return (self.unet - self.unet_views) * window + self.controlnet * control + self.unet_views * view
+    @property
+    def latents(self) -> int:
+        """Latents evaluated, CFG's two as one."""
+        return sum(work.count for work in self.work)
+
+    @property
+    def unet(self) -> int:
+        """Evaluations of the UNet, with the unconditional ones."""
+        return sum(work.unet for work in self.work)
+
+    @property
+    def controlnet(self) -> int:
+        """Evaluations of the ControlNet, with the unconditional ones."""
+        return sum(work.controlnet for work in self.work)
+
+    def priced(self, price: Callable[[Work], tuple[float, float]]) -> float:
+        """The sum of what all evaluations cost; `price` of a work's latent: (through the UNet, the ControlNet)."""
+        return sum(work.unet * unet + work.controlnet * control for work in self.work
+                   for unet, control in (price(work),))
 
 
-def estimate(plan: Plan, settings: Settings, *, solver: Solver, stage_solver: Solver,
+def estimate(method: Method, plan: Plan, settings: Settings, *, base_solver: Solver, stage_solver: Solver,
              timestep: Callable[[float], float], guidance: float, has_control: bool,
-             from_image: bool = False) -> list[PartCost]:
-    """The cost of every part of one image's run, exactly as it will be counted (`Picture.rows`).
+             from_image: bool = False) -> list[Part]:
+    """The cost of every part of one image's run, exactly as it will be counted (`Picture.latents`).
 
     With `from_image` the base picture is given: then one evaluation records its attention, if that is used.
     """
@@ -50,27 +63,31 @@ def estimate(plan: Plan, settings: Settings, *, solver: Solver, stage_solver: So
     has_base = settings.base_pass or not plan.stages or from_image
     if has_base:
         if from_image:
-            steps = calls = int(settings.uses_window_prompts and bool(plan.stages))
+            steps = calls = int(settings.records_attention and bool(plan.stages))
+            size = plan.recorded
         else:
-            steps, calls = len(solver.sigmas) - 1, len(rehearse(solver, solver.sigmas))
-        size = (plan.crop.height * CELL, plan.crop.width * CELL)
-        parts.append(PartCost(None, size, steps, calls, calls, 0, calls * _rows(guidance), 0, 0))
+            steps, calls = len(base_solver.sigmas) - 1, len(rehearse(base_solver, base_solver.sigmas))
+            size = plan.base
+        once = Work("picture", 1, *size, guided=guidance != 1)
+        parts.append(Part(None, (plan.crop.height * CELL, plan.crop.width * CELL), steps, calls,
+                          (once,), (replace(once, count=calls),)))
     for stage in plan.stages:
-        script = make_script(stage_solver, settings, timestep, has_control=has_control and has_base, views=stage.views,
-                             stages=len(plan.stages), from_noise=not has_base and stage is plan.stages[0])
-        windows = views = unet = unet_views = control = 0
-        for call in script.calls:
-            local, dilated = (_rows(call.guidance(own, guidance))
-                              for own in (settings.local_guidance, settings.dilated_guidance))
-            windows += call.local * stage.window_count
-            views += call.dilated * stage.views
-            unet += call.local * stage.window_count * local
-            unet_views += call.dilated * stage.views * dilated
-            control += call.control * stage.window_count * local
-        parts.append(PartCost(stage, stage.pixels, len(script.sigmas) - 1, len(script.calls), windows, views,
-                              unet + unet_views, unet_views, control))
+        script = make_script(method, stage_solver, settings, timestep, stage, guidance=guidance,
+                             has_control=has_control and has_base, stages=len(plan.stages),
+                             from_noise=not has_base and stage is plan.stages[0])
+        at_most, work = _summed(script.calls)
+        parts.append(Part(stage, stage.pixels, len(script.sigmas) - 1, len(script.calls), at_most, work))
     return parts
 
 
-def _rows(guidance: float) -> int:
-    return 1 if guidance == 1 else 2
+def _summed(calls: Iterable[Call]) -> tuple[tuple[Work, ...], tuple[Work, ...]]:
+    """What the calls evaluate: at most at once by name, and together by kind."""
+    at_most: dict[str, Work] = {}
+    together: Counter[Work] = Counter()
+    kinds = Counter(call.work for call in calls)
+    for kind in sorted(kinds, key=len, reverse=True):  # in the method's own order
+        for work in kind:
+            if work.name not in at_most or at_most[work.name].count < work.count:
+                at_most[work.name] = work
+            together[replace(work, count=1)] += kinds[kind] * work.count
+    return tuple(at_most.values()), tuple(replace(work, count=count) for work, count in together.items())

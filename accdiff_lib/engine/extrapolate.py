@@ -1,28 +1,30 @@
-"""The run: base picture -> stages -> large picture (METHODS 1.1 and 1.5)."""
+"""The run: base picture -> stages -> large picture."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import cv2
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from accdiff_lib import seeds
-from accdiff_lib.engine.canvas import Canvas, Scene, match_statistics
-from accdiff_lib.engine.host import Host, Picture, Rows, Text
-from accdiff_lib.engine.plan import CELL, Plan, Stage, Window, coherent_size
-from accdiff_lib.engine.schedule import TRAINING_STEPS, make_script, rehearse
+from accdiff_lib.engine.canvas import Canvas, StageInputs, match_statistics
+from accdiff_lib.engine.host import Conditioning, Given, GivenImage, Host, Picture, Text
+from accdiff_lib.engine.method import Method
+from accdiff_lib.engine.plan import CELL, Plan, Stage
+from accdiff_lib.engine.schedule import make_script, rehearse
 from accdiff_lib.engine.spread import Batcher, check_stop
 from accdiff_lib.errors import Interrupted, OutOfMemory, Skipped, is_out_of_memory
 from accdiff_lib.parts.attention import AttentionRecorder, map_size
+from accdiff_lib.parts.noise_levels import TRAINING_STEPS
 from accdiff_lib.parts.structure import canny, hint
-from accdiff_lib.parts.window_prompts import WindowPrompts, WordMask, window_prompts, word_masks
+from accdiff_lib.parts.window_prompts import WordMask
 from accdiff_lib.settings import Settings
 
 #: Noise level (share of the training timesteps) at which an existing picture's attention is recorded.
@@ -31,10 +33,11 @@ RECORDING_NOISE = 0.3
 
 @dataclass
 class Explanation:
-    """How the window prompts came about."""
+    """How the picture came about, for the explain sheet."""
 
     words: list[WordMask] = field(default_factory=list)
-    stages: list[tuple[Stage, WindowPrompts]] = field(default_factory=list)
+    #: What the method says of each stage.
+    stages: list[tuple[Stage, Any]] = field(default_factory=list)
 
 
 @dataclass
@@ -56,25 +59,20 @@ class Request:
     seed: int
     #: CFG scale of the base pass.
     guidance: float
+    method: Method
     settings: Settings
     plan: Plan
     #: Decode the base picture and every stage, also those nothing else needs.
     intermediate: bool = False
-    #: Start from this picture uint8 [H, W, 3] (of the plan's base size) instead of a base pass.
-    image: np.ndarray | None = None
-    #: Start from this latent [1, C, h, w] of the plan's base size, which somebody else has sampled, with the attention
-    #: maps [rows, columns, tokens] recorded meanwhile; without maps, they are recorded from it.
-    base: tuple[Tensor, Tensor | None] | None = None
+    #: What to start from instead of a base pass.
+    given: Given | None = None
 
 
 class Extrapolation:
     """One generation in a host: makes images from requests, with the encoded texts shared between them."""
 
-    #: What predicts a stage's whole picture.
-    canvas: type[Canvas] = Canvas
-
     def __init__(self, host: Host, window_batch: int = 0):
-        """`window_batch` windows are evaluated at once; 0 asks the host what fits."""
+        """`window_batch` latents are evaluated at once; 0 asks the host what fits."""
         self.host = host
         self._texts: dict[str, Text] = {}
         self._batcher = Batcher(host, window_batch)
@@ -111,22 +109,24 @@ class Extrapolation:
 
     def locate(self, request: Request, maps: Tensor) -> list[WordMask]:
         """Where each word of the prompt is, from the base pass's attention maps [rows, columns, tokens]."""
-        return word_masks(maps, self.host.words(request.prompt), request.settings.membership)
+        locate = request.method.locate
+        return locate(maps, self.host.words(request.prompt), request.settings) if locate is not None else []
 
     def _run(self, request: Request, result: Result) -> None:
         plan, settings = request.plan, request.settings
         wants_all = request.intermediate or (self.host.has_control and settings.uses_controlnet)
         base = None
-        if request.image is not None or request.base is not None or settings.base_pass or not plan.stages:
+        words: list[WordMask] = []
+        if request.given is not None or settings.base_pass or not plan.stages:
             base, maps = self._base(request, result)
             self._finish(result, base, decode=wants_all or bool(result.stopped) or not plan.stages)
             if maps is not None:
-                result.explanation.words = self.locate(request, maps)
+                words = result.explanation.words = self.locate(request, maps)
         last = base
         for stage in plan.stages:
             if result.stopped:
                 break
-            last = self._stage(request, result, stage, base, last)
+            last = self._stage(request, result, stage, base, last, words)
             self._finish(result, last, decode=wants_all or bool(result.stopped) or stage is plan.stages[-1])
 
     def _finish(self, result: Result, picture: Picture, *, decode: bool) -> None:
@@ -153,25 +153,28 @@ class Extrapolation:
     def _base(self, request: Request, result: Result) -> tuple[Picture, Tensor | None]:
         """The base picture, cropped to the target's shape, and its attention maps [rows, columns, tokens]."""
         host, begin = self.host, time.perf_counter()
-        record = request.settings.uses_window_prompts and bool(request.plan.stages)
-        rows, given = 0, request.base
-        if request.image is not None:
-            given = host.encode_image(request.image), None
-        if given is not None:
-            latent, maps = given
+        record = request.settings.records_attention and bool(request.plan.stages)
+        given, latents = request.given, 0
+        if given is None:
+            latent, maps, latents = self._sample_base(request, result, record)
+        else:
+            if isinstance(given, GivenImage):
+                latent, maps = host.encode_image(given.image), None
+            else:
+                latent, maps = given.latent, given.maps
             if record and maps is None:
                 host.progress.begin(None, 1)
-                maps, rows = self.record(request, latent), 1
+                maps, latents = self.record(request, latent), 1
                 host.progress.advance(1)
-        else:
-            latent, maps, rows = self._sample_base(request, result, record)
         crop = request.plan.crop
         latent = latent[..., crop.rows, crop.columns]
-        return Picture(None, latent, None, rows, time.perf_counter() - begin), maps
+        return Picture(None, latent, None, latents, time.perf_counter() - begin), maps
 
     def _sample_base(self, request: Request, result: Result, record: bool) -> tuple[Tensor, Tensor | None, int]:
-        host, solver, size = self.host, self.host.solver, request.plan.base
-        rows = self._whole(request)
+        host, solver, size = self.host, self.host.base_solver, request.plan.base
+        if solver is None:
+            raise RuntimeError("the base picture is made by somebody else, but was not given")
+        conditioning = self._whole(request)
         calls = len(rehearse(solver, solver.sigmas))
         host.progress.begin(None, calls)
         denoised = None
@@ -179,7 +182,7 @@ class Extrapolation:
         def model(x: Tensor, sigma: Tensor, **_: object) -> Tensor:
             nonlocal denoised
             check_stop(host.progress)
-            denoised = host.denoise(x, sigma.flatten()[0], rows)
+            denoised = host.denoise(x, sigma.flatten()[0], conditioning)
             host.progress.advance(1)
             host.progress.preview(denoised)
             return denoised
@@ -198,15 +201,15 @@ class Extrapolation:
     @torch.no_grad()
     def record(self, request: Request, latent: Tensor) -> Tensor:
         """Attention maps [rows, columns, tokens] of a finished base latent: one prediction from a low noise level."""
-        host = self.host
-        size = coherent_size(request.plan.base, host.window)
-        if request.image is not None and size != request.plan.base:
-            height, width = size
-            image = cv2.resize(request.image, (width * CELL, height * CELL), interpolation=cv2.INTER_AREA)
-            latent = host.encode_image(image)
-        elif size != request.plan.base:
-            latent = F.interpolate(latent, size, mode="area")
-        sigma = min(host.solver.sigmas[:-1].tolist(),
+        host, size = self.host, request.plan.recorded
+        if size != request.plan.base:
+            if isinstance(request.given, GivenImage):
+                height, width = size
+                latent = host.encode_image(cv2.resize(request.given.image, (width * CELL, height * CELL),
+                                                      interpolation=cv2.INTER_AREA))
+            else:
+                latent = F.interpolate(latent, size, mode="area")
+        sigma = min((host.base_solver or host.stage_solver).sigmas[:-1].tolist(),
                     key=lambda level: abs(host.timestep(level) - RECORDING_NOISE * TRAINING_STEPS))
         noise = seeds.normal(tuple(latent.shape), request.seed, "recording").to(latent)
         with self._recorder(size) as recorder:
@@ -215,27 +218,29 @@ class Extrapolation:
 
     def _recorder(self, size: tuple[int, int]) -> AttentionRecorder:
         cells = map_size(*size, self.host.attention_halvings)
-        return AttentionRecorder(self.host.cross_attention(), cells, self.host.cond_rows)
+        return AttentionRecorder(self.host.cross_attention(), cells, self.host.conditional)
 
-    def _whole(self, request: Request) -> Rows:
+    def _whole(self, request: Request) -> Conditioning:
         """The conditioning of the base picture: the whole prompt and its own size, as if it were not to be enlarged."""
         height, width = request.plan.base
-        return Rows(self.texts([request.prompt]), [(0, 0)], (CELL * height, CELL * width), request.guidance,
-                    request.settings.guidance_rescale)
+        return Conditioning(self.texts([request.prompt]), [(0, 0)], (CELL * height, CELL * width), request.guidance,
+                            request.settings.guidance_rescale)
 
     # --- a stage -----------------------------------------------------------------------------------------------
 
-    def _stage(self, request: Request, result: Result, stage: Stage, base: Picture | None,
-               last: Picture | None) -> Picture:
+    def _stage(self, request: Request, result: Result, stage: Stage, base: Picture | None, last: Picture | None,
+               words: Sequence[WordMask]) -> Picture:
         """Samples the canvas of a stage from the last picture; its statistics are those of the base latent."""
-        host, settings, begin = self.host, request.settings, time.perf_counter()
-        script = make_script(host.stage_solver, settings, host.timestep, views=stage.views,
+        host, method, settings, begin = self.host, request.method, request.settings, time.perf_counter()
+        script = make_script(method, host.stage_solver, settings, host.timestep, stage, guidance=request.guidance,
                              stages=len(request.plan.stages), has_control=host.has_control and base is not None,
                              from_noise=last is None)
-        rows = script.rows(stage)
-        host.progress.begin(stage, rows)
-        scene = self._scene(request, result, stage, last, wants_hint=any(call.control for call in script.calls))
-        canvas = self.canvas(host, stage, script, settings, scene, self._batcher)
+        host.progress.begin(stage, script.latents)
+        inputs = self._inputs(request, stage, last, words, steered=any(call.control for call in script.calls))
+        predictor = method.canvas(host, inputs, settings, self._batcher)
+        if predictor.explanation is not None:
+            result.explanation.stages.append((stage, predictor.explanation))
+        canvas = Canvas(host, script, settings, inputs, predictor)
         seed = seeds.derive(request.seed, "stage sampler", stage.number)
         try:
             latent = canvas.run(host.stage_solver, seed)
@@ -246,40 +251,21 @@ class Extrapolation:
         latent = latent.to(host.device)
         if base is not None:
             latent = match_statistics(latent, base.latent.mean(), base.latent.std())
-        return Picture(stage, latent, None, rows, time.perf_counter() - begin)
+        return Picture(stage, latent, None, script.latents, time.perf_counter() - begin)
 
-    def _scene(self, request: Request, result: Result, stage: Stage, last: Picture | None, *,
-               wants_hint: bool) -> Scene:
-        host = self.host
+    def _inputs(self, request: Request, stage: Stage, last: Picture | None, words: Sequence[WordMask], *,
+                steered: bool) -> StageInputs:
         size = (stage.height, stage.width)
-        device = host.canvas_device(*size)
+        device = self.host.canvas_device(*size)
         upsampled = edges = None
         if last is not None:
             upsampled = F.interpolate(last.latent.to(device), size, mode="bicubic", align_corners=False)
-            if wants_hint:
+            if steered:
                 assert last.image is not None
-                edges = hint(canny(last.image, request.settings.canny_sigma), *stage.pixels)
-        windows, texts = self._windows(request, result, stage)
-        noise = seeds.normal((1, host.channels, *size), request.seed, "stage", stage.number).to(device)
-        return Scene(upsampled, noise, self.texts([request.prompt])[0], windows, texts, request.plan.pixels,
-                     request.guidance, seeds.derive(request.seed, "canvas"), edges)
-
-    def _windows(self, request: Request, result: Result, stage: Stage) -> tuple[
-            Callable[[int], Sequence[Window]], Callable[[int], Sequence[Text]]]:
-        """The windows of each step and their texts: fixed with window prompts, jittered anew each step without."""
-        settings, seed = request.settings, request.seed
-        if result.explanation.words:
-            windows = stage.windows(seeds.integers(seed, "windows", stage.number) if settings.jitter else None)
-            prompts = window_prompts(result.explanation.words, stage, windows, settings.c, request.plan.part,
-                                     settings.membership)
-            result.explanation.stages.append((stage, prompts))
-            texts = self.texts(prompts.prompts)
-            return lambda step: windows, lambda step: texts
-        text = self.texts([request.prompt]) * stage.window_count
-        if not settings.jitter:
-            fixed = stage.windows(None)
-            return lambda step: fixed, lambda step: text
-        return lambda step: stage.windows(seeds.integers(seed, "windows", stage.number, step)), lambda step: text
+                edges = hint(canny(last.image, request.settings.canny_sigma), *stage.pixels).to(device)
+        noise = seeds.normal((1, self.host.channels, *size), request.seed, "stage", stage.number).to(device)
+        return StageInputs(request.plan, stage, upsampled, noise, request.prompt, self.texts, request.guidance,
+                           request.seed, words, edges)
 
 
 def _why_stopped(error: Exception) -> str | None:

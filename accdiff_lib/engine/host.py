@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from accdiff_lib.engine.plan import Stage, Window
+from accdiff_lib.engine.plan import Stage
 from accdiff_lib.parts.prompts import Word
+from accdiff_lib.parts.windows import Window
 
 #: An encoded prompt (positive and negative together). The engine never looks inside.
 Text = Any
@@ -25,21 +26,25 @@ Text = Any
 Denoiser = Callable[..., Tensor]
 
 
+#: Hints [K, 3, 8h, 8w] in 0..1 of some latents of a batch, by their numbers; made when they are asked for.
+Hints = Callable[[Sequence[int]], Tensor]
+
+
 @dataclass(frozen=True)
-class Rows:
-    """The conditioning of a batch of M latents that one model call evaluates; every sequence has length M."""
+class Conditioning:
+    """What a batch of M latents is evaluated with in one call of the model; every sequence has length M."""
 
     texts: Sequence[Text]
     #: (top, left) of each latent in the picture, in pixels: SDXL's crop conditioning.
     origins: Sequence[tuple[int, int]]
     #: (height, width) of the whole picture in pixels: SDXL's original and target size.
     canvas: tuple[int, int]
-    #: CFG scale; 1 evaluates no unconditional rows.
+    #: CFG scale; 1 evaluates no unconditional halves.
     guidance: float
     #: Guidance rescale (Lin et al. 2023, section 3.4); 0 is off.
     rescale: float = 0.0
-    #: ControlNet hint [M, 3, 8h, 8w] in 0..1, or None to leave the ControlNet out.
-    hint: Tensor | None = None
+    #: ControlNet hints, or None to leave the ControlNet out.
+    hints: Hints | None = None
     #: A name for each hint when the same ones come again (a canvas, a window); none when they do not.
     hint_names: Sequence[tuple[object, Window]] = ()
     #: Factor on every ControlNet residual.
@@ -47,6 +52,36 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    @property
+    def steered(self) -> bool:
+        """Whether the ControlNet takes part."""
+        return self.hints is not None and self.strength > 0
+
+    @property
+    def all_hints(self) -> Tensor:
+        """The hints of the whole batch [M, 3, 8h, 8w]. Raises TypeError where there are none."""
+        return self.hints(range(len(self)))  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class GivenImage:
+    """A picture to start from instead of a base pass: uint8 [H, W, 3], of the plan's base size."""
+
+    image: np.ndarray
+
+
+@dataclass(frozen=True)
+class GivenLatent:
+    """A latent [1, C, h, w] to start from, of the plan's base size, which somebody else has sampled."""
+
+    latent: Tensor
+    #: Attention maps [rows, columns, tokens] recorded meanwhile; without, they are recorded from the latent.
+    maps: Tensor | None = None
+
+
+#: What a run starts from, where it makes no base picture itself.
+Given = GivenImage | GivenLatent
 
 
 @dataclass
@@ -58,8 +93,8 @@ class Picture:
     latent: Tensor
     #: uint8 [H, W, 3]; None until somebody needs it.
     image: np.ndarray | None = None
-    #: Latents the model evaluated, and the time it took.
-    rows: int = 0
+    #: Latents the model evaluated (CFG's two as one), and the time it took.
+    latents: int = 0
     seconds: float = 0.0
 
     @property
@@ -85,7 +120,7 @@ class Solver(Protocol):
         `model(x, sigma)` gets the sampler's own `x` (it may rewrite it in place) and sigma as a tensor [B].
         `callback` is k-diffusion's: called once a step, after the step's first model call, with the key "i".
         All noise comes from `seed` and the noise levels, not from where in the schedule the run begins, and is the
-        same for every row of `x`.
+        same for every latent of `x`.
         """
         ...
 
@@ -99,11 +134,11 @@ class Progress(Protocol):
     @property
     def skipped(self) -> bool: ...
 
-    def begin(self, stage: Stage | None, model_calls: int) -> None:
+    def begin(self, stage: Stage | None, latents: int) -> None:
         """A part of the run begins: the base pass (None) or a stage, with the latents the model will evaluate."""
 
-    def advance(self, rows: int) -> None:
-        """The model has evaluated `rows` latents more."""
+    def advance(self, latents: int) -> None:
+        """The model has evaluated so many latents more."""
 
     def preview(self, denoised: Tensor) -> None:
         """The current x0 prediction [1, C, h, w] of the whole canvas, once a step."""
@@ -119,7 +154,7 @@ class Host(Protocol):
     """One program, one loaded model, one generation."""
 
     #: Side of the latent the model was trained on, in latent cells: 128 for SDXL, 64 for SD1.5.
-    window: int
+    native: int
     #: Latent sides that the UNet takes are multiples of this (1 where it pads by itself).
     multiple: int
     channels: int
@@ -130,9 +165,12 @@ class Host(Protocol):
     #: A ControlNet is loaded and can be used.
     has_control: bool
     progress: Progress
-    #: Solver of the base pass and of the stages.
-    solver: Solver
     stage_solver: Solver
+
+    @property
+    def base_solver(self) -> Solver | None:
+        """Solver of the base pass; None where somebody else samples that."""
+        ...
 
     def timestep(self, sigma: float) -> float:
         """The (fractional) training timestep 0..999 of a noise level."""
@@ -146,10 +184,10 @@ class Host(Protocol):
         """Encodes prompts (each with the generation's negative prompt); the engine asks once per distinct text."""
         ...
 
-    def denoise(self, x: Tensor, sigma: Tensor, rows: Rows) -> Tensor:
+    def denoise(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """x0 predictions [M, C, h, w] of `x` [M, C, h, w] at noise level `sigma` (a scalar tensor), after CFG.
 
-        All is on `device`. Raises whatever that raises when memory runs out; rows never influence each other.
+        All is on `device`. Raises whatever that raises when memory runs out; latents never influence each other.
         """
         ...
 
@@ -161,8 +199,8 @@ class Host(Protocol):
         """
         ...
 
-    def cond_rows(self, batch: int) -> slice:
-        """Which rows of a UNet batch of the running `denoise` call are conditional, in the order of its `x`."""
+    def conditional(self, batch: int) -> slice:
+        """Which of a UNet batch of the running `denoise` call are conditional, in the order of its `x`."""
         ...
 
     def decode(self, latent: Tensor, *, interruptible: bool = True) -> np.ndarray:
@@ -180,6 +218,6 @@ class Host(Protocol):
         """Where the tensors of a canvas of height x width cells live: `device`, or the CPU where that is dear."""
         ...
 
-    def rows_that_fit(self, height: int, width: int) -> int:
+    def latents_that_fit(self, height: int, width: int) -> int:
         """How many latents of height x width cells one `denoise` call can hold now, by free memory; at least 1."""
         ...

@@ -1,4 +1,4 @@
-"""How much fits: rows of one denoise call, and whether a VAE works on the whole picture at once."""
+"""How much fits: latents of one denoise call, and whether a VAE works on the whole picture at once."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-#: Peak activations of a UNet row in numbers per latent cell and channel of the first block, where not yet measured.
-ROW_NUMBERS = 64
+#: Peak activations of the UNet in numbers per latent cell and channel of the first block, where not yet measured.
+UNET_NUMBERS = 64
 #: The same of a VAE decode, per pixel and channel of its last block: maps of twice its channels, some in float32.
 VAE_NUMBERS = 10
 #: Of a cell in the dozen float32 tensors of four channels that the canvas consists of.
@@ -21,10 +21,11 @@ MOST_CANVAS_CELLS = 512 * 512
 TILE = 64
 #: Share of the free memory to plan with.
 SHARE = 0.8
-#: More rows at once make a GPU no faster.
-MOST_ROWS = 32
-#: More rows at once leave a CPU's cache: tiny models with a ControlNet are fastest with these, large ones with 1 or 2.
-MOST_CPU_ROWS = 4
+#: More latents at once make a GPU no faster.
+MOST_LATENTS = 32
+#: More latents at once leave a CPU's cache: tiny models with a ControlNet are fastest with these, large ones with 1 or
+#: 2.
+MOST_CPU_LATENTS = 4
 CPU_BUDGET = 4 * 2**30
 
 
@@ -43,13 +44,13 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
-class RowMemory:
-    """Bytes that a UNet row takes at its peak: measured on CUDA, estimated elsewhere and at first."""
+class LatentMemory:
+    """Bytes that a latent takes in the UNet at its peak: measured on CUDA, estimated elsewhere and at first."""
 
     def __init__(self, device: torch.device, width: int, itemsize: int) -> None:
         """`width`: channels of the UNet's first block; `itemsize`: bytes of a number."""
         self._device = device
-        self._per_cell = ROW_NUMBERS * width * itemsize
+        self._per_cell = UNET_NUMBERS * width * itemsize
         self._measured: dict[tuple[int, int], float] = {}
         self._peak = 0
 
@@ -61,18 +62,18 @@ class RowMemory:
         return self._peak
 
     def pair_fits(self, height: int, width: int) -> bool:
-        """Whether a row and its unconditional half can be computed together."""
+        """Whether a latent and its unconditional half can be computed together."""
         return 2 * self._measured.get((height, width), self._per_cell * height * width) <= free_bytes(self._device)
 
     def fit(self, height: int, width: int) -> int:
-        """How many rows of height x width cells fit now, each with its unconditional half; at least 1."""
+        """How many latents of height x width cells fit now, each with its unconditional half; at least 1."""
         each = self._measured.get((height, width), self._per_cell * height * width)
-        most = MOST_ROWS if self._device.type == "cuda" else MOST_CPU_ROWS
+        most = MOST_LATENTS if self._device.type == "cuda" else MOST_CPU_LATENTS
         return max(1, min(most, int(free_bytes(self._device) / (2 * each))))
 
     @contextmanager
-    def measured(self, rows: int, height: int, width: int) -> Iterator[None]:
-        """Measures the call inside, on `rows` rows; of all calls on latents of a size the largest need counts."""
+    def measured(self, count: int, height: int, width: int) -> Iterator[None]:
+        """Measures the call inside, on `count` latents; of all calls on latents of a size the largest need counts."""
         if self._device.type != "cuda":
             yield
             return
@@ -80,7 +81,7 @@ class RowMemory:
         torch.cuda.reset_peak_memory_stats(self._device)
         before = torch.cuda.memory_allocated(self._device)
         yield
-        each = (torch.cuda.max_memory_allocated(self._device) - before) / rows
+        each = (torch.cuda.max_memory_allocated(self._device) - before) / count
         self._measured[height, width] = max(each, self._measured.get((height, width), 0.0))
 
 
@@ -92,8 +93,8 @@ class Need:
     text: int
     unet: int
     vae: int
-    #: What one row of the UNet takes besides, the canvas, and the VAE for a tile or for its attention to the whole.
-    row: int
+    #: What one latent in the UNet takes besides, the canvas, and the VAE for a tile or for its attention to the whole.
+    latent: int
     canvas: int
     decode: int
     #: Main memory in which the VAE's tiles wait for each other.
@@ -102,23 +103,23 @@ class Need:
     @property
     def resident(self) -> int:
         """With all networks on the device."""
-        return self.text + self.unet + self.vae + self.canvas + max(2 * self.row, self.decode)
+        return self.text + self.unet + self.vae + self.canvas + max(2 * self.latent, self.decode)
 
     @property
     def offloaded(self) -> int:
         """With only those at work on the device."""
-        return self.canvas + max(self.text, self.unet + self.row, self.vae + self.decode)
+        return self.canvas + max(self.text, self.unet + self.latent, self.vae + self.decode)
 
 
-def need(weights: Mapping[str, int], *, unet_width: int, vae_widths: Sequence[int], window: int, canvas: int,
+def need(weights: Mapping[str, int], *, unet_width: int, vae_widths: Sequence[int], latent: int, canvas: int,
          itemsize: int, vae_itemsize: int) -> Need:
     """What a run needs: `weights` in numbers by network, channels of the UNet's outermost block and of all blocks of
-    the VAE, latent cells of the largest `window` that the UNet sees and of the largest `canvas`, item sizes in bytes of
+    the VAE, cells of the largest `latent` that the UNet sees and of the largest `canvas`, item sizes in bytes of
     a number."""
     tile, attention = _vae_bytes(TILE, TILE, vae_widths[0], vae_itemsize), 3 * vae_widths[-1] * canvas * vae_itemsize
     return Need(itemsize * (weights["text_encoder"] + weights.get("text_encoder_2", 0)),
                 itemsize * (weights["unet"] + weights.get("controlnet", 0)), vae_itemsize * weights["vae"],
-                ROW_NUMBERS * unet_width * itemsize * window,
+                UNET_NUMBERS * unet_width * itemsize * latent,
                 CANVAS_BYTES * min(canvas, MOST_CANVAS_CELLS), max(tile, attention),
                 2 * vae_widths[0] * 64 * canvas * vae_itemsize)
 

@@ -1,13 +1,12 @@
-"""As many rows at once as memory allows, and fewer when it turns out not to; the result is the same."""
+"""As many latents at once as memory allows, and fewer when it turns out not to; the result is the same."""
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator
 
-import torch
 from torch import Tensor
 
+from accdiff_lib.engine import memory
 from accdiff_lib.engine.host import Host, Progress
 from accdiff_lib.errors import Interrupted, OutOfMemory, Skipped, is_out_of_memory
 
@@ -21,49 +20,43 @@ def check_stop(progress: Progress) -> None:
 
 
 class Batcher:
-    """Evaluates rows in parts; remembers for the rest of the run how many fit."""
+    """Evaluates latents in parts; remembers for the rest of the run how many fit."""
 
     def __init__(self, host: Host, size: int = 0):
-        """`size` rows at once, or 0 to ask the host at every call."""
+        """`size` latents at once, or 0 to ask the host at every call."""
         self.host = host
         self.size = size
-        self._largest: int | None = None  # rows, learned from running out of memory
+        self._largest: int | None = None  # learned from running out of memory
 
     def run(self, count: int, height: int, width: int,
             evaluate: Callable[[slice], Tensor]) -> Iterator[tuple[slice, Tensor]]:
-        """Yields (rows, evaluate(rows)) over `count` rows of latents of height x width cells.
+        """Yields (part, evaluate(part)) over `count` latents of height x width cells.
 
-        Raises Interrupted or Skipped between two parts, OutOfMemory when not even one row fits.
+        Raises Interrupted or Skipped between two parts, OutOfMemory when not even one latent fits.
         """
-        size = self.size or self.host.rows_that_fit(height, width)
+        size = self.size or self.host.latents_that_fit(height, width)
         begin = 0
         while begin < count:
             check_stop(self.host.progress)
             size = max(1, min(size, self._largest or size))
-            rows = slice(begin, min(begin + size, count))
-            result = self._try(evaluate, rows)
+            part = slice(begin, min(begin + size, count))
+            result = self._try(evaluate, part)
             if result is None:
-                if rows.stop - rows.start == 1:
+                if part.stop - part.start == 1:
                     raise OutOfMemory(f"not even one window of {width * 8}x{height * 8} pixels fits into memory")
-                self._largest = (rows.stop - rows.start) // 2
-                _free_memory()
+                self._largest = (part.stop - part.start) // 2
+                memory.release()
                 continue
-            self.host.progress.advance(rows.stop - rows.start)
-            yield rows, result
-            begin = rows.stop
+            self.host.progress.advance(part.stop - part.start)
+            yield part, result
+            begin = part.stop
 
     @staticmethod
-    def _try(evaluate: Callable[[slice], Tensor], rows: slice) -> Tensor | None:
+    def _try(evaluate: Callable[[slice], Tensor], part: slice) -> Tensor | None:
         """The result, or None when memory ran out; the exception, which holds tensors alive, is gone by then."""
         try:
-            return evaluate(rows)
+            return evaluate(part)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             return None
-
-
-def _free_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -9,6 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+#: Timesteps the models were trained with.
+TRAINING_STEPS = 1000
+
 #: The last alpha_bar of a zero-terminal-SNR schedule: not zero, so that sigma stays finite (4518); the WebUI's number.
 ZERO_SNR_LAST = 4.8973451890853435e-08
 

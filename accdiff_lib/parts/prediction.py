@@ -17,10 +17,3 @@ def output_of(x: Tensor, sigma: float, x0: Tensor, prediction: str) -> Tensor:
     if prediction == "v_prediction":
         return (x / (sigma**2 + 1) - x0) * ((sigma**2 + 1) ** 0.5 / sigma)
     return (x - x0) / sigma
-
-
-def rescaled(output: Tensor, cond: Tensor, mix: float) -> Tensor:
-    """Guidance rescale (Lin et al. 2023, section 3.4): the deviation of `cond`, mixed in by `mix`; each row alone."""
-    dims = tuple(range(1, output.ndim))
-    factor = cond.std(dim=dims, keepdim=True) / output.std(dim=dims, keepdim=True)
-    return output * (mix * factor + 1 - mix)

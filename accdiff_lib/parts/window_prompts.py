@@ -1,4 +1,4 @@
-"""From attention maps to masks, from masks to the words of each window (AccDiffusion, METHODS 1.3).
+"""From attention maps to masks, from masks to the words of each window (AccDiffusion, section 3.2).
 
 There are two rules of membership. The paper's takes the attention above its mean as a word's mask, and puts the word
 into the windows of which the mask covers the share c: an object that is smaller than that share of a window is in no
@@ -15,8 +15,8 @@ import cv2
 import numpy as np
 from torch import Tensor
 
-from accdiff_lib.engine.plan import Stage, Window
 from accdiff_lib.parts.prompts import Word, compose
+from accdiff_lib.parts.windows import Window
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,16 @@ class WordMask:
 class WindowPrompts:
     """The windows of one stage and the prompt of each."""
 
+    #: Of the padded canvas.
     windows: tuple[Window, ...]
     prompts: tuple[str, ...]
+    #: Of the canvas, in cells.
+    padding: int = 0
+
+    @property
+    def on_canvas(self) -> tuple[Window, ...]:
+        """The windows in the canvas's own coordinates, beyond which they may reach."""
+        return tuple(window.moved(-self.padding, -self.padding) for window in self.windows)
 
 
 def token_mask(attention: Tensor, iterations: int) -> np.ndarray:
@@ -98,23 +106,23 @@ def window_shares(mask: np.ndarray, windows: Sequence[Window], size: tuple[int, 
     return np.array([count(window) / (window.height * window.width) for window in windows])
 
 
-def window_prompts(masks: Sequence[WordMask], stage: Stage, windows: Sequence[Window], c: float,
-                   part: tuple[float, float, float, float] = (0, 0, 1, 1), membership: str = "paper") -> WindowPrompts:
+def window_prompts(masks: Sequence[WordMask], windows: Sequence[Window], c: float, *, size: tuple[int, int],
+                   padding: int = 0, part: tuple[float, float, float, float] = (0, 0, 1, 1),
+                   membership: str = "paper") -> WindowPrompts:
     """The prompt of each window: those words, in their order, whose mask covers at least the share `c` of it.
 
     With relative membership also those of whose mask the share `c` lies in the window. May be the empty prompt, which
-    is encoded as such (METHODS 1.3).
+    is encoded as such. `size`, `padding`, `part`: see `window_shares`.
     """
-    size = (stage.height, stage.width)
-    everything = [Window(stage.padding, stage.padding, *size)]
+    everything = [Window(padding, padding, *size)]
     member = []
     for word in masks:
-        share = window_shares(word.mask, windows, size, stage.padding, part)
+        share = window_shares(word.mask, windows, size, padding, part)
         if membership == "relative":
-            whole = window_shares(word.mask, everything, size, stage.padding, part)[0] * size[0] * size[1]
+            whole = window_shares(word.mask, everything, size, padding, part)[0] * size[0] * size[1]
             cells = share * [window.height * window.width for window in windows]
             share = np.maximum(share, cells / max(whole, 1.0))
         member.append(share >= c)
     prompts = tuple(compose(mask.word for mask, inside in zip(masks, member, strict=True) if inside[number])
                     for number in range(len(windows)))
-    return WindowPrompts(tuple(windows), prompts)
+    return WindowPrompts(tuple(windows), prompts, padding)

@@ -38,7 +38,7 @@ class ModelShape:
     family: str
     name: str
     prediction: str
-    sample_size: int  # latent cells
+    native: int  # side of its own latent, in cells
     unet: dict[str, Any]
     vae: dict[str, Any]
     controlnet: dict[str, Any] | None
@@ -174,7 +174,7 @@ def _found(given: Given, source: Given, family: str, unet: dict[str, Any], vae: 
         raise source.error(f"its scheduler cannot be used ({error})") from error
     name = given.path.stem if given.path.is_file() else given.path.resolve().name
     shape = ModelShape(family=family, name=name, prediction=prediction,
-                       sample_size=_side(unet.get("sample_size") or _NATIVE[family]), unet=unet, vae=vae,
+                       native=_side(unet.get("sample_size") or _NATIVE[family]), unet=unet, vae=vae,
                        controlnet=None, alphas_cumprod=alphas, zero_negative=family == "sdxl" and _zeroes(source))
     folders = [source.path / "tokenizer", source.path / "tokenizer_2"][: 2 if family == "sdxl" else 1]
     # Every CLIP tokenizer of these families is the same but for its padding: a missing one is the embedded model's.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accdiff_lib.engine.host import Rows
+from accdiff_lib.engine.host import Conditioning
 
 #: Bytes of embedded hints to keep: all windows of SDXL at 2x in half precision, or of the embedded model at 8x.
 BUDGET = 128 * 2**20
@@ -34,34 +34,34 @@ class HintEmbeddings:
         self._kept.clear()
 
     @contextmanager
-    def ready(self, rows: Rows) -> Iterator[Tensor]:
-        """The rows' embedded hints [M, C, h, w]; within it the ControlNet takes them in place of the hints."""
+    def ready(self, conditioning: Conditioning) -> Iterator[Tensor]:
+        """The embedded hints [M, C, h, w] of a batch; within it the ControlNet takes them in place of the hints."""
         embedding = self._controlnet.controlnet_cond_embedding
-        embedded = self._embedded(rows, embedding)
+        embedded = self._embedded(conditioning, embedding)
         embedding.forward = lambda given: given
         try:
             yield embedded
         finally:
             del embedding.forward
 
-    def _embedded(self, rows: Rows, embedding: Any) -> Tensor:
-        assert rows.hint is not None
-        hint = rows.hint
-        if not rows.hint_names:
-            return embedding(hint.to(self._device, self._dtype))
-        canvas = rows.hint_names[0][0]
+    def _embedded(self, conditioning: Conditioning, embedding: Any) -> Tensor:
+        names, hints = conditioning.hint_names, conditioning.hints
+        assert hints is not None
+        if not names:
+            return embedding(conditioning.all_hints.to(self._device, self._dtype))
+        canvas = names[0][0]
         if canvas is not self._canvas:
             self.forget()
             self._canvas = canvas
-        found = {name: self._kept[name] for name in rows.hint_names if name in self._kept}
-        new = [number for number, name in enumerate(rows.hint_names) if name not in found]
+        found = {name: self._kept[name] for name in names if name in self._kept}
+        new = [number for number, name in enumerate(names) if name not in found]
         if new:
-            made = embedding(hint[new].to(self._device, self._dtype))
+            made = embedding(hints(new).to(self._device, self._dtype))
             for number, one in zip(new, made, strict=True):
-                name = rows.hint_names[number]
+                name = names[number]
                 found[name] = one
                 size = one.numel() * one.element_size()
                 if self._bytes + size <= BUDGET:
                     self._kept[name] = one.clone()
                     self._bytes += size
-        return torch.stack([found[name] for name in rows.hint_names])
+        return torch.stack([found[name] for name in names])

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from accdiff_lib.engine import memory
-from accdiff_lib.engine.host import Progress, Rows, Solver
+from accdiff_lib.engine.host import Conditioning, Progress, Solver
 from accdiff_lib.engine.vae_runner import VaeRunner
 from accdiff_lib.errors import InputError, is_out_of_memory
+from accdiff_lib.parts.guidance import guided
 from accdiff_lib.parts.noise_levels import NoiseLevels
-from accdiff_lib.parts.prediction import denoised, rescaled
+from accdiff_lib.parts.prediction import denoised
 from accdiff_lib.parts.prompts import Word
 from accdiff_lib.standalone import flops
 from accdiff_lib.standalone.hints import HintEmbeddings
@@ -56,13 +57,13 @@ class StandaloneHost:
         self._controlnet = cast(Any, models.controlnet)
         self.progress = progress
         self.device, self.dtype = torch.device(device), dtype
-        self.window = int(self._unet.config["sample_size"])
+        self.native = int(self._unet.config["sample_size"])
         self.channels = int(self._unet.config["in_channels"])
         levels = self._unet.config["down_block_types"]
         self.attention_halvings = max(level for level, kind in enumerate(levels) if "CrossAttn" in kind)
         self.has_control = models.controlnet is not None
         self._levels = NoiseLevels(models.alphas_cumprod)
-        self.solver: Solver = solver(sampler, scheduler, steps, self._levels)
+        self.base_solver: Solver = solver(sampler, scheduler, steps, self._levels)
         self.stage_solver: Solver = solver(stage_sampler or sampler, stage_scheduler or scheduler,
                                            stage_steps or steps, self._levels)
         self._negative = negative
@@ -70,12 +71,12 @@ class StandaloneHost:
         self._contexts = max(self._encoder.contexts(text) for text in (prompt, negative))
         self._runner = VaeRunner(self._vae, float(self._vae.config["scaling_factor"]), self.device, progress,
                                  tile=vae_tile, width=self._vae.config["block_out_channels"][0])
-        self._memory = memory.RowMemory(self.device, self._unet.config["block_out_channels"][0], dtype.itemsize)
+        self._memory = memory.LatentMemory(self.device, self._unet.config["block_out_channels"][0], dtype.itemsize)
         self._hints = HintEmbeddings(self._controlnet, self.device, self.dtype)
         self._residency = Residency(models.modules(), self.device, offload=offload)
         #: Parts of the batch that the UNet sees: "uncond", "cond".
         self._halves: tuple[str, ...] = GUIDED
-        #: Memory ran out for the pair of a row.
+        #: Memory ran out for the pair of a latent.
         self._apart = False
 
     # Text and noise levels
@@ -96,33 +97,30 @@ class StandaloneHost:
     # Model
 
     @torch.no_grad()
-    def denoise(self, x: Tensor, sigma: Tensor, rows: Rows) -> Tensor:
+    def denoise(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """See engine.host.Host.
 
-        With CFG the UNet's batch is [uncond rows, cond rows], or one after the other where memory is short; at
-        guidance 1 the cond rows only.
+        With CFG the UNet's batch is [unconditional, conditional], or one after the other where memory is short; at
+        guidance 1 the conditional half only.
         """
-        guided = rows.guidance != 1
+        both = conditioning.guidance != 1
         level = float(sigma)
         latent = (x.float() / (level**2 + 1) ** 0.5).to(self.dtype)
-        self._residency.use(self._unet, self._controlnet if _has_hint(rows) else None, keep=self._controlnet)
-        output = self._together(latent, level, rows, guided)
+        self._residency.use(self._unet, self._controlnet if conditioning.steered else None, keep=self._controlnet)
+        output = self._together(latent, level, conditioning, both)
         if output is None:
-            output = torch.cat([self._predict(latent, level, rows, (half,)) for half in GUIDED])
-        if guided:
-            uncond, cond = output.chunk(2)
-            output = uncond + rows.guidance * (cond - uncond)
-            if rows.rescale > 0:
-                output = rescaled(output, cond, rows.rescale)
+            output = torch.cat([self._predict(latent, level, conditioning, (half,)) for half in GUIDED])
+        uncond, cond = output.chunk(2) if both else (None, output)
+        output = guided(cond, uncond, conditioning.guidance, conditioning.rescale)
         return denoised(x.float(), level, output, self.models.prediction).to(x.dtype)
 
-    def _together(self, latent: Tensor, level: float, rows: Rows, guided: bool) -> Tensor | None:
-        """Both halves in one batch; None where memory is too short for the pair of a single row."""
-        alone = guided and len(rows) == 1
+    def _together(self, latent: Tensor, level: float, conditioning: Conditioning, both: bool) -> Tensor | None:
+        """Both halves in one batch; None where memory is too short for the pair of a single latent."""
+        alone = both and len(conditioning) == 1
         if alone and (self._apart or not self._memory.pair_fits(*latent.shape[-2:])):
             return None
         try:
-            return self._predict(latent, level, rows, GUIDED if guided else ("cond",))
+            return self._predict(latent, level, conditioning, GUIDED if both else ("cond",))
         except Exception as error:
             if not (alone and is_out_of_memory(error)):
                 raise
@@ -130,44 +128,46 @@ class StandaloneHost:
         memory.release()  # here, where the exception that keeps tensors alive is gone
         return None
 
-    def _predict(self, latent: Tensor, level: float, rows: Rows, halves: tuple[str, ...]) -> Tensor:
+    def _predict(self, latent: Tensor, level: float, conditioning: Conditioning, halves: tuple[str, ...]) -> Tensor:
         """The UNet's output [B, C, h, w], float32, for scaled latents [M, C, h, w]: B is M times the `halves`."""
         self._halves = halves
         latent = latent.repeat(len(halves), 1, 1, 1)
         with self._memory.measured(len(latent), *latent.shape[-2:]):
-            inputs: dict[str, Any] = self._conditioning(rows, halves)
+            inputs: dict[str, Any] = self._conditioning(conditioning, halves)
             t = torch.full((len(latent),), self._levels.timestep(level), device=self.device)
-            if _has_hint(rows):
+            if conditioning.steered:
                 if self._controlnet is None:
                     raise InputError("The window's structure was given, but no ControlNet is loaded.")
-                with self._hints.ready(rows) as hint:
+                with self._hints.ready(conditioning) as hint:
                     down, middle = self._controlnet(
                         latent, t, controlnet_cond=hint.repeat(len(halves), 1, 1, 1), guess_mode=False,
-                        conditioning_scale=rows.strength, return_dict=False, **inputs)
+                        conditioning_scale=conditioning.strength, return_dict=False, **inputs)
                 inputs.update(down_block_additional_residuals=down, mid_block_additional_residual=middle)
             return self._unet(latent, t, return_dict=False, **inputs)[0].float()
 
-    def _conditioning(self, rows: Rows, halves: Sequence[str]) -> dict[str, Any]:
-        """Text and, for SDXL, pooled text and sizes: of the unconditional rows (with CFG), then the conditional."""
-        inputs: dict[str, Any] = {"encoder_hidden_states": self._stack(rows, halves)}
+    def _conditioning(self, conditioning: Conditioning, halves: Sequence[str]) -> dict[str, Any]:
+        """Text and, for SDXL, pooled text and sizes: of the unconditional half (with CFG), then the conditional."""
+        inputs: dict[str, Any] = {"encoder_hidden_states": self._stack(conditioning, halves)}
         if self.models.family == "sdxl":
-            sizes = [(*rows.canvas, *origin, *rows.canvas) for origin in rows.origins] * len(halves)
+            canvas = conditioning.canvas
+            sizes = [(*canvas, *origin, *canvas) for origin in conditioning.origins] * len(halves)
             pooled = [{"cond": "pooled", "uncond": "pooled_uncond"}[half] for half in halves]
             # Not in half precision: it has no odd numbers above 2048.
             time_ids = torch.tensor(sizes, dtype=torch.float32, device=self.device)
-            inputs["added_cond_kwargs"] = {"text_embeds": self._stack(rows, pooled), "time_ids": time_ids}
+            inputs["added_cond_kwargs"] = {"text_embeds": self._stack(conditioning, pooled), "time_ids": time_ids}
         return inputs
 
-    def _stack(self, rows: Rows, parts: Sequence[str]) -> Tensor:
-        """These parts of the rows' texts, one part after the other."""
-        return torch.stack([getattr(text, part) for part in parts for text in rows.texts]).to(self.device, self.dtype)
+    def _stack(self, conditioning: Conditioning, parts: Sequence[str]) -> Tensor:
+        """These parts of the texts, one part after the other."""
+        stacked = torch.stack([getattr(text, part) for part in parts for text in conditioning.texts])
+        return stacked.to(self.device, self.dtype)
 
     def cross_attention(self) -> list[tuple[str, nn.Module]]:
         """See engine.host.Host."""
         return [(name, module) for name, module in self._unet.named_modules()
                 if name.endswith(".attn2") and name.startswith(("down_blocks.", "up_blocks."))]
 
-    def cond_rows(self, batch: int) -> slice:
+    def conditional(self, batch: int) -> slice:
         """See engine.host.Host."""
         uncond = batch * ("uncond" in self._halves) // len(self._halves)
         return slice(uncond, batch)
@@ -176,7 +176,7 @@ class StandaloneHost:
         """See engine.host.Host."""
         return self.device if height * width <= memory.MOST_CANVAS_CELLS else torch.device("cpu")
 
-    def rows_that_fit(self, height: int, width: int) -> int:
+    def latents_that_fit(self, height: int, width: int) -> int:
         """See engine.host.Host."""
         return self._memory.fit(height, width)
 
@@ -203,7 +203,3 @@ class StandaloneHost:
         """See engine.host.Host: the mean of the posterior, so that the same picture gives the same latent."""
         self._residency.use(self._vae)
         return self._runner.encode(image)
-
-
-def _has_hint(rows: Rows) -> bool:
-    return rows.hint is not None and rows.strength > 0

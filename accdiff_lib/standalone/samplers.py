@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 
 from accdiff_lib.engine.host import Denoiser
-from accdiff_lib.engine.schedule import TRAINING_STEPS
 from accdiff_lib.errors import InputError
-from accdiff_lib.parts.noise_levels import NoiseLevels
+from accdiff_lib.parts.noise_levels import TRAINING_STEPS, NoiseLevels
 from accdiff_lib.parts.step_noise import brownian_noise, step_noise
 
 Callback = Callable[[Mapping[str, Any]], None]

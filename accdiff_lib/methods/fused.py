@@ -1,0 +1,271 @@
+"""Windows and dilated views: AccDiffusion v2 and v1, DemoFusion and MultiDiffusion (docs/methods.md, 2 to 5).
+
+What they are and what they compute, without tensors; `fused_canvas` computes it. The four differ in which of the parts
+are switched on.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from accdiff_lib.engine.method import Call, Method, Outlook, Work
+from accdiff_lib.engine.plan import Stage
+from accdiff_lib.errors import InputError
+from accdiff_lib.parts.windows import Window, count_starts, grid
+from accdiff_lib.settings import Settings, option
+
+if TYPE_CHECKING:  # with torch
+    from torch import Tensor
+
+    from accdiff_lib.engine.canvas import Predictor, StageInputs
+    from accdiff_lib.engine.host import Host
+    from accdiff_lib.engine.spread import Batcher
+    from accdiff_lib.parts.prompts import Word
+    from accdiff_lib.parts.window_prompts import WordMask
+
+#: How a prediction counts from the middle of its window to the border, where windows overlap.
+WEIGHTS = ("uniform", "cosine")
+
+#: What windows see beyond the canvas's border.
+BORDERS = ("mirror", "zeros")
+
+#: How words get into the windows' prompts (parts/window_prompts.py).
+MEMBERSHIPS = ("relative", "paper")
+
+#: A dilated view may be this much larger than what the model draws as one whole, before there are more views.
+_VIEW_SLACK = 0.1
+
+
+@dataclass(frozen=True)
+class FusedSettings(Settings):
+    """The options of windows and dilated views."""
+
+    windows: bool = option(
+        True, "windows", "The local pass: overlapping windows of native size, averaged.", group="windows")
+    window: int = option(
+        0, "window", "Side of a window in latent cells (8 pixels each); 0 is the model's native size.",
+        group="windows", minimum=0, maximum=256, step=8)
+    stride: int = option(
+        0, "stride", "Distance of neighbouring windows in latent cells; 0 goes by the overlap. Larger is faster, "
+        "smaller hides seams better.", group="windows", minimum=0, maximum=256, step=4)
+    overlap: float = option(
+        0.5, "overlap", "The share of a window that its neighbour shows too, where no stride is given. Smaller is "
+        "faster, larger hides seams better.", group="windows", minimum=0, maximum=0.9, step=0.05, unless="stride")
+    window_weights: str = option(
+        "uniform", "window weights", "How windows are averaged where they overlap. uniform: all alike. cosine: each "
+        "less towards its border, which hides seams at a small overlap.", group="windows", choices=WEIGHTS)
+    jitter: bool = option(
+        True, "jitter", "Moves the windows at random, so that no seam falls on the same place twice.", group="windows")
+    border: str = option(
+        "mirror", "border", "What moved windows see beyond the picture's border. mirror: the picture mirrored. zeros: "
+        "zeros, as in the paper, where models may paint foreign things along the border.", group="windows",
+        choices=BORDERS)
+    window_prompts: bool = option(
+        True, "window prompts", "Gives each window only those words of the prompt that the base picture has there: no "
+        "repeated objects.", group="windows")
+    membership: str = option(
+        "relative", "word membership", "Which words a window's prompt gets. relative: words compete for each place; a "
+        "word needs the share c of the window, or the window the share c of the word. paper: words that cover the "
+        "share c of the window, which leaves out what is small.", group="windows", choices=MEMBERSHIPS)
+    c: float = option(
+        0.3, "prompt fit c", "The share of a window (or of itself, see word membership) that a word's attention mask "
+        "must cover for the word to be in the window's prompt; larger means fewer words.", group="windows", minimum=0,
+        maximum=1, step=0.01)
+    local_guidance: float = option(
+        0.0, "local guidance", "CFG scale of the windows; 0 takes that of the base pass.", group="windows",
+        minimum=0, maximum=30, step=0.5)
+
+    dilated: bool = option(
+        True, "dilated", "The global pass: dilated sampling, which keeps the picture one whole.", group="dilated")
+    dilated_end: float = option(
+        1.0, "dilated end", "The part of the steps after which the dilated pass ends, where there are windows.",
+        group="dilated", minimum=0, maximum=1, step=0.01)
+    cosine_scale_2: float = option(
+        1.0, "cosine scale 2", "How fast the dilated pass gives way to the windows; larger fades sooner.",
+        group="dilated", minimum=0, maximum=10, step=0.1)
+    gaussian: bool = option(
+        True, "gaussian filter", "Smooths the canvas before it is dilated, against grain.", group="dilated")
+    gaussian_sigma: float = option(
+        0.8, "gaussian sigma", "Width of that filter in latent cells, at the first step.", group="dilated",
+        minimum=0.01, maximum=4, step=0.05)
+    cosine_scale_3: float = option(
+        1.0, "cosine scale 3", "How fast that filter narrows; larger narrows sooner.", group="dilated",
+        minimum=0, maximum=10, step=0.1)
+    interaction: bool = option(
+        True, "window interaction", "Shuffles the cells among the dilated views at every step, so that they agree: no "
+        "grid, less grain.", group="dilated")
+    dilated_guidance: float = option(
+        0.0, "dilated guidance", "CFG scale of the dilated pass; 0 takes that of the base pass.", group="dilated",
+        minimum=0, maximum=30, step=0.5)
+
+    @property
+    def records_attention(self) -> bool:
+        """Window prompts are on, and there are windows to have them."""
+        return self.window_prompts and self.windows
+
+    @property
+    def uses_controlnet(self) -> bool:
+        """The ControlNet is on, and there are windows to guide."""
+        return self.controlnet and self.windows
+
+    def check(self) -> None:
+        """See Settings."""
+        if not (self.windows or self.dilated):
+            raise InputError("windows, dilated: both are off, so nothing would make the picture; switch one on")
+        super().check()
+        if 0 < self.window < 8:
+            raise InputError(f"window: {self.window} is not allowed; it takes 0 or a number of cells from 8")
+
+
+# --- the geometry of a stage -----------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Grid:
+    """The windows and the dilated views of a stage."""
+
+    stage: Stage
+    #: (height, width) of a window; smaller than the model's where the canvas is.
+    window: tuple[int, int]
+    stride: int
+    #: The jitter range, and so the border that the canvas gets all around.
+    padding: int
+    #: Distance of neighbouring cells of a dilated view; there are dilation^2 views.
+    dilation: int
+
+    @property
+    def views(self) -> int:
+        return self.dilation ** 2
+
+    @property
+    def dilated_padding(self) -> tuple[int, int]:
+        """Rows above and columns left of the canvas that make it divisible into views."""
+        whole = self.dilation * self.stage.multiple
+        return -self.stage.height % whole, -self.stage.width % whole
+
+    @property
+    def view_size(self) -> tuple[int, int]:
+        """(height, width) of a dilated view."""
+        above, left = self.dilated_padding
+        return (self.stage.height + above) // self.dilation, (self.stage.width + left) // self.dilation
+
+    def windows(self, rng: random.Random | None) -> tuple[Window, ...]:
+        """The window grid on the padded canvas, row-major; moved at random when `rng` is given."""
+        return grid((self.stage.height, self.stage.width), self.window, self.stride, self.padding, rng)
+
+    @property
+    def window_count(self) -> int:
+        return (count_starts(self.stage.height, self.window[0], self.stride)
+                * count_starts(self.stage.width, self.window[1], self.stride))
+
+
+def grid_of(stage: Stage, settings: FusedSettings) -> Grid:
+    """The windows and dilated views that settings give a stage."""
+    side = settings.window or stage.native
+    stride = min(settings.stride or max(1, round(side * (1 - settings.overlap))), side)
+    dilation = max(1, *(math.ceil(side / whole - _VIEW_SLACK) for side, whole in
+                        zip((stage.height, stage.width), stage.coherent, strict=True)))
+    window = (stage.fitted(side, stage.height), stage.fitted(side, stage.width))
+    return Grid(stage, window, stride, (side - stride) // 4 if settings.jitter else 0, dilation)
+
+
+# --- what a call computes --------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Passes:
+    """What a call does, and how much each part counts."""
+
+    local: bool
+    dilated: bool
+    #: Weight of the dilated pass, and width of the gaussian filter relative to its largest.
+    c2: float
+    c3: float
+
+
+def calls(plain: Sequence[Call], outlook: Outlook) -> list[Call]:
+    """Gives every call of a stage its passes and its work.
+
+    With a tolerance, windows are left out where hardly anything of them would remain, and the dilated pass where its
+    weight is negligible (docs/methods.md, 7).
+    """
+    settings = outlook.settings
+    assert isinstance(settings, FusedSettings)
+    own = grid_of(outlook.stage, settings)
+    passes = [_passes(call, outlook, settings) for call in plain]
+    if settings.windows and settings.dilated and own.views > 1:
+        passes = _without_negligible(passes, plain, outlook)
+    # The calls of a stage have but a few kinds of work.
+    kinds: dict[tuple[bool, ...], tuple[Work, ...]] = {}
+    result = []
+    for call, each in zip(plain, passes, strict=True):
+        kind = (each.local, each.dilated, call.guided, call.control and each.local)
+        if kind not in kinds:
+            kinds[kind] = _work(own, call, each, settings, outlook.guidance)
+        result.append(replace(call, control=kind[-1], method=each, work=kinds[kind]))
+    return result
+
+
+def _passes(call: Call, outlook: Outlook, settings: FusedSettings) -> Passes:
+    k = call.k
+    c2 = k ** settings.cosine_scale_2 if settings.windows and settings.dilated else float(settings.dilated)
+    dilated = settings.dilated and (not settings.windows or outlook.within(call.step, 0, settings.dilated_end))
+    return Passes(settings.windows, dilated, c2, 0.99 * k ** settings.cosine_scale_3 + 0.01)
+
+
+def _without_negligible(passes: list[Passes], plain: Sequence[Call], outlook: Outlook) -> list[Passes]:
+    """Leaves out windows at the beginning and dilated passes at the end, for a part of the tolerance each.
+
+    The effect of a step's windows is predicted as the step's length times their weight times what later steps let
+    remain; summed up it may be a tenth of the tolerance. For the dilated pass no such formula exists, as nothing erases
+    what it does. But its weight falls to 0, and leaving it out from where that is 1 % moves the result by 2e-4
+    (measured, docs/methods.md, 7): so from ten times the tolerance's 1e-3.
+    """
+    effect = 0.0
+    kept = []
+    for call, each in zip(plain, passes, strict=True):
+        moved = 1 - outlook.sigmas[call.step + 1] / outlook.sigmas[call.step]
+        effect += moved * (1 - each.c2) * outlook.remains[call.step + 1]
+        local = not each.dilated or effect > outlook.tolerance / 10
+        kept.append(replace(each, local=local,
+                            dilated=each.dilated and (not local or each.c2 > 10 * outlook.tolerance)))
+    return kept
+
+
+def _work(own: Grid, call: Call, passes: Passes, settings: FusedSettings, guidance: float) -> tuple[Work, ...]:
+    found = []
+    if passes.local:
+        found.append(Work("window", own.window_count, *own.window, guided=call.scale(
+            settings.local_guidance, guidance) != 1, control=call.control))
+    if passes.dilated:
+        found.append(Work("dilated view", own.views, *own.view_size, guided=call.scale(
+            settings.dilated_guidance, guidance) != 1))
+    return tuple(found)
+
+
+def canvas(host: Host, inputs: StageInputs, settings: Settings, batcher: Batcher) -> Predictor:
+    """What predicts a stage's canvas."""
+    from accdiff_lib.methods.fused_canvas import FusedPredictor
+
+    assert isinstance(settings, FusedSettings)
+    return FusedPredictor(host, inputs, settings, batcher)
+
+
+def locate(maps: Tensor, words: Sequence[Word], settings: Settings) -> list[WordMask]:
+    """See Method."""
+    from accdiff_lib.parts.window_prompts import word_masks
+
+    assert isinstance(settings, FusedSettings)
+    return word_masks(maps, words, settings.membership)
+
+
+METHODS = tuple(Method(name, FusedSettings, values, calls, canvas, locate) for name, values in {
+    "accdiffusion-v2": {},
+    "accdiffusion-v1": {"controlnet": False},
+    "demofusion": {"controlnet": False, "window_prompts": False, "interaction": False},
+    "multidiffusion": {"controlnet": False, "window_prompts": False, "interaction": False, "dilated": False,
+                       "gaussian": False, "skip_residual": False, "progressive": False, "jitter": False,
+                       "base_pass": False},
+}.items())

@@ -1,0 +1,206 @@
+"""The prediction of windows and dilated views, fused (docs/methods.md, 2): what `fused` says, computed.
+
+    x0 = (1 - c2) mean of the windows + c2 dilated views
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from accdiff_lib import seeds
+from accdiff_lib.engine.canvas import StageInputs, match_statistics
+from accdiff_lib.engine.host import Conditioning, Hints, Host, Text
+from accdiff_lib.engine.method import Call
+from accdiff_lib.engine.plan import CELL
+from accdiff_lib.engine.spread import Batcher
+from accdiff_lib.methods.fused import FusedSettings, grid_of
+from accdiff_lib.parts.views import gaussian_filter, join_views, split_views
+from accdiff_lib.parts.window_prompts import WindowPrompts, window_prompts
+from accdiff_lib.parts.windows import Window
+
+
+class FusedPredictor:
+    """Implements engine.canvas.Predictor."""
+
+    def __init__(self, host: Host, inputs: StageInputs, settings: FusedSettings, batcher: Batcher):
+        self.host = host
+        self.inputs = inputs
+        self.settings = settings
+        self.batcher = batcher
+        self.grid = grid_of(inputs.stage, settings)
+        self.text: Text = inputs.encode([inputs.prompt])[0]
+        #: The windows of all steps with their prompts; None where the windows have the whole one.
+        self.explanation: WindowPrompts | None = None
+        self._texts: list[Text] = []
+        if inputs.words:
+            windows = self.grid.windows(self._jitter())
+            self.explanation = window_prompts(inputs.words, windows, settings.c, size=(
+                inputs.stage.height, inputs.stage.width), padding=self.grid.padding, part=inputs.plan.part,
+                membership=settings.membership)
+            self._texts = inputs.encode(self.explanation.prompts)
+
+    def __call__(self, x: Tensor, sigma: Tensor, call: Call) -> Tensor:
+        """See engine.canvas.Predictor."""
+        passes = call.method
+        if passes.local and passes.dilated:
+            return self.local_pass(x, sigma, call).lerp(self.dilated_pass(x, sigma, call), passes.c2)
+        return self.local_pass(x, sigma, call) if passes.local else self.dilated_pass(x, sigma, call)
+
+    def _denoise(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """Of a part of the canvas, which may be elsewhere than the model."""
+        device = self.host.device
+        return self.host.denoise(x.to(device), sigma.to(device), conditioning).to(x.device)
+
+    # --- the local pass ----------------------------------------------------------------------------------------
+
+    @property
+    def fixed(self) -> bool:
+        """The windows are the same in all steps, so their hints come again."""
+        return self.explanation is not None or not self.settings.jitter
+
+    def windows(self, step: int) -> Sequence[Window]:
+        """The windows of a step: with window prompts the same in all, else moved anew in each."""
+        if self.explanation is not None:
+            return self.explanation.windows
+        return self.grid.windows(self._jitter(step))
+
+    def texts(self, step: int) -> Sequence[Text]:
+        """The encoded prompts of a step's windows."""
+        return self._texts or [self.text] * self.grid.window_count
+
+    def _jitter(self, *step: int):
+        if not self.settings.jitter:
+            return None
+        return seeds.integers(self.inputs.seed, "windows", self.inputs.stage.number, *step)
+
+    def local_pass(self, x: Tensor, sigma: Tensor, call: Call) -> Tensor:
+        """The mean of the overlapping windows' predictions (MultiDiffusion with window prompts)."""
+        windows, texts = self.windows(call.step), self.texts(call.step)
+        padded = self._pad(x, windows)
+        value, count = torch.zeros_like(padded), torch.zeros_like(padded[:, :1])
+
+        def evaluate(part: slice) -> Tensor:
+            these = windows[part]
+            return self._denoise(torch.cat([padded[..., w.rows, w.columns] for w in these]), sigma, Conditioning(
+                texts[part], [(CELL * w.top, CELL * w.left) for w in these], self.inputs.plan.pixels,
+                call.scale(self.settings.local_guidance, self.inputs.guidance), self.settings.guidance_rescale,
+                hints=self._hints(these) if call.control else None,
+                hint_names=[(self, w) for w in these] if self.fixed else (),
+                strength=self.settings.control_strength))
+
+        size = windows[0].height, windows[0].width
+        weight = window_weights(*size, x) if self.settings.window_weights == "cosine" else 1
+        for part, denoised in self.batcher.run(len(windows), *size, evaluate):
+            for window, prediction in zip(windows[part], denoised, strict=True):
+                value[..., window.rows, window.columns] += weight * prediction
+                count[..., window.rows, window.columns] += weight
+        edge, (height, width) = self.grid.padding, x.shape[-2:]
+        inside = (..., slice(edge, edge + height), slice(edge, edge + width))
+        return self.mean(value[inside], count[inside], x, call)
+
+    def mean(self, value: Tensor, count: Tensor, x: Tensor, call: Call) -> Tensor:
+        """The windows' weighted sum [1, C, h, w] over their weights [1, 1, h, w]; the grid leaves no cell without."""
+        return value / count.clamp(min=1e-6)
+
+    def _pad(self, x: Tensor, windows: Sequence[Window]) -> Tensor:
+        """A border around the canvas: the jitter range, and where a window needs a multiple of cells a few more."""
+        edge, (height, width) = self.grid.padding, x.shape[-2:]
+        below = max(edge, max(w.top + w.height for w in windows) - edge - height)
+        right = max(edge, max(w.left + w.width for w in windows) - edge - width)
+        return self._bordered(x, (edge, right, edge, below))
+
+    def _bordered(self, x: Tensor, sides: tuple[int, int, int, int]) -> Tensor:
+        """`x` with so many cells more on the left, right, top and bottom.
+
+        Zeros, the reference's, are no noise: at high noise levels the model takes them for something there is, and the
+        borders of the picture get foreign things.
+        """
+        if self.settings.border == "mirror" and max(sides) < min(x.shape[-2:]):
+            return F.pad(x, sides, mode="reflect")
+        return F.pad(x, sides)
+
+    def _hints(self, windows: Sequence[Window]) -> Hints:
+        """Cuts the hints of those of the windows that are asked for, in three equal channels [K, 3, 8h, 8w]."""
+        edge = self.grid.padding
+
+        def cut(numbers: Sequence[int]) -> Tensor:
+            crops = [self._hint_crop(windows[number].moved(-edge, -edge)) for number in numbers]
+            return torch.cat(crops).to(self.host.device).expand(-1, 3, -1, -1)
+
+        return cut
+
+    def _hint_crop(self, window: Window) -> Tensor:
+        """The hint [1, 1, 8h, 8w] of a window of the canvas; beyond the canvas as the canvas has it there."""
+        hint = self.inputs.hint
+        assert hint is not None
+        height, width = hint.shape[-2:]
+        top, left = CELL * window.top, CELL * window.left
+        bottom, right = top + CELL * window.height, left + CELL * window.width
+        if self.settings.border != "mirror":
+            return F.pad(hint, (-left, right - width, -top, bottom - height))  # negative padding cuts
+        if top >= 0 and left >= 0 and bottom <= height and right <= width:
+            return hint[..., top:bottom, left:right]
+        rows, columns = _mirrored(top, bottom, height), _mirrored(left, right, width)
+        # A slice first: the rows of a large canvas are long.
+        above, before = int(rows.min()), int(columns.min())
+        seen = hint[..., above:int(rows.max()) + 1, before:int(columns.max()) + 1]
+        return seen[..., (rows - above).to(hint.device), :][..., (columns - before).to(hint.device)]
+
+    # --- the dilated pass --------------------------------------------------------------------------------------
+
+    def dilated_pass(self, x: Tensor, sigma: Tensor, call: Call) -> Tensor:
+        """Dilated sampling with window interaction: every view sees the whole picture, coarsely."""
+        dilation, (above, left) = self.grid.dilation, self.grid.dilated_padding
+        padded = self._bordered(x, (left, 0, above, 0))
+        filtered = padded
+        if self.settings.gaussian and dilation > 1:
+            filtered = smooth(padded, 2 * dilation - 1, self.settings.gaussian_sigma * call.method.c3)
+        views = split_views(filtered, dilation)
+        shuffle = self.interaction(call, views) if self.settings.interaction and dilation > 1 else None
+        seen = views if shuffle is None else views.gather(0, shuffle)
+        predicted = torch.empty_like(views)
+
+        def evaluate(part: slice) -> Tensor:
+            count = part.stop - part.start
+            return self._denoise(seen[part], sigma, Conditioning(
+                [self.text] * count, [(0, 0)] * count, self.inputs.plan.pixels,
+                call.scale(self.settings.dilated_guidance, self.inputs.guidance), self.settings.guidance_rescale))
+
+        height, width = views.shape[-2:]
+        for part, denoised in self.batcher.run(len(views), height, width, evaluate):
+            predicted[part] = denoised
+        if shuffle is not None:
+            predicted = torch.empty_like(views).scatter_(0, shuffle, predicted)
+        # The noise predicted for the filtered canvas is removed from the canvas itself: x0 = x - (filtered - x0').
+        return (padded - filtered + join_views(predicted, dilation))[..., above:, left:]
+
+    def interaction(self, call: Call, views: Tensor) -> Tensor:
+        """A random permutation of the views for every channel and position: indices [views, C, h, w]."""
+        seed = seeds.derive(self.inputs.seed, "canvas")
+        key = (self.inputs.stage.number, call.step, call.trial)
+        noise = torch.rand(views.shape, generator=seeds.generator(seed, "interaction", *key))
+        return noise.to(views.device).argsort(dim=0)
+
+
+def _mirrored(begin: int, end: int, size: int) -> Tensor:
+    """Indices of the pixels begin..end of a row of `size` pixels whose cells are mirrored at the outermost ones."""
+    pixels = torch.arange(begin, end)
+    pixels = torch.where(pixels < 0, CELL - 1 - pixels, pixels)
+    return torch.where(pixels >= size, 2 * size - CELL - 1 - pixels, pixels).clamp(0, size - 1)
+
+
+def window_weights(height: int, width: int, like: Tensor) -> Tensor:
+    """Raised cosines, from nearly 0 at a window's border to 1 in its middle: [height, width], as `like`."""
+    rows, columns = (torch.sin((torch.arange(side, dtype=torch.float64) + 0.5) * (math.pi / side)) ** 2
+                     for side in (height, width))
+    return (rows[:, None] * columns).to(like)
+
+
+def smooth(x: Tensor, size: int, sigma: float) -> Tensor:
+    """The Gaussian filter, then back to the mean and deviation of `x` (over all of it)."""
+    return match_statistics(gaussian_filter(x, size, sigma), x.mean(), x.std())
