@@ -20,7 +20,7 @@ from accdiff_lib.parts import vae as tiled
 from accdiff_lib.parts.vae_layers import Attention, decoder_sweeps, encoder_sweeps
 from tests.ldm_vae import from_diffusers
 
-GOLDEN = Path(__file__).parent / "golden_data" / "weights"
+GOLDEN = Path(__file__).parents[1] / "golden_data" / "weights"
 ATOL = 1e-4
 TILES = st.sampled_from([0, 1, 2, 3, 4, 5, 7, 8, 64])
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from accdiff_lib.parts.infotext import parse
 from accdiff_lib.webui import arguments
-from tests.webui.client import BASE, SOON, URL, WINDOW, Refused, alike, encoded, size, stage
+from tests.live.client import BASE, SOON, URL, WINDOW, Refused, alike, encoded, size, stage
 
 CHROMIUM = os.environ.get("ACCDIFF_CHROMIUM") or shutil.which("chromium")
 # The flags keep chromium from looking for hosts outside.

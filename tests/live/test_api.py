@@ -9,7 +9,7 @@ import pytest
 
 from accdiff_lib.parts.infotext import parse
 from accdiff_lib.webui import arguments
-from tests.webui.client import BASE, NAME, URL, WINDOW, Refused, WebUI, alike, encoded, image, size
+from tests.live.client import BASE, NAME, URL, WINDOW, Refused, WebUI, alike, encoded, image, size
 
 ROUND_TRIPS = {
     "options": {"scale": 1.5, "stage_steps": 4, "window": WINDOW, "c": 0.45, "jitter": False, "start": 0.3,

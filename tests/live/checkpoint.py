@@ -1,8 +1,8 @@
 """Makes a checkpoint that the WebUIs load from the embedded model, or any small diffusers model:
 
-    python -m tests.webui.checkpoint --models WEBUI/models/Stable-diffusion --out embedded
+    python -m tests.live.checkpoint --models WEBUI/models/Stable-diffusion --out embedded
 
-Writes there, for WebUIs that have the extension tests/webui/tiny_shape:
+Writes there, for WebUIs that have the extension tests/live/tiny_shape:
     embedded.safetensors        all weights in ldm/sgm/open_clip names, float32
     embedded.yaml               A1111's and reForge's model config; its targets are the factories of the extension
     embedded.files/             the diffusers configs and the tokenizer, which the .yaml (by its absolute path) and the
@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from accdiff_lib.standalone.export import to_checkpoint
 from accdiff_lib.standalone.loading import EMBEDDED, load
 from testbed.saving import SCHEDULER, tokenizer_config
-from tests.webui.tiny_shape.lib.tiny_shapes import by_level, heads_of
+from tests.live.tiny_shape.lib.tiny_shapes import by_level, heads_of
 
 
 def main() -> None:

@@ -7,8 +7,8 @@ import pytest
 
 from accdiff_lib.parts.infotext import parse
 from accdiff_lib.webui import arguments
-from tests.webui.client import BASE, URL, WINDOW, Refused, WebUI, alike, difference, encoded, in_background, size
-from tests.webui.conftest import MISSING
+from tests.live.client import BASE, URL, WINDOW, Refused, WebUI, alike, difference, encoded, in_background, size
+from tests.live.conftest import MISSING
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -25,7 +25,7 @@ from accdiff_lib.parts import infotext
 from accdiff_lib.settings import OPTIONS, from_infotext, make
 from accdiff_lib.standalone import loading
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "a red fox, sitting on the snow"
 #: A run of about a second: 128 px to 256 px.
 QUICK = ["--width", "128", "--height", "128", "--steps", "2", "--window", "16"]

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from tests.webui.client import BASE, NAME, URL, WINDOW, Answer, Refused, WebUI
+from tests.live.client import BASE, NAME, URL, WINDOW, Answer, Refused, WebUI
 
-MISSING = "needs a running WebUI: set ACCDIFF_WEBUI_URL (tests/webui/__init__.py says how)"
+MISSING = "needs a running WebUI: set ACCDIFF_WEBUI_URL (tests/live/__init__.py says how)"
 
 
 @pytest.hookimpl(hookwrapper=True, tryfirst=True)

@@ -15,7 +15,7 @@ from accdiff_lib.errors import InputError
 from accdiff_lib.settings import METHODS, PRESETS, Settings, make
 from accdiff_lib.webui import hires, outline
 
-SCRIPT = Path(__file__).resolve().parents[1] / "javascript" / "accdiff.js"
+SCRIPT = Path(__file__).resolve().parents[2] / "javascript" / "accdiff.js"
 SAMPLERS = ["Euler", "Euler a", "Heun", "LMS", "DPM2", "DPM2 a", "DPM++ 2S a", "DPM++ 2M", "DPM++ SDE", "DPM++ 2M SDE",
             "DPM++ 3M SDE", "UniPC"]
 SCHEDULERS = ["Automatic", "Leading", "Normal", "Karras", "Exponential", "Simple", "SGM Uniform", "Beta"]

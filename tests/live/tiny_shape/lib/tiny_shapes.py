@@ -1,4 +1,4 @@
-"""Factories named as `target` in the .yaml of a tiny checkpoint (tests/webui/checkpoint.py).
+"""Factories named as `target` in the .yaml of a tiny checkpoint (tests/live/checkpoint.py).
 
 Each returns an instance of the stock class (so that every type check of the WebUI and of extensions sees what it
 knows), built in sizes that the stock code has hard-coded otherwise.

@@ -19,7 +19,7 @@ from accdiff_lib.webui.arguments import EXTRA, POSITIONAL
 from accdiff_lib.webui.ui import api, callbacks, options_page, panel, xyz
 from tests.webui_stand_in import stood_in, webui  # noqa: F401 (a fixture)
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 # --- API -------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """A test-only extension: teaches a WebUI the shape of the embedded model, so that its exported checkpoint loads.
 
-Link or copy the folder tiny_shape into the WebUI's extensions; tests/webui/checkpoint.py makes the checkpoint.
+Link or copy the folder tiny_shape into the WebUI's extensions; tests/live/checkpoint.py makes the checkpoint.
 """
 
 import importlib.util

@@ -16,8 +16,8 @@ from accdiff_lib.engine.spread import Batcher
 from accdiff_lib.errors import Interrupted, OutOfMemory, Skipped
 from accdiff_lib.settings import make
 from accdiff_lib.standalone.samplers import solver
+from tests.engine.test_schedule import LEVELS
 from tests.silent import SilentProgress
-from tests.test_schedule import LEVELS
 
 
 class Toy:

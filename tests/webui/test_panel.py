@@ -20,7 +20,7 @@ from accdiff_lib.settings import OPTIONS, make
 from accdiff_lib.webui import arguments
 from accdiff_lib.webui.arguments import POSITIONAL, Job
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 STAND_IN = ROOT / "tests" / "webui_stand_in"
 CHROMIUM = os.environ.get("ACCDIFF_CHROMIUM") or shutil.which("chromium")
 # The flags keep chromium from looking for hosts outside.

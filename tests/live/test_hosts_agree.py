@@ -2,7 +2,7 @@
 
     ACCDIFF_WEBUI_URLS="http://127.0.0.1:7860 http://127.0.0.1:7861" \\
     ACCDIFF_WEBUI_COMMAND="--model FILE [--config FOLDER] [--controlnet FILE]" \\
-        .venv/bin/python -m pytest tests/webui/test_hosts_agree.py
+        .venv/bin/python -m pytest tests/live/test_hosts_agree.py
 
 ACCDIFF_WEBUI_COMMAND are the flags with which `python -m accdiff_lib` loads the WebUIs' checkpoint, and the ControlNet
 that comes first in the panels; with it one URL is enough.
@@ -33,7 +33,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.webui.client import BASE, NAME, WINDOW, WebUI, size
+from tests.live.client import BASE, NAME, WINDOW, WebUI, size
 
 #: The running WebUIs; the tests take their turn at each.
 URLS = [url.rstrip("/") for url in (os.environ.get("ACCDIFF_WEBUI_URLS") or "").split()]
