@@ -23,20 +23,20 @@ from typing import Any
 
 import torch
 
-from accdiff_lib.settings import make
+from accdiff_lib.methods import make
 from accdiff_lib.standalone.loading import load
 from accdiff_lib.webui.outline import Generation, cost
 from benchmarks import device as devices
 from benchmarks.figure import draw
 from benchmarks.full_size import least_memory, random_sdxl
-from benchmarks.measure import GUIDANCE, SAMPLER, SCHEDULER, STEPS, WAYS, Run, measure
+from benchmarks.measure import GUIDANCE, SAMPLER, SCHEDULER, STEPS, WAYS, Measurement, measure
 from testbed.counting import find
 from testbed.quality.metrics import detail
 
 GROWTH = (2, 3, 4, 6, 8)
 
 
-def compared(run: Run, literal: Run | None, scale: float, *, shows_things: bool) -> dict[str, Any]:
+def compared(run: Measurement, literal: Measurement | None, scale: float, *, shows_things: bool) -> dict[str, Any]:
     """A run's figures, with those that compare it with the literal one."""
     record = run.record()
     if literal is not None:

@@ -25,7 +25,7 @@ def least_memory(side: int, controlnet: bool) -> dict[str, Any]:
     those at work; estimated (accdiff_lib.engine.memory)."""
     unet, vae = _config("unet"), _config("vae")
     need = memory.need(_weights(controlnet), unet_width=unet["block_out_channels"][0],
-                       vae_widths=vae["block_out_channels"], window=unet["sample_size"] ** 2,
+                       vae_widths=vae["block_out_channels"], latent=unet["sample_size"] ** 2,
                        canvas=(side // CELL) ** 2, itemsize=2, vae_itemsize=4)
     return {"size": f"{side}x{side}", "controlnet": controlnet, "resident": round(need.resident / 2**30, 1),
             "offloaded": round(need.offloaded / 2**30, 1), "main": round(need.main / 2**30, 1)}

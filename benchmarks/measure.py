@@ -14,14 +14,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from accdiff_lib.engine import cost
+from accdiff_lib.engine.cost import estimate
 from accdiff_lib.engine.extrapolate import Extrapolation, Request
 from accdiff_lib.engine.host import Picture
+from accdiff_lib.engine.method import Work
 from accdiff_lib.engine.plan import CELL, Stage, make_plan
-from accdiff_lib.settings import SAME, make
+from accdiff_lib.methods import make, of
+from accdiff_lib.settings import SAME
 from accdiff_lib.standalone.host import StandaloneHost
 from accdiff_lib.standalone.loading import Models
-from benchmarks.literal import LiteralExtrapolation
+from benchmarks.literal import literal
 
 PROMPT, NEGATIVE, GUIDANCE, SEED = "a red ball and a blue star on snow, night sky", "blurry", 5.0, 42
 #: The paper's sampling.
@@ -30,7 +32,7 @@ SAMPLER, SCHEDULER, STEPS = "Euler", "Leading", 50
 #: What is compared: the settings of each way to make the same picture.
 WAYS: dict[str, dict[str, Any]] = {
     "literal": {"tolerance": 0}, "paper": {}, "paper, 1e-2": {"tolerance": 0.01}, "balanced": {"preset": "balanced"},
-    "fast": {"preset": "fast"}, "few-step": {"preset": "few-step"}, "low-vram": {"preset": "low-vram"}}
+    "fast": {"preset": "fast"}, "few-step": {"preset": "few-step"}}
 
 
 @dataclass
@@ -96,13 +98,13 @@ class Bar:
         self._label = label
         self._bar: Any = None
 
-    def begin(self, stage: Stage | None, model_calls: int) -> None:
+    def begin(self, stage: Stage | None, latents: int) -> None:
         self.close()
-        self._bar = tqdm(total=model_calls, desc=f"{self._label} {stage.name if stage else 'base'}", leave=False,
+        self._bar = tqdm(total=latents, desc=f"{self._label} {stage.name if stage else 'base'}", leave=False,
                          disable=None)
 
-    def advance(self, rows: int) -> None:
-        self._bar.update(rows)
+    def advance(self, latents: int) -> None:
+        self._bar.update(latents)
 
     def preview(self, denoised: Tensor) -> None: ...
 
@@ -117,7 +119,7 @@ class Bar:
 
 
 @dataclass
-class Run:
+class Measurement:
     """What one way took for one picture, and the picture."""
 
     way: str
@@ -150,7 +152,7 @@ class Run:
 
 
 def measure(models: Models, way: str, scale: float, device: torch.device, dtype: torch.dtype, *, steps: int = STEPS,
-            window: int = 0) -> Run:
+            window: int = 0) -> Measurement:
     """Makes the picture of `scale` in one of WAYS.
 
     Windows and base picture have `window` latent cells a side; 0 takes the model's own.
@@ -163,29 +165,30 @@ def measure(models: Models, way: str, scale: float, device: torch.device, dtype:
     host = StandaloneHost(models, prompt=PROMPT, negative=NEGATIVE, progress=bar, sampler=SAMPLER, scheduler=SCHEDULER,
                           steps=steps, device=device, dtype=dtype, vae_tile=settings.vae_tile,
                           **own)  # type: ignore[arg-type]
-    window = window or host.window
+    window = window or host.native
     plan = make_plan((CELL * window, CELL * window), settings, native=window)
-    request = Request(PROMPT, SEED, GUIDANCE, settings, plan, intermediate=way == "literal")
-    parts = cost.estimate(plan, settings, solver=host.solver, stage_solver=host.stage_solver, timestep=host.timestep,
-                          guidance=GUIDANCE, has_control=host.has_control)
+    method = of(settings)
+    request = Request(PROMPT, SEED, GUIDANCE, literal(method) if way == "literal" else method, settings, plan,
+                      intermediate=way == "literal")
+    parts = estimate(method, plan, settings, base_solver=host.base_solver, stage_solver=host.stage_solver,
+                     timestep=host.timestep, guidance=GUIDANCE, has_control=host.has_control)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     clock = Clock()
     begin = now()
     with clock.measuring(models, host):
-        engine = (LiteralExtrapolation if way == "literal" else Extrapolation)(host, settings.window_batch)
-        result = engine.run(request)
+        result = Extrapolation(host, settings.window_batch).run(request)
     seconds = now() - begin
     bar.close()
     picture = result.pictures[-1]
     assert picture.image is not None
-    return Run(way, plan.pixels, seconds, clock.seconds, sum(part.unet for part in parts),
-               sum(part.controlnet for part in parts), sum(_teraflop(host, part) for part in parts),
-               host.peak_bytes, picture.latent.float().cpu(), picture.image)
+    teraflop = sum(part.priced(lambda work: _price(host, work)) for part in parts)
+    return Measurement(way, plan.pixels, seconds, clock.seconds, sum(part.unet for part in parts),
+                       sum(part.controlnet for part in parts), teraflop, host.peak_bytes,
+                       picture.latent.float().cpu(), picture.image)
 
 
-def _teraflop(host: StandaloneHost, part: cost.PartCost) -> float:
-    if part.stage is None:
-        return part.unet * host.flops(part.pixels[0] // CELL, part.pixels[1] // CELL).unet
-    window, view = host.flops(*part.stage.window), host.flops(*part.stage.view_size)
-    return part.priced(window=window.unet, control=window.controlnet, view=view.unet)
+def _price(host: StandaloneHost, work: Work) -> tuple[float, float]:
+    """TFLOP of a latent through the UNet and the ControlNet."""
+    cost = host.flops(work.height, work.width)
+    return cost.unet, cost.controlnet

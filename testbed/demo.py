@@ -2,8 +2,8 @@
 
     python -m testbed.demo --out out/demo
 
-It runs the command (accdiff_lib.command.run) twice with the same prompt and seed, counts the things in each picture, and
-puts the three into `demo.png`.
+It runs the command (accdiff_lib.command.run) twice with the same prompt and seed, counts the things in each picture,
+and puts the three into `demo.png`.
 """
 
 from __future__ import annotations

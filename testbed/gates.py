@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -18,9 +18,9 @@ import torch
 from scipy.stats import rankdata
 
 from accdiff_lib import seeds
-from accdiff_lib.engine.host import Rows
+from accdiff_lib.engine.host import Conditioning
+from accdiff_lib.methods import OPTIONS
 from accdiff_lib.parts.structure import canny, hint
-from accdiff_lib.settings import OPTIONS
 from accdiff_lib.standalone.host import StandaloneHost
 from accdiff_lib.standalone.loading import load
 from testbed import vae
@@ -126,9 +126,10 @@ def edges(host: StandaloneHost, scenes: Sequence[tuple[Scene, str]]) -> float:
         latent = host.encode_image(image)
         x = latent + LOUD * seeds.normal(tuple(latent.shape), SEED + number, "edges").to(latent)
         seen = hint(canny(image, OPTIONS["canny_sigma"].default), 256, 256).expand(-1, 3, -1, -1)
+        conditioning = Conditioning([text], [(0, 0)], (256, 256), 1.0)
+        steered = replace(conditioning, hints=lambda _: seen)  # noqa: B023 (called in this turn of the loop)
         for given, found in errors.items():
-            predicted = host.denoise(x, torch.tensor(LOUD), Rows([text], [(0, 0)], (256, 256), 1.0,
-                                                                 hint=seen if given else None, strength=1.0))
+            predicted = host.denoise(x, torch.tensor(LOUD), steered if given else conditioning)
             found.append(float((predicted - latent).square().mean()))
     return 1 - sum(errors[True]) / sum(errors[False])
 

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from accdiff_lib.engine.extrapolate import Extrapolation, Request
-from accdiff_lib.engine.plan import Plan, Stage, Window, make_plan
+from accdiff_lib.engine.plan import Plan, Stage, make_plan
+from accdiff_lib.methods import make, of
+from accdiff_lib.methods.fused import MEMBERSHIPS, FusedSettings, grid_of
 from accdiff_lib.parts.prompts import Word
 from accdiff_lib.parts.window_prompts import window_prompts, word_masks
-from accdiff_lib.settings import MEMBERSHIPS, make
+from accdiff_lib.parts.windows import Window
 from accdiff_lib.standalone.host import StandaloneHost
 from accdiff_lib.standalone.loading import load
 from testbed.captions import NAMED, caption, word_targets
@@ -72,12 +74,12 @@ class Score:
 def samples(host: StandaloneHost, count: int) -> list[Sample]:
     """Scenes with the maps that the engine records from their pictures."""
     rng = np.random.default_rng(SEED)
-    extrapolation, side = Extrapolation(host), 8 * host.window
+    extrapolation, side = Extrapolation(host), 8 * host.native
     found = []
     for number in range(count):
         scene = draw(rng)
         text = caption(scene, FULL, rng)
-        request = Request(text, number, GUIDANCE, make(), _plan(side, 2))
+        request = Request(text, number, GUIDANCE, of(make()), make(), _plan(side, 2))
         maps = extrapolation.record(request, host.encode_image(render(scene, side, side)))
         words = host.words(text)
         found.append(Sample(scene, _targets(words, text, scene), maps, words))
@@ -100,13 +102,16 @@ def _targets(words: list[Word], text: str, scene: Scene) -> list[tuple[Word, int
 
 def score(sample: Sample, stage: Stage, membership: str, c: float, things: Score, places: Score) -> None:
     """Adds what the rule does in the windows of a stage to the scores of the words of things and of places."""
-    windows = stage.windows(None)
+    settings = make({"jitter": False})
+    assert isinstance(settings, FusedSettings)
+    windows = grid_of(stage, settings).windows(None)
     masks = {mask.word: mask for mask in word_masks(sample.maps, sample.all_words, membership)}
     views = [_view(window, stage) for window in windows]
     seen = [shares(sample.scene, view) for view in views]
     named = [visible(sample.scene, view) for view in views]
     for word, which in sample.words:
-        prompts = window_prompts([masks[word]], stage, windows, c, membership=membership).prompts
+        prompts = window_prompts([masks[word]], windows, c, size=(stage.height, stage.width),
+                                 membership=membership).prompts
         for prompt, share, names in zip(prompts, seen, named, strict=True):
             if isinstance(which, int):
                 things.add(bool(prompt), which in names)
@@ -115,9 +120,8 @@ def score(sample: Sample, stage: Stage, membership: str, c: float, things: Score
 
 
 def _view(window: Window, stage: Stage) -> View:
-    top, left = window.top - stage.padding, window.left - stage.padding
-    return View(top / stage.height, left / stage.width, (top + window.height) / stage.height,
-                (left + window.width) / stage.width)
+    return View(window.top / stage.height, window.left / stage.width, (window.top + window.height) / stage.height,
+                (window.left + window.width) / stage.width)
 
 
 def main() -> None:
@@ -131,7 +135,7 @@ def main() -> None:
     print("| membership | scale | c | things: named, wrongly, F1 | places: named, wrongly, F1 |\n|---|---|---|---|---|")
     for membership in MEMBERSHIPS:
         for scale in (2, 4):
-            stage = _plan(8 * host.window, scale).stages[-1]
+            stage = _plan(8 * host.native, scale).stages[-1]
             for c in C:
                 things, places = Score(), Score()
                 for sample in found:

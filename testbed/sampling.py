@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from accdiff_lib import seeds
-from accdiff_lib.engine.host import Picture, Rows
+from accdiff_lib.engine.host import Conditioning, Picture
 from accdiff_lib.engine.plan import CELL, Stage
 from accdiff_lib.parts.attention import AttentionRecorder, map_size
 from accdiff_lib.standalone.host import StandaloneHost
@@ -25,8 +25,8 @@ class Silent:
 
     interrupted = skipped = False
 
-    def begin(self, stage: Stage | None, model_calls: int) -> None: ...
-    def advance(self, rows: int) -> None: ...
+    def begin(self, stage: Stage | None, latents: int) -> None: ...
+    def advance(self, latents: int) -> None: ...
     def preview(self, denoised: Tensor) -> None: ...
     def finished(self, picture: Picture) -> None: ...
     def comment(self, text: str) -> None: ...
@@ -50,18 +50,21 @@ def make_host(models: Models, *, steps: int = STEPS, device: str = "cpu") -> Sta
 def sample(host: StandaloneHost, captions: Sequence[str], first_seed: int, *, guidance: float = GUIDANCE,
            batch: int = 8) -> list[Base]:
     """A picture of each caption, with the seeds `first_seed`, `first_seed + 1`, ..."""
-    side = host.window
+    side = host.native
     found: list[Base] = []
     for begin in range(0, len(captions), batch):
         part = captions[begin:begin + batch]
-        rows = Rows(host.encode_texts(part), [(0, 0)] * len(part), (side * CELL, side * CELL), guidance)
+        conditioning = Conditioning(host.encode_texts(part), [(0, 0)] * len(part), (side * CELL, side * CELL), guidance)
         noise = torch.cat([seeds.first_noise((1, host.channels, side, side), first_seed + begin + number)
                            for number in range(len(part))]).to(host.device)
-        sigmas = host.solver.sigmas
+        sigmas = host.base_solver.sigmas
         recorder = AttentionRecorder(host.cross_attention(), map_size(side, side, host.attention_halvings),
-                                     host.cond_rows)
+                                     host.conditional)
         with recorder:
-            latents = host.solver.integrate(lambda x, sigma, rows=rows, **_: host.denoise(x, sigma[0], rows),
-                                            noise * host.solver.noise_scale, sigmas, 0)
+            def model(x: Tensor, sigma: Tensor, conditioning=conditioning, **_: object) -> Tensor:
+                return host.denoise(x, sigma[0], conditioning)
+
+            latents = host.base_solver.integrate(model,
+                                            noise * host.base_solver.noise_scale, sigmas, 0)
         found += [Base(host.decode(latent[None]), maps) for latent, maps in zip(latents, recorder.maps, strict=True)]
     return found

@@ -1,4 +1,4 @@
-"""The recorded runs of the reference programs (METHODS.md 9), and a host that computes like them.
+"""The recorded runs of the reference programs and a host that computes like them.
 
 Folders of cases are looked for at ACCDIFF_GOLDEN (default ../shared/golden); a few small cases lie in
 tests/golden_data.
@@ -22,8 +22,9 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 import accdiff_lib
-from accdiff_lib.engine.host import Rows
-from accdiff_lib.settings import Settings, make
+from accdiff_lib.engine.host import Conditioning
+from accdiff_lib.methods import make
+from accdiff_lib.settings import Settings
 from accdiff_lib.standalone.host import StandaloneHost
 from accdiff_lib.standalone.loading import Models
 from accdiff_lib.standalone.text import TextEmbedding
@@ -158,12 +159,12 @@ def models(sample_size: int, family: str = "sdxl") -> Models:
 class GoldenHost(StandaloneHost):
     """The standalone host, with the sigma the reference used for each model call instead of the true one.
 
-    diffusers' scale_model_input scaled some calls of the reference by the sigma of the next step (METHODS.md 3). The
-    recorded indices say which; the product never does this.
+    diffusers' scale_model_input scaled some calls of the reference by the sigma of the next step, since it keeps a step
+    index of its own. The recorded indices say which; the product never does this.
     """
 
     stale: Iterator[int] | None = None
-    #: The reference's "no negative prompt": zeros instead of an encoded text (METHODS.md 1.1).
+    #: The reference's "no negative prompt": zeros instead of an encoded text .
     zero_negative = False
 
     def encode_texts(self, prompts: Sequence[str]) -> list[TextEmbedding]:
@@ -174,13 +175,13 @@ class GoldenHost(StandaloneHost):
                         pooled_uncond=None if text.pooled_uncond is None else torch.zeros_like(text.pooled_uncond))
                 for text in texts]
 
-    def denoise(self, x: Tensor, sigma: Tensor, rows: Rows) -> Tensor:
+    def denoise(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         if self.stale is None:
-            return super().denoise(x, sigma, rows)
-        used = self.solver.sigmas[next(self.stale)]
+            return super().denoise(x, sigma, conditioning)
+        used = self.base_solver.sigmas[next(self.stale)]
         scaled = x * ((sigma ** 2 + 1) / (used ** 2 + 1)) ** 0.5
         # The noise predicted for the wrongly scaled input is taken from the true one.
-        return x - scaled + super().denoise(scaled, sigma, rows)
+        return x - scaled + super().denoise(scaled, sigma, conditioning)
 
 
 def host(case: Case, *, family: str = "sdxl") -> GoldenHost:

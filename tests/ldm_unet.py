@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from accdiff_lib.standalone import names
+from accdiff_lib.parts import weight_names as names
 
 
 class ResBlock(nn.Module):

@@ -14,15 +14,15 @@ class SilentProgress:
     interrupted = skipped = False
 
     def __init__(self) -> None:
-        self.rows = 0
+        self.latents = 0
         self.comments: list[str] = []
         self.pictures: list[Any] = []
         self.previews = 0
 
-    def begin(self, stage: Any, model_calls: int) -> None: ...
+    def begin(self, stage: Any, latents: int) -> None: ...
 
-    def advance(self, rows: int) -> None:
-        self.rows += rows
+    def advance(self, latents: int) -> None:
+        self.latents += latents
 
     def preview(self, denoised: Tensor) -> None:
         self.previews += 1

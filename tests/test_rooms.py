@@ -1,4 +1,4 @@
-"""DESIGN.md, "Rooms": imports run one way, and only hosts and the WebUI's side know a host program."""
+"""Imports run one way, and only the hosts and the WebUI's side know a host program."""
 
 from __future__ import annotations
 
@@ -12,24 +12,27 @@ FILES = sorted(LIBRARY.rglob("*.py"))
 NAMES = [str(file.relative_to(LIBRARY)) for file in FILES]
 
 #: Packages that belong to one host program or another.
-OF_HOSTS = {"modules", "modules_forge", "backend", "ldm", "sgm", "ldm_patched", "gradio", "diffusers", "transformers",
-            "accelerate", "k_diffusion"}
+OF_WEBUIS = {"modules", "modules_forge", "backend", "ldm", "sgm", "ldm_patched", "gradio"}
+OF_HOSTS = {*OF_WEBUIS, "diffusers", "transformers", "accelerate", "k_diffusion"}
 
-#: The engine, from the bottom up: a room imports only rooms that stand before it.
-ENGINE = ["errors", "seeds", "prompts", "settings", "plan", "hosts.base", "schedule", "cost", "attention",
-          "window_prompts", "structure", "batching", "vae_layers", "vae", "canvas", "extrapolate", "explain"]
+#: The rooms, from the bottom up: a file imports only from its own room and those before it.
+ROOMS = [("errors", "seeds", "settings", "__init__"), ("parts",), ("engine",), ("methods",), ("explain",),
+         ("standalone",), ("webui",), ("command", "__main__")]
+#: The last three stand beside each other, but for the command, which is standalone's user.
+APART = {("webui", "standalone"), ("command", "webui")}
 
-#: The rooms of whole numbers and text: no tensors.
-WITHOUT_TENSORS = {"errors", "prompts", "settings", "plan", "infotext", "arguments", "output"}
+#: No tensors are loaded by what answers --help and typing mistakes, and by what says what a method is.
+WITHOUT_TENSORS = ("errors", "settings", "engine/plan", "engine/method", "methods/__init__", "methods/fused",
+                   "parts/prompts", "parts/infotext", "parts/windows", "command/arguments", "command/files",
+                   "webui/arguments")
 
 
-def imports(file: Path, *, with_types: bool = False) -> set[str]:
+def imports(file: Path) -> set[str]:
     """Dotted names a file imports, anywhere in it; those for type checkers only are left out."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
-    skipped = set() if with_types else {
-        node for block in ast.walk(tree)
-        if isinstance(block, ast.If) and ast.unparse(block.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
-        for node in ast.walk(block)}
+    skipped = {node for block in ast.walk(tree)
+               if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+               for node in ast.walk(block)}
     found: set[str] = set()
     for node in ast.walk(tree):
         if node in skipped:
@@ -37,57 +40,89 @@ def imports(file: Path, *, with_types: bool = False) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            package = ["accdiff_lib", *file.relative_to(LIBRARY).parent.parts]
-            base = ".".join(package[:len(package) - node.level + 1]) + "." if node.level else ""
-            module = (base + (node.module or "")).rstrip(".")
-            found |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+            assert not node.level, f"{file}: imports are absolute"
+            found |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
     return found
 
 
-def rooms(file: Path) -> set[str]:
-    """The modules of the library that a file imports, by their names within it."""
-    known = {name[:-3].replace("/", ".") for name in NAMES}
-    return {name.removeprefix("accdiff_lib.") for name in imports(file)
-            if name.removeprefix("accdiff_lib.") in known and name.startswith("accdiff_lib.")}
+def top(file: Path) -> set[str]:
+    """What a file loads when it is imported: the dotted names outside of functions."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    found: set[str] = set()
+    for node in tree.body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def own(names: set[str]) -> set[str]:
+    """Those of the library's files among dotted names, as paths below it without ending."""
+    known = {name[:-3] for name in NAMES}
+    paths = {name.removeprefix("accdiff_lib").lstrip(".").replace(".", "/") for name in names
+             if name.startswith("accdiff_lib")}
+    return (paths | {f"{path}/__init__" for path in paths} - {"/__init__"}) & known
+
+
+def room(path: str) -> int:
+    head = path.removesuffix(".py").partition("/")[0]
+    return next(number for number, heads in enumerate(ROOMS) if head in heads)
 
 
 def packages(file: Path) -> set[str]:
     return {name.partition(".")[0] for name in imports(file)}
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith(("hosts/", "webui/"))])
-def test_only_hosts_and_webui_know_a_host_program(name):
+@pytest.mark.parametrize("name", NAMES)
+def test_imports_run_one_way(name):
+    for other in own(imports(LIBRARY / name)):
+        assert room(other) <= room(name), f"{name} imports {other}"
+        heads = (name.partition("/")[0], other.partition("/")[0])
+        assert heads not in APART, f"{name} imports {other}"
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith(("standalone/", "webui/"))])
+def test_only_the_hosts_know_a_host_program(name):
     assert not packages(LIBRARY / name) & OF_HOSTS
 
 
-@pytest.mark.parametrize("room", ENGINE)
-def test_imports_run_one_way(room):
-    before = set(ENGINE[:ENGINE.index(room)])
-    assert rooms(LIBRARY / f"{room.replace('.', '/')}.py") <= before
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("standalone/")])
+def test_the_standalone_host_knows_no_webui(name):
+    assert not packages(LIBRARY / name) & OF_WEBUIS
 
 
-@pytest.mark.parametrize("room", sorted(WITHOUT_TENSORS))
-def test_rooms_without_tensors(room):
-    file = LIBRARY / f"{room}.py"
-    assert "torch" not in packages(file)
-    assert rooms(file) <= WITHOUT_TENSORS
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("webui/")])
+def test_the_webuis_side_needs_no_diffusers(name):
+    assert not packages(LIBRARY / name) & {"diffusers", "accelerate"}
 
 
-def test_only_the_command_knows_the_standalone_host():
-    standalone = {"hosts.standalone", "hosts.loading", "hosts.samplers", "hosts.flops", "hosts.text", "hosts.memory"}
-    users = {name for name in NAMES if not name.startswith("hosts/") and rooms(LIBRARY / name) & standalone}
-    assert users <= {"cli.py", "job.py"}
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("engine/")])
+def test_the_engine_knows_no_method(name):
+    source = (LIBRARY / name).read_text(encoding="utf-8").lower()
+    for word in ("accdiffusion", "multidiffusion", "methods.", "window_count", "view_size", "stride"):
+        assert word not in source, word
 
 
-def test_only_the_webuis_hosts_import_the_webui():
-    for name in NAMES:
-        if not name.startswith("webui/") and not name.startswith("hosts/webui_") and name not in (
-                "hosts/a1111.py", "hosts/a1111_lowvram.py", "hosts/forge.py", "hosts/reforge.py"):
-            assert not packages(LIBRARY / name) & {"modules", "modules_forge", "backend", "gradio"}, name
+@pytest.mark.parametrize("name", WITHOUT_TENSORS)
+def test_no_tensors_are_loaded(name):
+    """Not by the file, nor by what it imports."""
+    seen: set[str] = set()
+    todo = [name]
+    while todo:
+        path = todo.pop()
+        seen.add(path)
+        loaded = top(LIBRARY / f"{path}.py")
+        assert not {each.partition(".")[0] for each in loaded} & {"torch", "cv2"}, f"{name} loads torch by {path}"
+        todo += own(loaded) - seen
 
 
-def test_every_room_of_the_engine_is_listed():
-    """A new file of the engine must find its place in ENGINE; the command's own files stand above it."""
-    command = {"__init__", "__main__", "cli", "job", "arguments", "output", "report", "infotext", "docs"}
-    top = {name[:-3] for name in NAMES if "/" not in name}
-    assert top - command <= set(ENGINE)
+def test_no_comment_cites_a_file_that_is_not_here():
+    root = LIBRARY.parent
+    files = [path for folder in ("accdiff_lib", "tests", "testbed", "benchmarks", "scripts", "javascript", "docs")
+             for path in (root / folder).rglob("*") if path.suffix in (".py", ".js", ".md") and path != Path(__file__)]
+    wrong = [f"{path.relative_to(root)}: {word}" for path in [*files, root / "README.md"]
+             for word in ("METHODS.md", "HOSTS.md", "DESIGN.md", "BEYOND.md", "TESTBED.md", "STYLE.md", "METHODS 1",
+                          "METHODS 4", "METHODS 5", "METHODS 7", "METHODS 8")
+             if word in path.read_text(encoding="utf-8")]
+    assert wrong == []

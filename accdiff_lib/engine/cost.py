@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import cache
 
 from accdiff_lib.engine.host import Solver
 from accdiff_lib.engine.method import Call, Method, Work
 from accdiff_lib.engine.plan import CELL, Plan, Stage
-from accdiff_lib.engine.schedule import make_script, rehearse
+from accdiff_lib.engine.schedule import Foreseen, rehearsal, rehearse
 from accdiff_lib.settings import Settings
 
 
@@ -52,8 +53,8 @@ class Part:
                    for unet, control in (price(work),))
 
 
-def estimate(method: Method, plan: Plan, settings: Settings, *, base_solver: Solver, stage_solver: Solver,
-             timestep: Callable[[float], float], guidance: float, has_control: bool,
+def estimate(method: Method, plan: Plan, settings: Settings, *, base_solver: Solver | Foreseen,
+             stage_solver: Solver | Foreseen, timestep: Callable[[float], float], guidance: float, has_control: bool,
              from_image: bool = False) -> list[Part]:
     """The cost of every part of one image's run, exactly as it will be counted (`Picture.latents`).
 
@@ -71,10 +72,11 @@ def estimate(method: Method, plan: Plan, settings: Settings, *, base_solver: Sol
         once = Work("picture", 1, *size, guided=guidance != 1)
         parts.append(Part(None, (plan.crop.height * CELL, plan.crop.width * CELL), steps, calls,
                           (once,), (replace(once, count=calls),)))
+    rehearsed = cache(lambda from_noise: rehearsal(
+        stage_solver, settings, timestep, plan.stages[0], guidance=guidance, has_control=has_control and has_base,
+        stages=len(plan.stages), from_noise=from_noise))
     for stage in plan.stages:
-        script = make_script(method, stage_solver, settings, timestep, stage, guidance=guidance,
-                             has_control=has_control and has_base, stages=len(plan.stages),
-                             from_noise=not has_base and stage is plan.stages[0])
+        script = rehearsed(not has_base and stage is plan.stages[0]).script(method, stage)
         at_most, work = _summed(script.calls)
         parts.append(Part(stage, stage.pixels, len(script.sigmas) - 1, len(script.calls), at_most, work))
     return parts

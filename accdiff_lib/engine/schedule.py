@@ -11,6 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
+from typing import Protocol
 
 import torch
 
@@ -41,11 +43,25 @@ class Script:
         return sum(work.count for call in self.calls for work in call.work)
 
 
-def rehearse(solver: Solver, sigmas: torch.Tensor) -> list[Call]:
+class Foreseen(Protocol):
+    """A solver that is there only to be counted, as it knows its calls."""
+
+    name: str
+    #: As a Solver's.
+    sigmas: torch.Tensor
+
+    def calls(self, sigmas: torch.Tensor) -> list[Call]:
+        """See `rehearse`."""
+        ...
+
+
+def rehearse(solver: Solver | Foreseen, sigmas: torch.Tensor) -> list[Call]:
     """The calls `solver` makes of its model along `sigmas`; steps are counted from 0 at sigmas[0].
 
     Raises RuntimeError for a sampler that doesn't report its steps through the callback.
     """
+    if not hasattr(solver, "integrate"):
+        return solver.calls(sigmas)
     levels: list[float] = []
     firsts: dict[int, int] = {}  # step -> number of its first call
 
@@ -67,34 +83,61 @@ def rehearse(solver: Solver, sigmas: torch.Tensor) -> list[Call]:
     return calls
 
 
-def make_script(method: Method, solver: Solver, settings: Settings, timestep: Callable[[float], float], stage: Stage, *,
-                guidance: float, has_control: bool, stages: int = 1, from_noise: bool = False) -> Script:
-    """The script of a stage: where it starts, and what each call computes; `guidance` is the base pass's CFG scale.
+@dataclass(frozen=True)
+class Rehearsal:
+    """A stage's sampling before the method is asked: the same for all stages of a run that begin from a picture."""
 
-    With a tolerance, leading steps are left out where the skip residual erases what they do; the method may leave out
-    more. The tolerance is the finished picture's: each of its `stages` adds an error to what it enlarges, so it gets a
-    share. `from_noise`: there is no picture to enlarge, so nothing may be left out at the beginning.
+    #: Index of the first step that is computed, and the noise levels from there on.
+    start: int
+    sigmas: torch.Tensor
+    #: What the method decides by, for one of the stages.
+    outlook: Outlook
+    calls: Sequence[Call]
+
+    def script(self, method: Method, stage: Stage) -> Script:
+        """The script of one of the stages."""
+        calls = method.calls(self.calls, replace(self.outlook, stage=stage))
+        return Script(self.start, self.sigmas, tuple(calls))
+
+
+def rehearsal(solver: Solver | Foreseen, settings: Settings, timestep: Callable[[float], float], stage: Stage, *,
+              guidance: float, has_control: bool, stages: int = 1, from_noise: bool = False) -> Rehearsal:
+    """Where a stage starts, and what is known of its calls before the method is asked; `guidance` is the base pass's
+    CFG scale.
+
+    With a tolerance, leading steps are left out where the skip residual erases what they do. The tolerance is the
+    finished picture's: each of its `stages` adds an error to what it enlarges, so it gets a share. `from_noise`: there
+    is no picture to enlarge, so nothing may be left out at the beginning.
     """
     count, tolerance = len(solver.sigmas) - 1, settings.tolerance / stages
 
+    @cache
     def weights(sigma: float) -> tuple[float, float]:
         k = cosine_factor(timestep(sigma))
         return k, k ** settings.cosine_scale_1 if settings.skip_residual else 0.0
 
-    remains = carried([weights(float(sigma))[1] for sigma in solver.sigmas[:-1]])
+    levels = solver.sigmas.tolist()
+    remains = carried([weights(sigma)[1] for sigma in levels[:-1]])
     start = max(round(settings.start * count), _erased_steps(remains, tolerance / 3))
     start = 0 if from_noise else min(start, count - 1)
-    outlook = Outlook(stage, settings, solver.sigmas.tolist(), remains, tolerance, guidance)
+    outlook = Outlook(stage, settings, levels, remains, tolerance, guidance)
     steers = has_control and settings.uses_controlnet and settings.control_strength > 0
     calls = []
     for call in rehearse(solver, solver.sigmas[start:]):
         step = call.step + start
         k, c1 = weights(call.sigma)
-        calls.append(replace(
-            call, step=step, k=k, c1=c1,
-            control=steers and outlook.within(step, settings.control_start, settings.control_end),
-            guided=outlook.within(step, settings.guidance_start, settings.guidance_end)))
-    return Script(start, solver.sigmas[start:], tuple(method.calls(calls, outlook)))
+        calls.append(Call(step, call.trial, call.sigma, k, c1,
+                          control=steers and outlook.within(step, settings.control_start, settings.control_end),
+                          guided=outlook.within(step, settings.guidance_start, settings.guidance_end)))
+    return Rehearsal(start, solver.sigmas[start:], outlook, calls)
+
+
+def make_script(method: Method, solver: Solver | Foreseen, settings: Settings, timestep: Callable[[float], float],
+                stage: Stage, *, guidance: float, has_control: bool, stages: int = 1,
+                from_noise: bool = False) -> Script:
+    """The script of a stage: where it starts (see `rehearsal`), and what each call computes."""
+    return rehearsal(solver, settings, timestep, stage, guidance=guidance, has_control=has_control, stages=stages,
+                     from_noise=from_noise).script(method, stage)
 
 
 def carried(c1: Sequence[float]) -> list[float]:

@@ -59,6 +59,8 @@ def names(method: str) -> list[str]:
 def make(given: Mapping[str, Any] | None = None) -> Settings:
     """Settings from any subset of the options, by name; the method's and the preset's values fill in the rest.
 
+    An option that counts for nothing because of another (`Option.unless`) keeps its default.
+
     Raises InputError for an unknown name, one that the method does not have, a value out of range, or values that
     contradict each other.
     """
@@ -78,6 +80,8 @@ def make(given: Mapping[str, Any] | None = None) -> Settings:
         if name not in own:
             raise InputError(f"{name}: {method.name} has no such option; it has {', '.join(names(method.name))}")
     preset = PRESETS[parsed.get("preset", OPTIONS["preset"].default)]
+    chosen = {**preset, **method.values, **parsed}
+    parsed = {name: value for name, value in parsed.items() if not chosen.get(own[name].unless)}
     settings = method.settings(**{name: value for name, value in {**preset, **method.values, **parsed}.items()
                                   if name in own})
     settings.check()

@@ -1,4 +1,4 @@
-"""Records a UNet's cross-attention maps while it draws the base picture, without changing it (METHODS 1.2)."""
+"""Records a UNet's cross-attention maps in the base pass, without changing the picture (docs/methods.md, 2.3)."""
 
 from __future__ import annotations
 

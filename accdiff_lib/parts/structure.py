@@ -1,4 +1,4 @@
-"""The canny hint that carries the structure of one stage's picture into the next (METHODS 1.8)."""
+"""The canny hint that carries the structure of one stage's picture into the next (docs/methods.md, 2.4)."""
 
 from __future__ import annotations
 

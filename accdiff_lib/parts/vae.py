@@ -1,7 +1,7 @@
 """Tiled VAE decode and encode that equal the untiled ones for every tile size: no seams, no colour shift.
 
-All tiles go through the network in lock-step, one operation at a time, as in ScaleCrafter's SyncGN (METHODS.md,
-section 4.4). But every convolution sees its tile's true neighbours (a halo of one cell, cut off afterwards), every
+All tiles go through the network in lock-step, one operation at a time, as in ScaleCrafter's SyncGN (docs/methods.md,
+6). But every convolution sees its tile's true neighbours (a halo of one cell, cut off afterwards), every
 GroupNorm takes the statistics of the whole image, and the attention sees all of it, so nothing is approximated.
 
 Memory. The device holds one tile, and until the attention is done its keys and values: 2 c h w numbers at latent

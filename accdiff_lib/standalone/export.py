@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from accdiff_lib.standalone import names
-from accdiff_lib.standalone.names import Place
+from accdiff_lib.parts import weight_names as names
+from accdiff_lib.parts.weight_names import Place
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, ControlNetModel

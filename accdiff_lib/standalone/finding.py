@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from accdiff_lib.parts import weight_names as names
+from accdiff_lib.parts.checkpoint import Given, TensorFile, kind, tensor_file
 from accdiff_lib.parts.noise_levels import alphas_cumprod
-from accdiff_lib.standalone import names
-from accdiff_lib.standalone.checkpoint import Given, TensorFile, kind, tensor_file
-from accdiff_lib.standalone.names import Place
+from accdiff_lib.parts.weight_names import Place
 
 _ROOT = Path(__file__).resolve().parent.parent
 EMBEDDED = _ROOT / "embedded"

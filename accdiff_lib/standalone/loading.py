@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from accdiff_lib.parts.checkpoint import Given, fill
 from accdiff_lib.parts.noise_levels import alphas_cumprod
-from accdiff_lib.standalone.checkpoint import Given, fill
 from accdiff_lib.standalone.finding import EMBEDDED, ModelShape, Part, find, read_config
 
 if TYPE_CHECKING:

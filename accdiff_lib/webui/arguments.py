@@ -1,4 +1,4 @@
-"""What the panel or the API sends, as a job; and a job as generation parameters and back.
+"""What the panel or the API sends, as an enlargement; and an enlargement as generation parameters and back.
 
 Two forms of arguments:
 
@@ -7,6 +7,9 @@ Two forms of arguments:
   without "enabled" is enabled;
 * the panel's values by position, in the order of `POSITIONAL`. The order is part of the interface: names are only ever
   added at its end.
+
+An option that the chosen method does not have is refused in a dict, and counts for nothing where it comes unasked for:
+among the panel's values, on an axis, and where an axis has chosen the method.
 """
 
 from __future__ import annotations
@@ -17,8 +20,9 @@ from typing import Any
 
 from accdiff_lib import __version__
 from accdiff_lib.errors import InputError
-from accdiff_lib.settings import METHODS, OPTIONS, PRESETS, Option, Settings, from_infotext, make
-from accdiff_lib.settings import infotext as settings_infotext
+from accdiff_lib.methods import METHODS, OPTIONS, from_infotext, make, names
+from accdiff_lib.methods import infotext as settings_infotext
+from accdiff_lib.settings import PRESETS, Option, Settings
 
 #: The ControlNet model that stands for none.
 NONE = "None"
@@ -33,8 +37,8 @@ EXTRA: dict[str, Option] = {row.name: row for row in (
     Option("controlnet_model", "ControlNet model", "A canny ControlNet of the checkpoint's family, by its file name; "
            "None runs without.", NONE, "panel"))}
 
-#: The order of the panel's values. Never change it; add new names at the end.
-POSITIONAL: tuple[str, ...] = (
+#: The order of the panel's first values. Never change it.
+_FIRST: tuple[str, ...] = (
     "enabled", "controlnet_model",
     "method", "preset", "scale", "target_width", "target_height",
     "progressive", "stage_steps", "stage_sampler", "stage_scheduler", "start", "tolerance", "base_pass",
@@ -45,10 +49,13 @@ POSITIONAL: tuple[str, ...] = (
     "guidance_rescale", "window_batch", "vae_tile", "doubling", "overlap", "window_weights", "dilated_end",
     "guidance_start", "guidance_end", "border")
 
+#: The order of all the panel's values; a new method's own options come last.
+POSITIONAL: tuple[str, ...] = (*_FIRST, *(name for name in OPTIONS if name not in _FIRST))
+
 
 @dataclass(frozen=True)
-class Job:
-    """An enlargement that the user asked for."""
+class Enlargement:
+    """What the user asked for."""
 
     settings: Settings
     #: As in the panel's list of models; "None" runs without.
@@ -56,36 +63,46 @@ class Job:
 
 
 def parse(args: Sequence[Any], *, overrides: Mapping[str, Any] | None = None,
-          defaults: Mapping[str, Any] | None = None) -> Job | None:
-    """The job that a script's arguments describe; None when AccDiffusion is off.
+          defaults: Mapping[str, Any] | None = None) -> Enlargement | None:
+    """The enlargement that a script's arguments describe; None when AccDiffusion is off.
 
     `overrides` win over the arguments by name (the X/Y/Z axes). `defaults` are the settings page's, for names that a
     dict leaves out. Raises InputError naming the option, the value and what is allowed.
     """
-    values = _named(args)
-    for name in [*values, *(overrides or {})]:
+    overrides = overrides or {}
+    by_name = bool(args) and isinstance(args[0], Mapping)
+    values = _by_name(args[0]) if by_name else _by_position(args)
+    for name in [*values, *overrides]:
         if name not in POSITIONAL:
             raise InputError(f"{name}: there is no such option; the options are {', '.join(POSITIONAL)}")
-    if "enabled" in (overrides or {}):
-        values["enabled"] = (overrides or {})["enabled"]
-    if not EXTRA["enabled"].parse(values.pop("enabled", False)):
+    if not EXTRA["enabled"].parse(overrides.get("enabled", values.get("enabled", False))):
         return None
-    values = {**_page(values, defaults or {}), **_overridden(values, overrides or {})}
-    values.pop("enabled", None)
+    asked = set(values) if by_name and "method" not in overrides else set()
+    values = {**_page(values, defaults or {}), **_overridden(values, overrides)}
     model = EXTRA["controlnet_model"].parse(values.pop("controlnet_model", NONE)).strip() or NONE
-    return Job(make({name: exact(OPTIONS[name].parse(value)) for name, value in values.items()}), model)
+    own = names(_method(values))
+    return Enlargement(make({name: exact(OPTIONS[name].parse(value)) for name, value in values.items()
+                             if name in OPTIONS and (name in own or name in asked)}), model)
 
 
-def _named(args: Sequence[Any]) -> dict[str, Any]:
-    """The arguments by name; those that are None are left out."""
-    if args and isinstance(args[0], Mapping):
-        if not all(isinstance(name, str) for name in args[0]):
-            raise InputError(f"args: {args[0]!r} is not allowed; the keys are the options' names")
-        return {"enabled": True, **args[0]}
+def _by_name(given: Mapping[Any, Any]) -> dict[str, Any]:
+    """The API's dict."""
+    if not all(isinstance(name, str) for name in given):
+        raise InputError(f"args: {given!r} is not allowed; the keys are the options' names")
+    return {"enabled": True, **given}
+
+
+def _by_position(args: Sequence[Any]) -> dict[str, Any]:
+    """The panel's values by name; those that are None are left out."""
     if len(args) > len(POSITIONAL):
         raise InputError(f"args: {len(args)} values are not allowed; it takes one dict, or at most {len(POSITIONAL)} "
                          f"values in the order {', '.join(POSITIONAL)}")
     return {name: value for name, value in zip(POSITIONAL, args, strict=False) if value is not None}
+
+
+def _method(values: Mapping[str, Any]) -> str:
+    """The name of the method among values."""
+    return str(OPTIONS["method"].parse(values.get("method", OPTIONS["method"].default)))
 
 
 def _page(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -99,16 +116,17 @@ def _overridden(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict
     result = {**values, **{name: overrides[name] for name in ("method", "preset") if name in overrides}}
     for name in ("preset", "method"):
         if name in overrides:
-            result.update(picked(name, result.get("method", OPTIONS["method"].default),
-                                 result.get("preset", OPTIONS["preset"].default)))
+            result.update(picked(name, _method(result), result.get("preset", OPTIONS["preset"].default)))
     return {**result, **overrides}
 
 
 def picked(which: str, method: Any, preset: Any) -> dict[str, Any]:
-    """The values that controls take when a method or a preset (`which`) is picked: those that any of its kind sets."""
+    """The values that controls take when a method or a preset (`which`) is picked: those that any of its kind sets, as
+    far as the method has them."""
     plain = make({"method": method, "preset": preset})
-    names = {name for values in {"method": METHODS, "preset": PRESETS}[which].values() for name in values}
-    return {name: getattr(plain, name) for name in OPTIONS if name in names}
+    kinds = [each.values for each in METHODS.values()] if which == "method" else list(PRESETS.values())
+    set_by_any = {name for kind in kinds for name in kind}
+    return {name: getattr(plain, name) for name in names(plain.method) if name in set_by_any}
 
 
 def exact(value: Any) -> Any:
@@ -116,26 +134,26 @@ def exact(value: Any) -> Any:
     return float(f"{value:.10g}") if isinstance(value, float) else value
 
 
-def infotext(job: Job) -> dict[str, str]:
+def infotext(asked: Enlargement) -> dict[str, str]:
     """Keys and values for the generation parameters of a picture; `restored` reads them back."""
-    values = {VERSION_KEY: __version__, **settings_infotext(job.settings)}
-    if job.settings.uses_controlnet and job.controlnet != NONE:
-        values[CONTROLNET_KEY] = job.controlnet
+    values = {VERSION_KEY: __version__, **settings_infotext(asked.settings)}
+    if asked.settings.uses_controlnet and asked.controlnet != NONE:
+        values[CONTROLNET_KEY] = asked.controlnet
     return values
 
 
-def restored(parameters: Mapping[str, str]) -> Job | None:
-    """The job a picture was made with, from its generation parameters; None if without AccDiffusion."""
+def restored(parameters: Mapping[str, str]) -> Enlargement | None:
+    """The enlargement that made a picture, from its generation parameters; None if without AccDiffusion."""
     if VERSION_KEY not in parameters:
         return None
-    return Job(from_infotext(parameters), parameters.get(CONTROLNET_KEY, NONE))
+    return Enlargement(from_infotext(parameters), parameters.get(CONTROLNET_KEY, NONE))
 
 
-def stamped(parameters: Mapping[str, Any], job: Job | None) -> dict[str, Any]:
-    """The generation parameters of a `p` with the job's, and without those of another job.
+def stamped(parameters: Mapping[str, Any], asked: Enlargement | None) -> dict[str, Any]:
+    """The generation parameters of a `p` with the enlargement's, and without those of another one.
 
     A cell of an X/Y/Z grid begins with the parameters of the cell before it, in the same dict.
     """
     ours = {VERSION_KEY, CONTROLNET_KEY, *(option.infotext for option in OPTIONS.values())}
     kept = {key: value for key, value in parameters.items() if key not in ours}
-    return kept if job is None else {**kept, **infotext(job)}
+    return kept if asked is None else {**kept, **infotext(asked)}

@@ -17,7 +17,7 @@ def shape() -> tuple[int, int] | None:
     model: Any = sd_models.model_data.sd_model  # `shared.sd_model` would begin to load one
     if model is None or type(model).__name__ == "FakeInitialModel":  # Forge's placeholder
         return None
-    return webui_host.current().native_window(model), (SDXL if getattr(model, "is_sdxl", False) else SD15)[1]
+    return webui_host.current().native(model), (SDXL if getattr(model, "is_sdxl", False) else SD15)[1]
 
 
 def for_size(width: int, height: int) -> tuple[int, int]:

@@ -2,13 +2,13 @@
 
 The counts come from the engine's own plan and script (plan.py, cost.py). They need the noise levels and the model calls
 of a sampler, which are formulas for the usual ones; others count as one call a step on the "Normal" schedule, so for
-those the numbers are estimates. javascript/accdiff.js has the same formulas and is tested against these.
+those the numbers are estimates.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,20 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from accdiff_lib.engine.cost import PartCost, estimate
+from accdiff_lib.engine.cost import Part, estimate
+from accdiff_lib.engine.method import Call, Work
 from accdiff_lib.engine.plan import CELL, Plan, make_plan
+from accdiff_lib.methods import of
 from accdiff_lib.parts.noise_levels import NoiseLevels, alphas_cumprod
-from accdiff_lib.settings import SAME, Settings
+from accdiff_lib.settings import Settings
 
 #: What one ControlNet evaluation costs, as a part of a UNet evaluation of the same size (SDXL and SD1.5).
 CONTROLNET_COST = 0.4
 
 _LEVELS = NoiseLevels(alphas_cumprod({}))
-
-#: The schedule that the WebUI's "Automatic" takes for a sampler; all others have "Normal".
-_AUTOMATIC = {"dpm++ 2m": "karras", "dpm++ sde": "karras", "dpm++ 2s a": "karras", "dpm2": "karras", "dpm2 a": "karras",
-              "restart": "karras", "dpm++ 2m sde": "exponential", "dpm++ 2m sde heun": "exponential",
-              "dpm++ 3m sde": "exponential"}
 
 
 def timestep(sigma: float) -> float:
@@ -37,11 +34,9 @@ def timestep(sigma: float) -> float:
     return _LEVELS.timestep(sigma)
 
 
-def noise_levels(scheduler: str, sampler: str, steps: int) -> Tensor:
+def noise_levels(scheduler: str, steps: int) -> Tensor:
     """Noise levels [steps + 1] of a schedule by its name in the WebUI; "Normal" for one that is not known here."""
     name = scheduler.lower()
-    if name == "automatic":
-        name = _AUTOMATIC.get(sampler.lower(), "normal")
     low, high = _LEVELS.sigma_min, _LEVELS.sigma_max
     if name == "karras":
         levels = np.linspace(high ** (1 / 7), low ** (1 / 7), steps) ** 7
@@ -60,27 +55,21 @@ def noise_levels(scheduler: str, sampler: str, steps: int) -> Tensor:
 
 
 class Outline:
-    """A sampler's model calls without the sampler: a base.Solver for counting only."""
-
-    stochastic = False
+    """A sampler without the sampler: for counting its model calls (engine.schedule.Foreseen)."""
 
     def __init__(self, sampler: str, scheduler: str, steps: int) -> None:
         self.name = sampler
-        self.sigmas = noise_levels(scheduler, sampler, steps)
-        self.noise_scale = float(self.sigmas[0])
+        self.sigmas = noise_levels(scheduler, steps)
         self._trial = _TRIALS.get(sampler.lower())
 
-    def integrate(self, model: Callable[..., Tensor], x: Tensor, sigmas: Tensor, seed: int,
-                  callback: Callable[[Mapping[str, Any]], None] | None = None) -> Tensor:
-        """Calls `model` at the noise levels the sampler would; the result means nothing."""
-        levels = [float(sigma) for sigma in sigmas]
+    def calls(self, sigmas: Tensor) -> list[Call]:
+        """The calls that the sampler makes along `sigmas`."""
+        levels, found = sigmas.tolist(), []
         for step, (sigma, following) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
-            model(x, torch.tensor([sigma]))
-            if callback:
-                callback({"i": step})
+            found.append(Call(step, 0, sigma))
             if self._trial and following > 0:
-                model(x, torch.tensor([self._trial(sigma, following)]))
-        return x
+                found.append(Call(step, 1, float(np.float32(self._trial(sigma, following)))))
+        return found
 
 
 def _ancestral(sigma: float, following: float) -> float:
@@ -108,8 +97,10 @@ class Generation:
     base: tuple[int, int]
     steps: int = 20
     cfg: float = 7.0
+    #: Of the base pass, and of the stages with their schedule.
     sampler: str = "Euler"
-    scheduler: str = "Automatic"
+    stage_sampler: str = "Euler"
+    stage_scheduler: str = "Normal"
     #: Side of the model's own latent in cells, and the multiple its sides must have.
     native: int = 128
     multiple: int = 1
@@ -123,55 +114,66 @@ class Cost:
     """The plan of one picture and its cost by parts."""
 
     plan: Plan
-    parts: tuple[PartCost, ...]
+    parts: tuple[Part, ...]
     #: In base pictures of the same steps and CFG scale.
     relative: float
 
     @property
-    def model_calls(self) -> int:
-        """Latents the UNet evaluates, CFG's two as one."""
-        return sum(part.windows + part.views for part in self.parts)
+    def latents(self) -> int:
+        """Latents evaluated, CFG's two as one."""
+        return sum(part.latents for part in self.parts)
 
 
 def cost(settings: Settings, given: Generation) -> Cost:
     """The plan and cost of one picture. Raises InputError where the sizes cannot be."""
     plan = make_plan(given.base, settings, native=given.native, multiple=given.multiple)
-    sampler = given.sampler if settings.stage_sampler == SAME else settings.stage_sampler
-    scheduler = given.scheduler if settings.stage_scheduler == SAME else settings.stage_scheduler
-    solver = Outline(given.sampler, given.scheduler, given.steps)
-    stage_solver = Outline(sampler, scheduler, settings.stage_steps or given.steps)
-    parts = estimate(plan, settings, solver=solver, stage_solver=stage_solver, timestep=timestep, guidance=given.cfg,
-                     has_control=given.has_control, from_image=given.from_image)
-    calls = given.steps * 2 - 1 if given.sampler.lower() in _TRIALS else given.steps
-    whole = calls * (1 if given.cfg == 1 else 2) * plan.base[0] * plan.base[1]
-    return Cost(plan, tuple(parts), sum(_work(part, plan) for part in parts) / whole)
+    solver = Outline(given.sampler, "Normal", given.steps)  # of the base pass, only the number of its calls counts
+    stage_solver = Outline(given.stage_sampler, given.stage_scheduler, settings.stage_steps or given.steps)
+    parts = estimate(of(settings), plan, settings, base_solver=solver, stage_solver=stage_solver, timestep=timestep,
+                     guidance=given.cfg, has_control=given.has_control, from_image=given.from_image)
+    whole = len(solver.calls(solver.sigmas)) * (1 if given.cfg == 1 else 2) * plan.base[0] * plan.base[1]
+    return Cost(plan, tuple(parts), sum(map(cells, parts)) / whole)
 
 
-def _work(part: PartCost, plan: Plan) -> float:
-    """The cells that go through the UNet, those through the ControlNet weighted."""
-    if part.stage is None:
-        return part.unet * plan.base[0] * plan.base[1]
-    window = math.prod(part.stage.window)
-    return part.priced(window=window, control=CONTROLNET_COST * window, view=math.prod(part.stage.view_size))
+def cells(part: Part) -> float:
+    """The cells that go through the UNet in a part of the run, those through the ControlNet weighted."""
+    def price(work: Work) -> tuple[float, float]:
+        return work.height * work.width, CONTROLNET_COST * work.height * work.width
+
+    return part.priced(price)
+
+
+def line(result: Cost) -> str:
+    """What a user wants to know first: "9 windows + 4 dilated views a step, 237 latents evaluated, ..."."""
+    stages = [part for part in result.parts if part.stage]
+    if not stages:
+        return "the base picture's size, so there is nothing to enlarge"
+    at_once = " + ".join(f"{work.count} {work.name}{'' if work.count == 1 else 's'}" for work in stages[-1].at_most)
+    way = f"{len(stages)} stages, the last with " if len(stages) > 1 else ""
+    relative = f"{result.relative:.1f}" if result.relative < 10 else f"{result.relative:.0f}"
+    return f"{way}{at_once} per step, {result.latents} latents evaluated, about {relative} x a base image"
 
 
 def as_json(result: Cost, batch: int = 1) -> dict[str, Any]:
     """The answer of the API: counts of the parts are for one picture, the totals for `batch` of them."""
     height, width = (CELL * side for side in result.plan.base)
-    parts = []
-    for part in result.parts:
-        stage = part.stage
-        parts.append({
-            "name": part.name, "width": part.pixels[1], "height": part.pixels[0], "steps": part.steps,
-            "calls": part.calls,
-            "windows": stage.window_count if stage and part.windows else 0,
-            "views": stage.views if stage and part.views else 0,
-            "window_calls": part.windows if stage else 0, "view_calls": part.views,
-            "model_calls": part.windows + part.views, "unet": part.unet, "controlnet": part.controlnet})
     return {
         "base": {"width": width, "height": height},
         "target": {"width": result.plan.pixels[1], "height": result.plan.pixels[0]},
-        "batch": batch, "parts": parts, "model_calls": batch * result.model_calls,
+        "size": f"{result.plan.pixels[1]}x{result.plan.pixels[0]}",
+        "batch": batch, "parts": [_part(part) for part in result.parts], "latents": batch * result.latents,
         "unet": batch * sum(part.unet for part in result.parts),
         "controlnet": batch * sum(part.controlnet for part in result.parts),
         "relative_cost": round(result.relative, 2)}
+
+
+def _part(part: Part) -> dict[str, Any]:
+    work = []
+    for most in part.at_most:
+        alike = [kind for kind in part.work if kind.name == most.name]
+        work.append({"name": most.name, "count": most.count, "width": CELL * most.width, "height": CELL * most.height,
+                     "latents": sum(kind.count for kind in alike), "unet": sum(kind.unet for kind in alike),
+                     "controlnet": sum(kind.controlnet for kind in alike)})
+    return {"name": part.name, "width": part.pixels[1], "height": part.pixels[0], "steps": part.steps,
+            "calls": part.calls, "latents": part.latents, "unet": part.unet, "controlnet": part.controlnet,
+            "work": work}

@@ -21,21 +21,26 @@ from torch import Tensor
 from accdiff_lib import seeds
 from accdiff_lib.engine.cost import estimate
 from accdiff_lib.engine.extrapolate import Extrapolation, Request, Result
-from accdiff_lib.engine.host import Picture
+from accdiff_lib.engine.host import Given, GivenImage, GivenLatent, Picture
 from accdiff_lib.engine.plan import make_plan
 from accdiff_lib.errors import InputError
+from accdiff_lib.methods import of
 from accdiff_lib.parts.attention import map_size
-from accdiff_lib.settings import OPTIONS, SAME, Settings, make
+from accdiff_lib.settings import SAME
 from accdiff_lib.webui import controlnets, hires
-from accdiff_lib.webui.arguments import Job, parse, stamped
+from accdiff_lib.webui.arguments import Enlargement, parse, stamped
 from accdiff_lib.webui.extras import Extras
 from accdiff_lib.webui.hosts import webui as webui_host
-from accdiff_lib.webui.hosts.samplers import own_schedule, stage_solver
+from accdiff_lib.webui.hosts.samplers import stage_solver
 from accdiff_lib.webui.hosts.text import final_prompt, is_composed
+from accdiff_lib.webui.outline import cells
 from accdiff_lib.webui.ui import options_page, xyz
 from accdiff_lib.webui.ui.progress import WebUIProgress
 
 RUN_ATTRIBUTE = "_accdiffusion_run"
+
+#: The settings that give every part of the picture the whole prompt, for a method that records attention.
+WHOLE_PROMPT: dict[str, Any] = {"window_prompts": False}
 
 
 def process(_script: Any, p: Any, args: Sequence[Any]) -> None:
@@ -43,14 +48,14 @@ def process(_script: Any, p: Any, args: Sequence[Any]) -> None:
     if _is_inner(p):
         return
     error = None
-    job = None
+    asked = None
     try:
-        job = parse(args, overrides=xyz.overrides(p), defaults=options_page.defaults())
+        asked = parse(args, overrides=xyz.overrides(p), defaults=options_page.defaults())
     except InputError as wrong:
         error = wrong
-    p.extra_generation_params = stamped(p.extra_generation_params, job)
-    if job is not None or error is not None:
-        setattr(p, RUN_ATTRIBUTE, Run(p, job, error))
+    p.extra_generation_params = stamped(p.extra_generation_params, asked)
+    if asked is not None or error is not None:
+        setattr(p, RUN_ATTRIBUTE, Run(p, asked, error))
 
 
 def process_batch(_script: Any, p: Any, _args: Sequence[Any], **_: Any) -> None:
@@ -77,8 +82,8 @@ def _is_inner(p: Any) -> bool:
 class Run:
     """One generation: all its batches."""
 
-    def __init__(self, p: Any, job: Job | None, error: InputError | None) -> None:
-        self._p, self._job, self._error = p, job, error
+    def __init__(self, p: Any, asked: Enlargement | None, error: InputError | None) -> None:
+        self._p, self._asked, self._error = p, asked, error
         self._find = cache(controlnets.find)  # a file that goes away after the first batch is loaded already
         self.extras = Extras(p)
 
@@ -109,14 +114,14 @@ class Run:
     def _sample(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._error is not None:
             raise self._error
-        assert self._job is not None
-        batch = Batch(self._p, self._job, self._find, self.extras)
+        assert self._asked is not None
+        batch = Batch(self._p, self._asked, self._find, self.extras)
         with torch.no_grad():
             return batch.sample(lambda: original(*args, **kwargs), kwargs)
 
 
 def _forget_conds(p: Any) -> None:
-    """Empties the WebUI's caches: a ControlNet extension may have marked what lies in them (HOSTS.md)."""
+    """Empties the WebUI's caches: a ControlNet extension may have marked what lies in them."""
     for name in ("cached_c", "cached_uc", "cached_hr_c", "cached_hr_uc"):
         cache = getattr(p, name, None)
         if cache is not None:
@@ -126,23 +131,25 @@ def _forget_conds(p: Any) -> None:
 class Batch:
     """One call of `p.sample`: the pictures of a batch."""
 
-    def __init__(self, p: Any, job: Job, find: Callable[[str], Path | None], extras: Extras) -> None:
+    def __init__(self, p: Any, asked: Enlargement, find: Callable[[str], Path | None], extras: Extras) -> None:
         """`find` is controlnets.find. Finds out everything that can be wrong. Raises InputError."""
         self._p, self._extras = p, extras
         self._from_image = getattr(p, "init_latent", None) is not None
         self._hires = not self._from_image and bool(getattr(p, "enable_hr", False))
         self._session = webui_host.current().session(p, hires=self._hires)
-        self._settings = _settings(p, job.settings, hires_ticked=self._hires, from_image=self._from_image)
+        self._settings = hires.driven(p, asked.settings, ticked=self._hires, from_image=self._from_image)
         if getattr(p, "image_mask", None) is not None:
             raise InputError("AccDiffusion: inpainting is not possible; use it without a mask")
         deepest, levels = self._session.halvings
         self._plan = make_plan((p.height, p.width), self._settings, native=self._session.native,
                                multiple=2 ** levels)
-        name, scheduler = _stage_sampler(p, self._settings, self._hires)
+        for note in self._settings.notes:
+            p.comment(f"AccDiffusion: {note}")
+        name, scheduler = hires.stage_sampler(p, self._settings, ticked=self._hires)
         self._solver = stage_solver(p, name, scheduler, self._settings.stage_steps or p.steps,
                                     chosen=self._settings.stage_sampler != SAME)
         self._map_size = map_size(*self._plan.base, deepest)
-        path = find(job.controlnet) if self._settings.uses_controlnet else None
+        path = find(asked.controlnet) if self._settings.uses_controlnet else None
         if path is not None:
             self._session.load_controlnet(path)
         self._prompts: list[tuple[str, str]] = []
@@ -158,27 +165,27 @@ class Batch:
             with self._session.attached():
                 first_job = self._begin_jobs()
                 self._prompts = self._final_prompts(given["prompts"])
-                images, base, maps = self._base(original)
-                if shared.state.interrupted:
-                    return original() if base is None else base  # the WebUI's sampler stops at once
+                base = self._base(original)
+                if shared.state.interrupted:  # the WebUI's sampler stops at once
+                    return base.latent if isinstance(base, GivenLatent) else original()
                 with self._session.stages(given):
-                    results = [self._extrapolate(index, first_job, images, base, maps)
-                               for index in range(len(given["seeds"]))]
+                    results = [self._extrapolate(index, first_job, base) for index in range(len(given["seeds"]))]
         finally:
             p.sampler = None
         return self._decoded([result.pictures[-1] for result in results])
 
-    def _base(self, original: Callable[[], Any]) -> tuple[Any, Any, Any]:
-        """A given picture, or the base latents [B, C, h, w] with their maps [B, rows, columns, tokens]; None each."""
+    def _base(self, original: Callable[[], Any]) -> Given | None:
+        """What the batch starts from: one picture for all, or latents [B, C, h, w] and maps [B, rows, columns, tokens].
+        """
         p = self._p
         if self._from_image:
-            return None, p.init_latent, None
+            return GivenLatent(p.init_latent)
         if self._hires and getattr(p, "firstpass_image", None) is not None:  # the WebUI's button under the gallery
-            return np.asarray(p.firstpass_image.convert("RGB")), None, None
+            return GivenImage(np.asarray(p.firstpass_image.convert("RGB")))
         settings = self._settings
         if not settings.base_pass:
-            return None, None, None
-        record = settings.uses_window_prompts and bool(self._plan.stages) and self._same_prompts()
+            return None
+        record = settings.records_attention and bool(self._plan.stages) and self._same_prompts()
         before = getattr(p, "enable_hr", None)
         with self._session.base(self._map_size, record=record) as recorder:
             try:
@@ -188,7 +195,7 @@ class Batch:
             finally:
                 if before is not None:
                     p.enable_hr = before
-        return None, latents, recorder.maps if record and recorder.recorded else None
+        return GivenLatent(latents, recorder.maps if record and recorder.recorded else None)
 
     def _same_prompts(self) -> bool:
         """Whether the base pass sees the prompts whose words the windows get, from its first step to its last."""
@@ -206,23 +213,20 @@ class Batch:
 
     # --- the stages --------------------------------------------------------------------------------------------
 
-    def _extrapolate(self, index: int, first_job: int, images: Any, base: Any, maps: Any) -> Result:
+    def _extrapolate(self, index: int, first_job: int, base: Given | None) -> Result:
         from modules import shared
 
         p, plan, settings = self._p, self._plan, self._settings
         prompt, negative = self._prompts[index]
-        if is_composed(prompt) and settings.uses_window_prompts:
+        if is_composed(prompt) and settings.records_attention:
             p.comment("AccDiffusion: the prompt has parts joined by AND, so all windows get the whole of it")
-            settings = replace(settings, window_prompts=False)
+            settings = replace(settings, **WHOLE_PROMPT)
         shared.state.job_no = first_job + index * sum(self._jobs)
         progress = WebUIProgress(p, self._jobs, lambda picture: self._extras.keep(index, picture, plan))
         host = self._session.host(prompt=prompt, negative=negative, size=plan.pixels, solver=self._solver,
                                   progress=progress, vae_tile=settings.vae_tile)
-        sampled = None
-        if base is not None:
-            sampled = base[index:index + 1].float(), None if maps is None else maps[index]
-        request = Request(prompt, self._seed(index), self._session.guidance, settings, plan, image=images, base=sampled,
-                          intermediate=self._extras.wants_stages)
+        request = Request(prompt, self._seed(index), self._session.guidance, of(settings), settings, plan,
+                          intermediate=self._extras.wants_stages, given=_of_picture(base, index))
         with host.attached():
             result = Extrapolation(host, settings.window_batch).run(request)
         shared.state.skipped = False  # the next picture of the batch may still be wanted
@@ -242,12 +246,11 @@ class Batch:
         from modules import shared
 
         p, state = self._p, shared.state
-        parts = estimate(self._plan, self._settings, solver=self._solver, stage_solver=self._solver,
-                         timestep=self._session.timestep, guidance=self._session.guidance,
+        parts = estimate(of(self._settings), self._plan, self._settings, base_solver=self._solver,
+                         stage_solver=self._solver, timestep=self._session.timestep, guidance=self._session.guidance,
                          has_control=self._session.has_control, from_image=True)
-        work = [part.unet * part.stage.window[0] * part.stage.window[1] for part in parts if part.stage]
         base = 2 * p.steps * self._plan.base[0] * self._plan.base[1]
-        self._jobs = [max(1, round(each / base)) for each in work]
+        self._jobs = [max(1, round(cells(part) / base)) for part in parts if part.stage]
         of_batch = 1 + len(p.seeds) * sum(self._jobs)
         state.job_count = p.n_iter * of_batch
         state.job_no = p.iteration * of_batch
@@ -268,31 +271,17 @@ class Batch:
         return samples
 
 
+def _of_picture(base: Given | None, index: int) -> Given | None:
+    """What the batch's picture `index` starts from."""
+    if isinstance(base, GivenLatent):
+        maps = None if base.maps is None else base.maps[index]
+        return GivenLatent(base.latent[index:index + 1].float(), maps)
+    return base
+
+
 def _as_sample(image: np.ndarray, height: int, width: int) -> Tensor:
     """A picture as the WebUI wants it, [3, H, W] in -1..1; a half is added where it will cut off fractions."""
     if image.shape[:2] != (height, width):
         image = cv2.resize(image, (width, height), interpolation=cv2.INTER_LANCZOS4)
     return (torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).float() + 0.5) / 127.5 - 1
 
-
-def _settings(p: Any, settings: Settings, *, hires_ticked: bool, from_image: bool) -> Settings:
-    """The job's settings, with what a ticked Hires. fix or img2img's denoising strength says instead."""
-    if hires_ticked:
-        values = hires.values(p.width, p.height, scale=p.hr_scale, resize_x=p.hr_resize_x, resize_y=p.hr_resize_y,
-                              steps=p.hr_second_pass_steps or p.steps, denoising=p.denoising_strength)
-        settings = replace(settings, **values)
-    elif from_image and settings.start == OPTIONS["start"].default:
-        settings = replace(settings, start=min(max(0.0, round(1 - p.denoising_strength, 4)), 0.95))
-    return make({name: getattr(settings, name) for name in OPTIONS})
-
-
-def _stage_sampler(p: Any, settings: Settings, hires_ticked: bool) -> tuple[str, str]:
-    """Names of the stages' sampler and schedule: the panel's, Hires. fix's, or the base pass's."""
-    sampler, scheduler = settings.stage_sampler, settings.stage_scheduler
-    if sampler == SAME:
-        sampler = (hires_ticked and p.hr_sampler_name) or p.sampler_name
-    if scheduler == SAME:
-        scheduler = (hires_ticked and p.hr_scheduler) or p.scheduler or "Automatic"
-        if scheduler == p.scheduler:
-            scheduler = own_schedule(p.sampler_name, scheduler)
-    return sampler, scheduler

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from accdiff_lib.errors import InputError
-from accdiff_lib.settings import OPTIONS
+from accdiff_lib.methods import OPTIONS
 from accdiff_lib.standalone.loading import describe
 from accdiff_lib.standalone.samplers import find_sampler, find_scheduler
 from testbed.quality import report
@@ -75,7 +75,7 @@ def prepare(options: argparse.Namespace, form: Form) -> tuple[Setup, list[Block]
     dtype = options.dtype or ("float16" if device.startswith("cuda") else "float32")
     setup = Setup(
         options.model, options.controlnet, device, dtype,
-        describe(options.model, controlnet=options.controlnet).sample_size, options.steps or form.steps,
+        describe(options.model, controlnet=options.controlnet).native, options.steps or form.steps,
         find_sampler(options.sampler or form.sampler).name, find_scheduler(options.scheduler or form.scheduler),
         options.cfg, options.seed_base, dict(changes(options.set)), options.out)
     blocks = [replace(block, scenes=options.scenes or block.scenes,

@@ -12,9 +12,10 @@ from torch import Tensor
 from accdiff_lib.engine.extrapolate import Extrapolation, Request
 from accdiff_lib.engine.host import Host
 from accdiff_lib.errors import InputError
+from accdiff_lib.methods import make
 from accdiff_lib.parts.prompts import Word
 from accdiff_lib.parts.window_prompts import WordMask
-from accdiff_lib.settings import Settings, make
+from accdiff_lib.settings import Settings
 from testbed.captions import word_targets
 from testbed.scenes import FULL, VISIBLE, Scene, masks
 

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import fft
 
-from accdiff_lib.engine.plan import CELL, Window
+from accdiff_lib.engine.plan import CELL
+from accdiff_lib.parts.windows import Window
 from testbed.counting import MIN_AREA, Found, find, iou, match, painted, wanted
 from testbed.scenes import Scene
 

@@ -11,9 +11,12 @@ import torch
 from PIL import Image
 
 from accdiff_lib.engine.extrapolate import Extrapolation, Request, Result
-from accdiff_lib.engine.host import Picture
-from accdiff_lib.engine.plan import Plan, Window, make_plan
-from accdiff_lib.settings import SAME, Settings, make
+from accdiff_lib.engine.host import GivenImage, Picture
+from accdiff_lib.engine.plan import Plan, make_plan
+from accdiff_lib.methods import make, of
+from accdiff_lib.methods.fused import FusedSettings, grid_of
+from accdiff_lib.parts.windows import Window
+from accdiff_lib.settings import SAME, Settings
 from accdiff_lib.standalone.host import StandaloneHost
 from accdiff_lib.standalone.loading import load
 from testbed.captions import plain_caption
@@ -107,8 +110,7 @@ class Painter:
         assert image is not None
         if not result.explanation.stages:  # whole, or moved at every step: no border stays where it is
             return image, base, self._nominal(task)
-        stage, prompts = result.explanation.stages[-1]
-        return image, base, _in_picture(prompts.windows, stage.padding)
+        return image, base, result.explanation.stages[-1][1].on_canvas
 
     def _base(self, task: Task, world: Scene) -> np.ndarray:
         """The sampled picture that all contenders with a base enlarge."""
@@ -121,16 +123,18 @@ class Painter:
     def _run(self, extrapolation: Extrapolation, task: Task, world: Scene, settings: Settings,
              given: np.ndarray | None) -> Result:
         given = given if settings.base_pass else None
-        return extrapolation.run(Request(plain_caption(world), task.scene, self.setup.cfg, settings,
-                                         self._plan(settings), image=given))
+        return extrapolation.run(Request(plain_caption(world), task.scene, self.setup.cfg, of(settings), settings,
+                                         self._plan(settings), given=None if given is None else GivenImage(given)))
 
     def _plan(self, settings: Settings) -> Plan:
         return make_plan((self.setup.side, self.setup.side), settings, native=self.setup.native)
 
     def _nominal(self, task: Task) -> tuple[Window, ...]:
         """The regular grid of windows of the default settings."""
-        stage = self._plan(make({"scale": task.scale})).stages[-1]
-        return _in_picture(stage.windows(None), stage.padding)
+        settings = make({"scale": task.scale})
+        assert isinstance(settings, FusedSettings)
+        grid = grid_of(self._plan(settings).stages[-1], settings)
+        return tuple(window.moved(-grid.padding, -grid.padding) for window in grid.windows(None))
 
     def _host(self, task: Task, world: Scene, progress: Silent) -> StandaloneHost:
         setup = self.setup
@@ -141,9 +145,3 @@ class Painter:
                               sampler=setup.sampler, scheduler=setup.scheduler, steps=setup.steps,
                               stage_sampler=sampler, stage_scheduler=scheduler, stage_steps=settings.stage_steps,
                               vae_tile=settings.vae_tile, device=setup.device, dtype=self.dtype)
-
-
-def _in_picture(windows: tuple[Window, ...], padding: int) -> tuple[Window, ...]:
-    """Windows of the padded canvas in the coordinates of the picture."""
-    return tuple(Window(window.top - padding, window.left - padding, window.height, window.width)
-                 for window in windows)

@@ -21,8 +21,8 @@ from accdiff_lib.command import arguments, docs
 from accdiff_lib.command import run as cli
 from accdiff_lib.command.files import Folder, read_image
 from accdiff_lib.command.report import Terminal
+from accdiff_lib.methods import OPTIONS, from_infotext, make
 from accdiff_lib.parts import infotext
-from accdiff_lib.settings import OPTIONS, from_infotext, make
 from accdiff_lib.standalone import loading
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -249,7 +249,7 @@ def test_a_run(capsys, models):
     out, err = capsys.readouterr()
     lines = out.splitlines()
     assert [line.split()[:2] for line in lines[:3]] == [["base", "128x128"], ["stage", "2x"], ["stage", "3x"]]
-    assert "9 windows + 4 dilated views" in lines[1] and "model calls" in lines[1] and lines[1].endswith(" s")
+    assert "9 windows + 4 dilated views" in lines[1] and "evaluations" in lines[1] and lines[1].endswith(" s")
     assert lines[3:] == ["wrote base.png, stage-2x.png, final.png, explain.png in out/"]
     assert "latent/s" in err and "Traceback" not in err
     sizes = {"base": 128, "stage-2x": 256, "final": 384}

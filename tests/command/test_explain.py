@@ -12,11 +12,13 @@ from PIL import Image
 
 from accdiff_lib import explain
 from accdiff_lib.engine.extrapolate import Explanation
-from accdiff_lib.engine.plan import Window, make_plan
+from accdiff_lib.engine.plan import make_plan
 from accdiff_lib.explain import COLOURS, COLUMN, EMPTY, PAGE, TEXT, entries, font, sheet, window_box, wrap
+from accdiff_lib.methods import make
+from accdiff_lib.methods.fused import grid_of
 from accdiff_lib.parts.prompts import Word
 from accdiff_lib.parts.window_prompts import WindowPrompts, WordMask
-from accdiff_lib.settings import make
+from accdiff_lib.parts.windows import Window
 
 RNG = np.random.default_rng(0)
 
@@ -31,8 +33,10 @@ def explanation(scale, words, prompt="a cat and a corgi", **options):
     plan = make_plan((256, 256), make({"scale": scale, "progressive": False, **options}), native=32)
     stages = []
     for stage in plan.stages:
-        windows = stage.windows(random.Random(1))
-        stages.append((stage, WindowPrompts(windows, tuple(f"{prompt} {n}" for n in range(len(windows))))))
+        own = grid_of(stage, make(options))
+        windows = own.windows(random.Random(1))
+        prompts = tuple(f"{prompt} {n}" for n in range(len(windows)))
+        stages.append((stage, WindowPrompts(windows, prompts, own.padding)))
     return Explanation(words, stages)
 
 
@@ -40,7 +44,7 @@ def test_rectangles_lie_where_the_windows_are():
     plan = make_plan((256, 256), make({"scale": 2, "jitter": False}), native=32)
     stage = plan.stages[0]
     picture = Image.new("RGB", (640, 640), "white")
-    windows = stage.windows(None)
+    windows = grid_of(stage, make({"jitter": False})).windows(None)
     explain.draw_windows(picture, stage, windows)
     pixels = np.asarray(picture)
     # 9 windows of half the canvas's side, half of that apart. The last one covers all others where it has edges.
@@ -55,10 +59,11 @@ def test_rectangles_lie_where_the_windows_are():
 
 def test_windows_are_cut_to_the_canvas():
     stage = make_plan((256, 256), make({"scale": 2}), native=32).stages[0]
-    edge = stage.padding
+    edge = grid_of(stage, make()).padding
     assert edge > 0
-    assert window_box(Window(0, 0, 32, 32), stage, (640, 640)) == (0, 0, (32 - edge) * 10 - 1, (32 - edge) * 10 - 1)
-    right = Window(2 * edge + 32, 2 * edge + 32, 32, 32)
+    last = (32 - edge) * 10 - 1
+    assert window_box(Window(-edge, -edge, 32, 32), stage, (640, 640)) == (0, 0, last, last)
+    right = Window(edge + 32, edge + 32, 32, 32)
     assert window_box(right, stage, (640, 640)) == ((edge + 32) * 10, (edge + 32) * 10, 639, 639)
 
 
@@ -123,7 +128,8 @@ def test_the_part_of_the_base_that_the_canvas_shows():
 def test_shapes_of_base_pictures(shape):
     plan = make_plan(shape, make({"scale": 2}), native=32)
     stage = plan.stages[0]
-    windows = stage.windows(random.Random(1))
+    own = grid_of(stage, make())
+    windows = own.windows(random.Random(1))
     found = Explanation(some_words(3, (shape[0] // 32, shape[1] // 32)),
-                        [(stage, WindowPrompts(windows, ("a cat",) * len(windows)))])
+                        [(stage, WindowPrompts(windows, ("a cat",) * len(windows), own.padding))])
     assert sheet(np.zeros((*shape, 3), np.uint8), found).shape[1] == PAGE

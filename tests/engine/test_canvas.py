@@ -9,12 +9,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from accdiff_lib.engine.canvas import Canvas, Scene, join_views, match_statistics, split_views
-from accdiff_lib.engine.plan import Window, make_plan
+from accdiff_lib.engine.canvas import Canvas, StageInputs, match_statistics
+from accdiff_lib.engine.plan import make_plan
 from accdiff_lib.engine.schedule import make_script
 from accdiff_lib.engine.spread import Batcher
 from accdiff_lib.errors import Interrupted, OutOfMemory, Skipped
-from accdiff_lib.settings import make
+from accdiff_lib.methods import make, of
+from accdiff_lib.methods.fused_canvas import FusedPredictor
+from accdiff_lib.parts.views import join_views, split_views
+from accdiff_lib.parts.windows import Window
 from accdiff_lib.standalone.samplers import solver
 from tests.engine.test_schedule import LEVELS
 from tests.silent import SilentProgress
@@ -31,12 +34,12 @@ class Toy:
         self.batches: list[int] = []
         self.origins: list[tuple[int, int]] = []
 
-    def rows_that_fit(self, height, width):
+    def latents_that_fit(self, height, width):
         return self.fits
 
-    def denoise(self, x, sigma, rows):
+    def denoise(self, x, sigma, conditioning):
         self.batches.append(len(x))
-        self.origins += rows.origins
+        self.origins += conditioning.origins
         if len(x) > self.fits:
             raise RuntimeError("CUDA out of memory. Tried to allocate a lot")
         return torch.tanh(x) * 0.5
@@ -52,16 +55,24 @@ def test_views_split_and_join(dilation, height, width):
         assert torch.equal(view, x[0, :, row::dilation, column::dilation])
 
 
+class Resting(FusedPredictor):
+    """Its windows are not moved."""
+
+    def windows(self, step):
+        return self.grid.windows(None)
+
+
 def made_canvas(host, *, settings=None, size=(96, 80), scale=2, seed=1, batch=0):
     settings = settings or make({"tolerance": 0})
-    stage = make_plan((size[0] * 8 // scale, size[1] * 8 // scale), make({"scale": scale}), native=32).stages[-1]
+    plan = make_plan((size[0] * 8 // scale, size[1] * 8 // scale), make({"scale": scale}), native=32)
+    stage = plan.stages[-1]
     made = solver("Euler", "Leading", 4, LEVELS)
-    script = make_script(made, settings, LEVELS.timestep, has_control=False, views=stage.views)
-    windows = stage.windows(None)
+    script = make_script(of(settings), made, settings, LEVELS.timestep, stage, guidance=7.5, has_control=False)
     noise = torch.randn(1, 4, *size, generator=torch.Generator().manual_seed(0))
-    scene = Scene(torch.zeros(1, 4, *size), noise, "text", lambda step: windows,
-                  lambda step: ["text"] * len(windows), stage.pixels, 7.5, seed)
-    return Canvas(host, stage, script, settings, scene, Batcher(host, batch)), made, scene, script
+    scene = StageInputs(plan, stage, torch.zeros(1, 4, *size), noise, "a ball", lambda prompts: list(prompts), 7.5,
+                        seed)
+    predictor = Resting(host, scene, settings, Batcher(host, batch))
+    return Canvas(host, script, settings, scene, predictor), made, scene, script
 
 
 def sample(host, **kwargs):
@@ -74,10 +85,10 @@ def test_a_canvas_on_the_cpu_gives_the_model_its_parts_on_the_device():
     class Elsewhere(Toy):
         device = torch.device("meta")
 
-        def denoise(self, x, sigma, rows):
-            given = [x, sigma] if rows.hint is None else [x, sigma, rows.hint]
+        def denoise(self, x, sigma, conditioning):
+            given = [x, sigma, conditioning.all_hints] if conditioning.steered else [x, sigma]
             assert {tensor.device.type for tensor in given} == {"meta"}
-            self.hints += rows.hint is not None
+            self.hints += conditioning.steered
             return torch.zeros(x.shape)
 
     host = Elsewhere()
@@ -85,7 +96,7 @@ def test_a_canvas_on_the_cpu_gives_the_model_its_parts_on_the_device():
     canvas, made, scene, script = made_canvas(host)
     scene.hint = torch.zeros(1, 1, 8 * 96, 8 * 80)
     canvas.script = replace(script, calls=tuple(replace(call, control=True) for call in script.calls))
-    canvas._calls = iter(enumerate(canvas.script.calls))
+    canvas._calls = iter(canvas.script.calls)
     result = made.integrate(canvas, scene.trajectory(float(script.sigmas[0])), script.sigmas, 0)
     assert result.device.type == "cpu" and result.shape == (1, 4, 96, 80)
     assert host.hints == 4 * 3  # twenty windows in batches of eight at each step
@@ -96,14 +107,14 @@ def test_the_interaction_is_a_permutation_at_every_position(views, seed):
     scale = int(views ** 0.5)
     canvas, _, _, script = made_canvas(Toy(), scale=scale, size=(16 * scale, 16 * scale), seed=seed)
     cells = torch.empty(views, 4, 16, 16)
-    drawn = canvas.interaction(script.calls[0], 0, cells)
+    drawn = canvas.predictor.interaction(script.calls[0], cells)
     assert torch.equal(drawn.sort(dim=0).values, torch.arange(views)[:, None, None, None].expand_as(cells))
     values = torch.randn(cells.shape)
     back = torch.empty_like(values).scatter_(0, drawn, values.gather(0, drawn))
     assert torch.equal(back, values)
-    other = canvas.interaction(script.calls[1], 1, cells)
+    other = canvas.predictor.interaction(script.calls[1], cells)
     assert not torch.equal(drawn, other), "every step draws anew"
-    assert torch.equal(drawn, canvas.interaction(script.calls[0], 0, cells)), "by seed and step alone"
+    assert torch.equal(drawn, canvas.predictor.interaction(script.calls[0], cells)), "by seed and step alone"
 
 
 @given(mean=st.floats(-3, 3), std=st.floats(0.1, 5))
@@ -127,13 +138,14 @@ def test_the_batch_changes_only_the_batches():
 def test_cosine_weights_fade_one_window_into_the_next():
     """Each window has a value of its own: uniform weights leave steps where a window begins, cosine ones do not."""
     class Numbered(Toy):
-        def denoise(self, x, sigma, rows):
-            return torch.stack([torch.full_like(one, left) for one, (_, left) in zip(x, rows.origins, strict=True)])
+        def denoise(self, x, sigma, conditioning):
+            return torch.stack([torch.full_like(one, left) for one, (_, left) in zip(
+                x, conditioning.origins, strict=True)])
 
     def steps(weights):
         values = make({"window_weights": weights, "dilated": False, "tolerance": 0})
         canvas, _, _, script = made_canvas(Numbered(), settings=values, size=(64, 64))
-        row = canvas.local_pass(torch.zeros(1, 4, 64, 64), script.sigmas[0], script.calls[0])[0, 0, 30]
+        row = canvas.predictor.local_pass(torch.zeros(1, 4, 64, 64), script.sigmas[0], script.calls[0])[0, 0, 30]
         return row, row.diff().abs().max()
 
     (uniform, jump), (cosine, slope) = steps("uniform"), steps("cosine")
@@ -146,13 +158,14 @@ def test_cosine_weights_fade_one_window_into_the_next():
 def test_what_windows_see_beyond_the_border(border):
     """Cells and the pixels of the hint alike: the canvas mirrored at its outermost cells, or zeros."""
     canvas, _, _, _ = made_canvas(Toy(), settings=make({"border": border}), size=(64, 64))
-    edge = canvas.stage.padding
+    edge = canvas.predictor.grid.padding
     window = Window(0, 0, 32, 32)  # the outermost corner: begins `edge` cells above and left of the canvas
     cells = torch.arange(64 * 64).reshape(1, 1, 64, 64).float() + 1
     pixels = torch.rand(1, 1, 512, 512)
     assert edge > 0
-    seen = canvas._pad(cells, [window])[..., window.rows, window.columns]
-    crop = canvas._hint_crops(pixels, [window], torch.device("cpu"))
+    seen = canvas.predictor._pad(cells, [window])[..., window.rows, window.columns]
+    canvas.inputs.hint = pixels
+    crop = canvas.predictor._hints([window])([0])
     assert crop.shape == (1, 3, 256, 256) and torch.equal(crop[:, 0], crop[:, 2])
     inside = (..., slice(edge, 32), slice(edge, 32))
     assert torch.equal(seen[inside], cells[..., :32 - edge, :32 - edge])
@@ -166,9 +179,9 @@ def test_what_windows_see_beyond_the_border(border):
 
 def test_calls_without_cfg():
     class Guided(Toy):
-        def denoise(self, x, sigma, rows):
-            found.append(rows.guidance)
-            return super().denoise(x, sigma, rows)
+        def denoise(self, x, sigma, conditioning):
+            found.append(conditioning.guidance)
+            return super().denoise(x, sigma, conditioning)
 
     found: list[float] = []
     sample(Guided(), settings=make({"tolerance": 0, "guidance_start": 0.25, "guidance_end": 0.75, "local_guidance": 5}))
@@ -184,7 +197,7 @@ def test_out_of_memory_with_one_window_is_told():
 
 def test_errors_of_the_model_are_not_taken_for_memory():
     class Broken(Toy):
-        def denoise(self, x, sigma, rows):
+        def denoise(self, x, sigma, conditioning):
             raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     with pytest.raises(RuntimeError, match="mat1"):
@@ -194,10 +207,10 @@ def test_errors_of_the_model_are_not_taken_for_memory():
 @pytest.mark.parametrize(("flag", "error"), [("interrupted", Interrupted), ("skipped", Skipped)])
 def test_stops_within_one_batch(flag, error):
     class Watched(Toy):
-        def denoise(self, x, sigma, rows):
+        def denoise(self, x, sigma, conditioning):
             if len(self.batches) == 5:
                 setattr(self.progress, flag, True)
-            return super().denoise(x, sigma, rows)
+            return super().denoise(x, sigma, conditioning)
 
     host = Watched(fits=2)
     with pytest.raises(error):
@@ -231,7 +244,7 @@ def test_progress_counts_every_latent():
     host = Toy()
     canvas, made, scene, script = made_canvas(host)
     made.integrate(canvas, scene.trajectory(float(script.sigmas[0])), script.sigmas, 0)
-    assert host.progress.rows == script.rows(canvas.stage) == sum(host.batches)
+    assert host.progress.latents == script.latents == sum(host.batches)
     assert host.progress.previews == 4
 
 
@@ -240,7 +253,7 @@ def test_progress_counts_every_latent():
 def test_the_skip_residual_keeps_the_noise_at_its_level(sampler):
     """With a picture of nothing, all of x is noise; a mix of two independent noises would have less of it."""
     class Nothing(Toy):
-        def denoise(self, x, sigma, rows):
+        def denoise(self, x, sigma, conditioning):
             return torch.zeros_like(x)
 
     levels: dict[int, float] = {}
@@ -258,8 +271,8 @@ def test_the_skip_residual_keeps_the_noise_at_its_level(sampler):
     made = solver(sampler, "Karras", 12, LEVELS)
     canvas, _, scene, _ = made_canvas(Nothing())
     settings = make({"tolerance": 0, "gaussian": False})
-    script = make_script(made, settings, LEVELS.timestep, has_control=False, views=4)
-    canvas = Watched(canvas.host, canvas.stage, script, settings, scene, canvas.batcher)
+    script = make_script(of(settings), made, settings, LEVELS.timestep, scene.stage, guidance=7.5, has_control=False)
+    canvas = Watched(canvas.host, script, settings, scene, Resting(canvas.host, scene, settings, Batcher(canvas.host)))
     canvas.run(made, seed=3)
     assert sorted(levels) == list(range(12))
     assert all(level == pytest.approx(1, abs=0.04) for level in levels.values()), levels

@@ -14,10 +14,11 @@ import torch
 
 from accdiff_lib.engine import cost
 from accdiff_lib.engine.extrapolate import Extrapolation, Request, Result
+from accdiff_lib.engine.host import GivenImage
 from accdiff_lib.engine.plan import make_plan
 from accdiff_lib.engine.schedule import make_script
 from accdiff_lib.errors import Interrupted, OutOfMemory
-from accdiff_lib.settings import METHODS, OPTIONS, make
+from accdiff_lib.methods import METHODS, OPTIONS, make, of
 from accdiff_lib.standalone.host import StandaloneHost
 from accdiff_lib.standalone.loading import Models, load
 from accdiff_lib.standalone.samplers import SAMPLERS, SCHEDULERS
@@ -39,12 +40,12 @@ class Watched(StandaloneHost):
     calls = 0
     batches: tuple[int, ...] = ()
 
-    def denoise(self, x, sigma, rows):
+    def denoise(self, x, sigma, conditioning):
         self.calls += 1
         self.batches = (*self.batches, len(x))
         if self.watch:
             self.watch(self.calls)
-        return super().denoise(x, sigma, rows)
+        return super().denoise(x, sigma, conditioning)
 
 
 def make_host(models, *, sampler="Euler", scheduler="Leading", steps=3, prompt=PROMPT, negative="blurry", cls=Watched):
@@ -55,8 +56,8 @@ def make_host(models, *, sampler="Euler", scheduler="Leading", steps=3, prompt=P
 def request(host, values=None, *, seed=5, base=(128, 128), guidance=5.0, prompt=PROMPT, **kwargs) -> Request:
     # Windows of half the native size make a stage of nine windows from a small, fast base picture.
     settings = make({"scale": 2, "tolerance": 0, "window": 16, **(values or {})})
-    plan = make_plan(base, settings, native=host.window, multiple=host.multiple)
-    return Request(prompt, seed, guidance, settings, plan, **kwargs)
+    plan = make_plan(base, settings, native=host.native, multiple=host.multiple)
+    return Request(prompt, seed, guidance, of(settings), settings, plan, **kwargs)
 
 
 def run(models, values=None, *, watch=None, **kwargs) -> tuple[Result, Watched]:
@@ -66,6 +67,12 @@ def run(models, values=None, *, watch=None, **kwargs) -> tuple[Result, Watched]:
     host.watch = watch
     wanted = request(host, values, **kwargs)
     return Extrapolation(host, wanted.settings.window_batch).run(wanted), host
+
+
+def estimate(wanted: Request, host: StandaloneHost) -> list[cost.Part]:
+    return cost.estimate(wanted.method, wanted.plan, wanted.settings, base_solver=host.base_solver,
+                         stage_solver=host.stage_solver, timestep=host.timestep, guidance=wanted.guidance,
+                         has_control=host.has_control)
 
 
 def latent(result: Result) -> torch.Tensor:
@@ -109,7 +116,7 @@ def test_out_of_memory_does_not_change_the_picture(models):
 
 @pytest.mark.parametrize("sampler", ["Euler", "DPM++ 2M", "DPM++ SDE"])
 def test_what_is_left_out_by_default_changes_the_picture_by_less_than_a_thousandth(models, sampler):
-    """The default tolerance against the full computation, with the paper's 50 steps (METHODS 7)."""
+    """The default tolerance against the full computation, with the paper's 50 steps."""
     full, host = run(models, {"tolerance": 0}, sampler=sampler, steps=50)
     default, saving = run(models, {"tolerance": OPTIONS["tolerance"].default}, sampler=sampler, steps=50)
     assert sum(saving.batches) < 0.85 * sum(host.batches)
@@ -124,11 +131,9 @@ def test_methods_differ_and_count_what_the_plan_says(models):
         result, host = run(models, {"method": method})
         assert result.stopped == "" and torch.isfinite(latent(result)).all()
         assert result.pictures[-1].image.shape == (256, 256, 3)
-        estimated = cost.estimate(request(host, {"method": method}).plan, make({"method": method, "tolerance": 0}),
-                                  solver=host.solver, stage_solver=host.stage_solver, timestep=host.timestep,
-                                  guidance=5.0, has_control=host.has_control)
-        assert sum(part.windows + part.views for part in estimated) == sum(host.batches) == host.progress.rows
-        assert [part.windows + part.views for part in estimated] == [picture.rows for picture in result.pictures]
+        estimated = estimate(request(host, {"method": method}), host)
+        assert sum(part.latents for part in estimated) == sum(host.batches) == host.progress.latents
+        assert [part.latents for part in estimated] == [picture.latents for picture in result.pictures]
         results[method] = latent(result)
     names = list(results)
     for number, name in enumerate(names):
@@ -140,12 +145,12 @@ def test_stages_share_the_tolerance_as_the_plan_says(models):
     values = {"scale": 3, "tolerance": 0.1, "window_prompts": False, "controlnet": False}
     result, host = run(models, values, steps=6)
     wanted = request(host, values)
-    estimated = cost.estimate(wanted.plan, wanted.settings, solver=host.solver, stage_solver=host.stage_solver,
-                              timestep=host.timestep, guidance=5.0, has_control=host.has_control)
-    assert [part.windows + part.views for part in estimated] == [picture.rows for picture in result.pictures]
+    estimated = estimate(wanted, host)
+    assert [part.latents for part in estimated] == [picture.latents for picture in result.pictures]
     whole = replace(wanted.settings, tolerance=0.05)
-    alone = make_script(host.stage_solver, whole, host.timestep, has_control=False, views=4)
-    assert result.pictures[1].rows == alone.rows(wanted.plan.stages[0])
+    alone = make_script(wanted.method, host.stage_solver, whole, host.timestep, wanted.plan.stages[0], guidance=5.0,
+                        has_control=False)
+    assert result.pictures[1].latents == alone.latents
 
 
 def test_the_cost_of_parts_of_the_steps(models):
@@ -160,10 +165,9 @@ def test_the_cost_of_parts_of_the_steps(models):
         Extrapolation(host).run(wanted)
     finally:
         handle.remove()
-    estimated = cost.estimate(wanted.plan, wanted.settings, solver=host.solver, stage_solver=host.stage_solver,
-                              timestep=host.timestep, guidance=5.0, has_control=host.has_control)
+    estimated = estimate(wanted, host)
     assert sum(part.unet for part in estimated) == sum(counted)
-    assert estimated[-1].windows < estimated[-1].unet < 2 * (estimated[-1].windows + estimated[-1].views)
+    assert estimated[-1].latents < estimated[-1].unet < 2 * estimated[-1].latents
 
 
 @pytest.mark.parametrize("switch", ["progressive", "skip_residual", "window_prompts", "controlnet", "dilated",
@@ -182,7 +186,7 @@ def test_every_ablation_has_an_effect(models, switch):
 def test_every_sampler_drives_the_canvas(models, sampler):
     result, host = run(models, sampler=sampler, scheduler="Karras", steps=4)
     assert torch.isfinite(latent(result)).all()
-    assert sum(host.batches) == sum(picture.rows for picture in result.pictures)
+    assert sum(host.batches) == sum(picture.latents for picture in result.pictures)
     anchor, final = result.pictures[0].latent, latent(result)
     assert float(final.mean()) == pytest.approx(float(anchor.mean()), abs=1e-4)
     assert float(final.std()) == pytest.approx(float(anchor.std()), rel=1e-4)
@@ -209,13 +213,13 @@ def test_any_shape_and_scale(models, base, values, size):
     assert result.pictures[-1].image.shape == (*size, 3)
 
 
-def test_cfg_1_evaluates_no_unconditional_rows(models):
-    rows: list[int] = []
-    handle = models.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+def test_cfg_1_evaluates_no_unconditional_halves(models):
+    batches: list[int] = []
+    handle = models.unet.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
     result, host = run(models, guidance=1.0)
     handle.remove()
     assert torch.isfinite(latent(result)).all()
-    assert sum(rows) == sum(host.batches)
+    assert sum(batches) == sum(host.batches)
 
 
 def test_guidance_of_each_pass_is_its_own(models):
@@ -247,9 +251,9 @@ def test_long_prompts_keep_their_words(models):
 def test_an_existing_picture_is_enlarged(models):
     image = np.zeros((128, 192, 3), np.uint8)
     image[32:96, 48:144] = (200, 40, 30)
-    result, host = run(models, base=(128, 192), image=image, steps=3)
+    result, host = run(models, base=(128, 192), given=GivenImage(image), steps=3)
     assert result.pictures[-1].image.shape == (256, 384, 3)
-    assert result.explanation.words and result.pictures[0].rows == 1
+    assert result.explanation.words and result.pictures[0].latents == 1
     assert host.calls > 1
     assert_same(result.pictures[0].latent, host.encode_image(image), 1e-6)
 

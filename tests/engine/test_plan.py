@@ -9,11 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from accdiff_lib.engine.plan import Stage, base_size, make_plan, scales, starts
+from accdiff_lib.engine.plan import Stage, base_size, make_plan, scales
 from accdiff_lib.errors import InputError
-from accdiff_lib.settings import make
+from accdiff_lib.methods import make
+from accdiff_lib.methods.fused import grid_of
+from accdiff_lib.parts.windows import starts
 
 sides = st.integers(8, 200)
+
+
+def grids(plan, **values):
+    return [grid_of(stage, make(values)) for stage in plan.stages]
 
 
 @given(height=sides, width=sides, window=st.integers(8, 128), stride=st.integers(1, 128), multiple=st.sampled_from(
@@ -26,7 +32,8 @@ def test_windows_cover_every_cell(height, width, window, stride, multiple, jitte
     assert plan.stages == ()
     stride, padding = min(stride, window), (window - min(stride, window)) // 4 if jitter else 0
     fitted = tuple(min(window, -(-side // multiple) * multiple) for side in (height, width))
-    stage = Stage(1, 2, height, width, fitted, stride, padding, 2, multiple)
+    stage = grid_of(Stage(1, 2, height, width, window, (height, width), multiple), make(values))
+    assert (stage.window, stage.stride, stage.padding) == (fitted, stride, padding)
     count = np.zeros((height + 2 * padding + multiple, width + 2 * padding + multiple), int)
     windows = stage.windows(random.Random(seed) if jitter else None)
     for each in windows:
@@ -64,7 +71,7 @@ def test_doubling(target, expected):
 def test_an_overlap_is_a_stride():
     def windows(**values):
         plan = make_plan((1024, 1024), make({"scale": 4, **values}), native=128)
-        return [stage.window_count for stage in plan.stages]
+        return [grid.window_count for grid in grids(plan, **values)]
 
     assert windows(overlap=0.25) == windows(stride=96) == [9, 16, 25]
     assert windows(overlap=0) == windows(stride=128) == [4, 9, 16]
@@ -72,13 +79,13 @@ def test_an_overlap_is_a_stride():
 
 
 def test_the_papers_stages():
-    """4096 x 4096 with SDXL: the windows and views of METHODS 7."""
+    """4096 x 4096 with SDXL: the paper's windows and views."""
     plan = make_plan((1024, 1024), make({"scale": 4}), native=128)
     assert [(stage.height, stage.width) for stage in plan.stages] == [(256, 256), (384, 384), (512, 512)]
-    assert [(stage.window_count, stage.views) for stage in plan.stages] == [(9, 4), (25, 9), (49, 16)]
-    assert [(stage.stride, stage.padding) for stage in plan.stages] == [(64, 16)] * 3
+    assert [(grid.window_count, grid.views) for grid in grids(plan)] == [(9, 4), (25, 9), (49, 16)]
+    assert [(grid.stride, grid.padding) for grid in grids(plan)] == [(64, 16)] * 3
     wide = make_plan((768, 1024), make({"scale": 4}), native=128)
-    assert [stage.window_count for stage in wide.stages] == [6, 20, 35]
+    assert [grid.window_count for grid in grids(wide)] == [6, 20, 35]
 
 
 @given(base=st.tuples(st.integers(8, 40), st.integers(8, 40)), scale=st.floats(1, 8))
@@ -89,9 +96,9 @@ def test_any_scale_gives_the_size_it_says(base, scale):
     if plan.stages:
         assert result == (round(height * scale / 8) * 8, round(width * scale / 8) * 8)
         assert [stage.scale for stage in plan.stages] == sorted(stage.scale for stage in plan.stages)
-    for stage in plan.stages:
+    for stage in grids(plan):
         views = stage.view_size
-        assert views[0] * stage.dilation >= stage.height
+        assert views[0] * stage.dilation >= stage.stage.height
         assert views[0] <= 1.2 * plan.coherent[0] + 1 and views[1] <= 1.2 * plan.coherent[1] + 1
 
 
@@ -121,7 +128,7 @@ def test_the_base_of_a_target_has_its_shape():
 def test_a_large_picture_is_seen_in_views_of_native_area():
     plan = make_plan((2048, 2048), make({"scale": 2}), native=128)
     assert plan.coherent == (128, 128)
-    assert plan.stages[0].dilation == 4
+    assert grids(plan)[0].dilation == 4
 
 
 @pytest.mark.parametrize(("base", "values", "named"), [

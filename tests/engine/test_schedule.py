@@ -7,21 +7,24 @@ import math
 import pytest
 import torch
 
+from accdiff_lib.engine.plan import Stage
 from accdiff_lib.engine.schedule import carried, make_script, rehearse
+from accdiff_lib.methods import METHODS, make
 from accdiff_lib.parts.noise_levels import NoiseLevels
-from accdiff_lib.settings import make
 from accdiff_lib.standalone.samplers import SAMPLERS, SCHEDULERS, solver
 
 ALPHAS = torch.cumprod(1 - torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2, 0)
 LEVELS = NoiseLevels(ALPHAS)
+#: 2x of a native size of 32 cells: nine windows, four views.
+STAGE = Stage(1, 2, 64, 64, 32, (32, 32))
 
 #: Model calls of a step, and of the last step (to sigma 0), by k-diffusion's source.
 TWICE = ("Heun", "DPM2", "DPM2 a", "DPM++ 2S a", "DPM++ SDE")
 
 
-def script(sampler="Euler", scheduler="Leading", steps=50, views=4, has_control=True, stages=1, **values):
-    return make_script(solver(sampler, scheduler, steps, LEVELS), make(values), LEVELS.timestep,
-                       has_control=has_control, views=views, stages=stages)
+def script(sampler="Euler", scheduler="Leading", steps=50, has_control=True, stages=1, **values):
+    return make_script(METHODS["accdiffusion-v2"], solver(sampler, scheduler, steps, LEVELS), make(values),
+                       LEVELS.timestep, STAGE, guidance=7.5, has_control=has_control, stages=stages)
 
 
 @pytest.mark.parametrize("sampler", list(SAMPLERS))
@@ -58,11 +61,11 @@ def test_a_sampler_that_reports_no_steps_is_refused():
 
 
 def test_the_papers_run_at_the_default_tolerance():
-    """METHODS 7: start at 10 of 50, no windows while next to nothing of them remains, no dilated pass from 46 on."""
+    """Start at 10 of 50, no windows while next to nothing of them remains, no dilated pass from 46 on."""
     calls = script(tolerance=1e-3).calls
     assert calls[0].step == 10
-    assert [call.step for call in calls if not call.dilated] == [46, 47, 48, 49]
-    assert [call.step for call in calls if not call.local] == [10, 11, 12]
+    assert [call.step for call in calls if not call.method.dilated] == [46, 47, 48, 49]
+    assert [call.step for call in calls if not call.method.local] == [10, 11, 12]
 
 
 def test_each_stage_gets_a_share_of_the_tolerance():
@@ -75,7 +78,7 @@ def test_each_stage_gets_a_share_of_the_tolerance():
 def test_tolerance_zero_computes_everything():
     made = script(tolerance=0)
     assert len(made.calls) == 50
-    assert all(call.local and call.dilated and call.control for call in made.calls)
+    assert all(call.method.local and call.method.dilated and call.control for call in made.calls)
 
 
 def test_without_a_skip_residual_no_step_is_left_out():
@@ -85,13 +88,13 @@ def test_without_a_skip_residual_no_step_is_left_out():
 
 
 def test_one_pass_alone_has_all_the_weight():
-    assert {call.c2 for call in script(windows=False, window_prompts=False, controlnet=False).calls} == {1.0}
+    assert {call.method.c2 for call in script(windows=False, window_prompts=False, controlnet=False).calls} == {1.0}
     only_local = script(dilated=False).calls
-    assert {(call.c2, call.local, call.dilated) for call in only_local} == {(0.0, True, False)}
+    assert {(call.method.c2, call.method.local, call.method.dilated) for call in only_local} == {(0.0, True, False)}
 
 
 def test_the_controls_part_of_the_steps_goes_by_both_edges():
-    """METHODS 5.8: of 5 steps 0.2..0.7 are the steps 1 and 2."""
+    """Of 5 steps 0.2..0.7 are the steps 1 and 2."""
     calls = script(steps=5, tolerance=0, control_start=0.2, control_end=0.7).calls
     assert [call.step for call in calls if call.control] == [1, 2]
     assert not any(call.control for call in script(control_strength=0).calls)
@@ -102,7 +105,7 @@ def test_the_controls_part_of_the_steps_goes_by_both_edges():
 def test_carried_is_the_product_of_what_follows():
     c1 = [0.9, 0.5, 0.1]
     assert carried(c1) == pytest.approx([0.1 * 0.5 * 0.9, 0.5 * 0.9, 0.9, 1.0])
-    # METHODS 8, the carry column of 50 steps.
+    # Computed by hand for 50 steps.
     weights = [call.c1 for call in script(tolerance=0).calls]
     assert carried(weights)[10] == pytest.approx(2.13e-4, rel=0.01)
     assert math.isclose(carried(weights)[25], 0.620, rel_tol=0.01)
@@ -112,14 +115,15 @@ def test_a_stage_without_a_picture_to_enlarge_begins_in_pure_noise():
     """`--method multidiffusion --preset fast`: low noise levels do not make a picture from noise."""
     settings = make({"method": "multidiffusion", "preset": "fast"})
     made = solver("DPM++ 2M", "Karras", 10, LEVELS)
-    assert make_script(made, settings, LEVELS.timestep, has_control=False, views=4, from_noise=True).start == 0
-    assert make_script(made, settings, LEVELS.timestep, has_control=False, views=4).start == 4
+    given = METHODS["multidiffusion"], made, settings, LEVELS.timestep, STAGE
+    assert make_script(*given, guidance=7.5, has_control=False, from_noise=True).start == 0
+    assert make_script(*given, guidance=7.5, has_control=False).start == 4
 
 
 def test_the_dilated_pass_and_cfg_have_their_parts_of_the_steps():
     calls = script(steps=10, tolerance=0, dilated_end=0.7, guidance_start=0.2, guidance_end=0.8).calls
-    assert [call.step for call in calls if call.dilated] == list(range(7))
+    assert [call.step for call in calls if call.method.dilated] == list(range(7))
     assert [call.step for call in calls if call.guided] == list(range(2, 8))
-    assert all(call.local for call in script(steps=10, dilated_end=0).calls)  # windows are not negligible then
+    assert all(call.method.local for call in script(steps=10, dilated_end=0).calls)  # windows are not negligible then
     alone = script(steps=10, windows=False, window_prompts=False, controlnet=False, dilated_end=0).calls
-    assert all(call.dilated for call in alone)
+    assert all(call.method.dilated for call in alone)

@@ -1,4 +1,4 @@
-"""Step by step the same numbers as the recorded reference runs (METHODS.md 9): every case folder at hand."""
+"""Step by step the same numbers as the recorded reference runs: every case folder at hand."""
 
 from __future__ import annotations
 
@@ -10,19 +10,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from accdiff_lib.engine.canvas import Canvas, Scene, match_statistics
-from accdiff_lib.engine.host import Rows, Text
-from accdiff_lib.engine.plan import CELL, Stage, Window, make_plan
+from accdiff_lib.engine.canvas import Canvas, StageInputs, match_statistics
+from accdiff_lib.engine.host import Conditioning, Text
+from accdiff_lib.engine.plan import CELL, Plan, Stage, make_plan
 from accdiff_lib.engine.schedule import Call, make_script
 from accdiff_lib.engine.spread import Batcher
+from accdiff_lib.methods import of
+from accdiff_lib.methods.fused import FusedSettings, Grid, grid_of
+from accdiff_lib.methods.fused_canvas import FusedPredictor
 from accdiff_lib.parts.attention import AttentionRecorder, map_size
 from accdiff_lib.parts.prompts import Word
 from accdiff_lib.parts.structure import hint
 from accdiff_lib.parts.window_prompts import WordMask, token_mask, window_prompts
-from accdiff_lib.settings import Settings
+from accdiff_lib.parts.windows import Window
 from tests.golden import Case, GoldenHost, case_folders, folder, host
 
-#: Relative to the largest magnitude; METHODS.md 9.
+#: Relative to the largest magnitude.
 STEP_TOLERANCE = 1e-5
 
 CASES = [Case(path) for path in case_folders()]
@@ -47,34 +50,52 @@ def test_all_golden_cases_are_at_hand():
 class RecordedCanvas(Canvas):
     """The product's canvas, with the recorded permutations, fills and a log of each step's parts."""
 
-    def __init__(self, case: Case, scale: int, *args) -> None:
+    def __init__(self, *args) -> None:
         super().__init__(*args)
-        self.case, self.scale = case, scale
         self.log: list[dict[str, Tensor]] = []
+        self.predictor.log = self.log
 
     def __call__(self, x: Tensor, sigma: Tensor, **kwargs) -> Tensor:
         self.log.append({"in_latents": x.clone(), "x": x})
         denoised = super().__call__(x, sigma, **kwargs)
         self.log[-1]["after_skip"] = x.clone()
-        self.log[-1]["fused"] = self.stepped(x, denoised, len(self.log) - 1)
+        self.log[-1]["fused"] = stepped(x, denoised, self.script.sigmas, len(self.log) - 1)
         return denoised
+
+
+def stepped(x: Tensor, denoised: Tensor, sigmas: Tensor, step: int) -> Tensor:
+    """The reference keeps stepped latents: the Euler step of a prediction."""
+    return x + (x - denoised) / sigmas[step] * (sigmas[step + 1] - sigmas[step])
+
+
+class RecordedPredictor(FusedPredictor):
+    """The product's predictor, with the recorded windows, prompts, permutations and fills."""
+
+    def __init__(self, case: Case, scale: int, sigmas: Tensor, grid: Grid, *args) -> None:
+        super().__init__(*args)
+        self.case, self.scale, self.sigmas, self.grid = case, scale, sigmas, grid
+        self.log: list[dict[str, Tensor]] = []
+        self._recorded = recorded_windows(case, scale, case.manifest["steps"])
+        prompts = recorded_prompts(case, scale)
+        self._texts = self.inputs.encode(prompts) if prompts and self.settings.window_prompts else []
+
+    def windows(self, step: int) -> Sequence[Window]:
+        return self._recorded[step]
+
+    def texts(self, step: int) -> Sequence[Text]:
+        return self._texts or [self.text] * len(self._recorded[step])
 
     def local_pass(self, x: Tensor, sigma: Tensor, call: Call) -> Tensor:
         denoised = super().local_pass(x, sigma, call)
-        self.log[-1]["local"] = self.stepped(x, denoised, call.step)
+        self.log[-1]["local"] = stepped(x, denoised, self.sigmas, call.step)
         return denoised
 
-    def dilated_pass(self, x: Tensor, sigma: Tensor, call: Call, number: int) -> Tensor:
-        denoised = super().dilated_pass(x, sigma, call, number)
-        self.log[-1]["global"] = self.stepped(x, denoised, call.step)
+    def dilated_pass(self, x: Tensor, sigma: Tensor, call: Call) -> Tensor:
+        denoised = super().dilated_pass(x, sigma, call)
+        self.log[-1]["global"] = stepped(x, denoised, self.sigmas, call.step)
         return denoised
 
-    def stepped(self, x: Tensor, denoised: Tensor, step: int) -> Tensor:
-        """The reference keeps stepped latents: the Euler step of a prediction."""
-        sigma, sigma_next = self.script.sigmas[step], self.script.sigmas[step + 1]
-        return x + (x - denoised) / sigma * (sigma_next - sigma)
-
-    def interaction(self, call: Call, number: int, views: Tensor) -> Tensor:
+    def interaction(self, call: Call, views: Tensor) -> Tensor:
         """The recorded permutations; those of later mini-batches refer to the batch's own views."""
         parts, offset = [], 0
         for part in self.case.all(f"stage{self.scale}|step{call.step:02}|perm"):
@@ -82,16 +103,16 @@ class RecordedCanvas(Canvas):
             offset += len(part)
         return torch.cat(parts)
 
-    def uncovered(self, x: Tensor, call: Call) -> Tensor:
-        """The prediction whose step is the reference's fill, y of the next step (METHODS.md 5.10)."""
-        sigmas = self.script.sigmas
-        target = self.scene.trajectory(float(sigmas[min(call.step + 1, len(sigmas) - 2)]))
+    def mean(self, value: Tensor, count: Tensor, x: Tensor, call: Call) -> Tensor:
+        """Where no window is, the prediction whose step is the reference's fill: y of the next step."""
+        sigmas = self.sigmas
+        target = self.inputs.trajectory(float(sigmas[min(call.step + 1, len(sigmas) - 2)]))
         kept = sigmas[call.step + 1] / sigmas[call.step]
-        return (target - x * kept) / (1 - kept)
+        return torch.where(count > 0, super().mean(value, count, x, call), (target - x * kept) / (1 - kept))
 
 
-def recorded_stage(case: Case, scale: int, settings: Settings, native: int) -> Stage:
-    """Our plan's stage, with the recorded size (the reference truncates some)."""
+def recorded_stage(case: Case, scale: int, settings: FusedSettings, native: int) -> tuple[Plan, Grid]:
+    """Our plan and grid of a stage, with the recorded size (the reference truncates some)."""
     manifest = case.manifest
     base = case.get("stage1|base_latents" if case.has("stage1|base_latents") else "stage1|init_latents").shape[-2:]
     recorded = case.get(f"stage{scale}|noise").shape[-2:]
@@ -99,10 +120,12 @@ def recorded_stage(case: Case, scale: int, settings: Settings, native: int) -> S
     plan = make_plan((CELL * base[0], CELL * base[1]), replace(settings, **size), native=native)
     planned = [stage for stage in plan.stages if abs(stage.scale - scale) < 1e-6]
     if planned and (planned[0].height, planned[0].width) == tuple(recorded):
+        grid = grid_of(planned[0], settings)
         exact = tuple(recorded) == tuple(scale * side for side in base)
-        assert planned[0].dilation == scale or not exact
-        return replace(planned[0], dilation=scale)
-    return Stage(scale, scale, *recorded, (native, native), settings.stride, (native - settings.stride) // 4, scale)
+        assert grid.dilation == scale or not exact
+        return plan, replace(grid, dilation=scale)
+    stage = Stage(scale, scale, *recorded, native, plan.coherent)
+    return plan, Grid(stage, (native, native), settings.stride, (native - settings.stride) // 4, scale)
 
 
 def recorded_windows(case: Case, scale: int, steps: int) -> list[tuple[Window, ...]]:
@@ -133,32 +156,37 @@ def stale_indices(case: Case, scale: int) -> Iterator[int]:
     return iter([event["used_index"] for event in case.events("scale_model_input", stage=scale)])
 
 
+class RecordedPlan:
+    """The size that the reference conditions on in every stage."""
+
+    def __init__(self, manifest) -> None:
+        self.pixels = (manifest["height"], manifest["width"])
+
+
 def run_stage(case: Case, scale: int, previous: Tensor, runner: GoldenHost) -> tuple[RecordedCanvas, Tensor]:
     settings = case.settings()
-    stage = recorded_stage(case, scale, settings, runner.window)
-    steps = case.manifest["steps"]
-    script = make_script(runner.solver, settings, runner.timestep, has_control=settings.controlnet, views=stage.views)
-    windows = recorded_windows(case, scale, steps)
-    whole = runner.encode_texts([case.manifest["prompt"]])[0]
-    prompts = recorded_prompts(case, scale)
-    texts: Sequence[Text] = runner.encode_texts(prompts) if prompts and settings.window_prompts else (
-        [whole] * len(windows[0]))
+    assert isinstance(settings, FusedSettings)
+    _, grid = recorded_stage(case, scale, settings, runner.native)
+    stage = grid.stage
+    script = make_script(of(settings), runner.stage_solver, settings, runner.timestep, stage,
+                         guidance=case.args["guidance_scale"], has_control=settings.controlnet)
     upsampled = torch.nn.functional.interpolate(previous, (stage.height, stage.width), mode="bicubic")
     if case.has(f"stage{scale}|upsampled"):
         assert_close(upsampled, case.get(f"stage{scale}|upsampled"), "upsampled")
-    scene = Scene(upsampled, case.get(f"stage{scale}|noise"), whole, lambda step: windows[step], lambda step: texts,
-                  (case.manifest["height"], case.manifest["width"]), case.args["guidance_scale"], seed=0,
-                  hint=recorded_hint(case, scale, stage) if settings.controlnet else None)
+    inputs = StageInputs(RecordedPlan(case.manifest), stage, upsampled, case.get(f"stage{scale}|noise"),
+                         case.manifest["prompt"], runner.encode_texts, case.args["guidance_scale"], seed=0,
+                         hint=recorded_hint(case, scale, stage) if settings.controlnet else None)
     if case.has(f"stage{scale}|cond_upsampled"):
         assert_close(hint(case.tensors[f"stage{earlier_canny(case, scale)}|canny"].astype(np.uint8), *stage.pixels),
                      case.get(f"stage{scale}|cond_upsampled"), "hint")
     for event in case.events("pad", stage=scale):
-        assert stage.dilated_padding == (event["h_pad"], event["w_pad"])
-    canvas = RecordedCanvas(case, scale, runner, stage, script, settings, scene,
-                            Batcher(runner, case.args["view_batch_size"]))
+        assert grid.dilated_padding == (event["h_pad"], event["w_pad"])
+    predictor = RecordedPredictor(case, scale, script.sigmas, grid, runner, inputs, settings,
+                                  Batcher(runner, case.args["view_batch_size"]))
+    canvas = RecordedCanvas(runner, script, settings, inputs, predictor)
     runner.stale = stale_indices(case, scale)
-    x = scene.trajectory(float(script.sigmas[0]))
-    latent = runner.solver.integrate(canvas, x, script.sigmas, seed=0)
+    x = inputs.trajectory(float(script.sigmas[0]))
+    latent = runner.base_solver.integrate(canvas, x, script.sigmas, seed=0)
     assert next(runner.stale, None) is None, "the reference called its model more often"
     runner.stale = None
     return canvas, latent
@@ -202,15 +230,15 @@ def test_base_pass(case: Case):
     runner = host(case)
     latent = case.get("stage1|init_latents")
     size = latent.shape[-2:]
-    rows = Rows(runner.encode_texts([case.manifest["prompt"]]), [(0, 0)],
+    rows = Conditioning(runner.encode_texts([case.manifest["prompt"]]), [(0, 0)],
                 (case.manifest["height"], case.manifest["width"]), case.args["guidance_scale"],
                 case.args.get("guidance_rescale", 0.0))
     runner.stale = stale_indices(case, 1)
     steps: list[Tensor] = []
     cells = map_size(*size, runner.attention_halvings)
-    with AttentionRecorder(runner.cross_attention(), cells, runner.cond_rows) as recorder:
-        result = runner.solver.integrate(lambda x, sigma, **_: runner.denoise(x, sigma[0], rows), latent.clone(),
-                                         runner.solver.sigmas, 0, lambda state: steps.append(state["x"].clone()))
+    with AttentionRecorder(runner.cross_attention(), cells, runner.conditional) as recorder:
+        result = runner.base_solver.integrate(lambda x, sigma, **_: runner.denoise(x, sigma[0], rows), latent.clone(),
+                                         runner.base_solver.sigmas, 0, lambda state: steps.append(state["x"].clone()))
     assert_close(result, case.get("stage1|base_latents"), "base", 1e-4)
     for step, x in enumerate(steps[1:]):
         name = f"stage1|step{step:02}|latents"
@@ -226,12 +254,12 @@ def test_base_pass(case: Case):
 def test_window_prompts(case: Case):
     """From the recorded attention to the recorded masks and window prompts; single tokens stand for words.
 
-    In cells of the attention map, where the reference draws its windows; square bases only (METHODS.md 5.3).
+    In cells of the attention map, where the reference draws its windows; square bases only.
     """
     if not case.has("stage1|attn"):
         pytest.skip("recorded without window prompts")
     if case.manifest["width"] != case.manifest["height"]:
-        pytest.skip("the reference's non-square window prompts are wrong (METHODS.md 5.3); ours are not like them")
+        pytest.skip("the reference's non-square window prompts are wrong; ours are not like them")
     attention, texts = case.get("stage1|attn"), case.events("tokens")[0]["text"]
     side = attention.shape[0]
     words = []
@@ -241,9 +269,10 @@ def test_window_prompts(case: Case):
         words.append(WordMask(Word(texts[token], (token,)), attention[..., token].numpy(), mask))
     for event in case.events("md"):
         scale = event["scale"]
-        stage = Stage(1, scale, side * scale, side * scale, (side, side), side // 2, (side - side // 2) // 4, scale)
         windows = [Window(top, left, bottom - top, right - left) for top, bottom, left, right in event["views"]]
-        assert list(window_prompts(words, stage, windows, case.settings().c).prompts) == event["prompts"]
+        assert list(window_prompts(
+            words, windows, case.settings().c, size=(side * scale, side * scale),
+            padding=(side - side // 2) // 4).prompts) == event["prompts"]
 
 
 def test_no_case_is_forgotten():

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from accdiff_lib.errors import InputError
+from accdiff_lib.methods import METHODS, OPTIONS, changed, from_infotext, infotext, make, names
 from accdiff_lib.parts import infotext as parameters
-from accdiff_lib.settings import METHODS, OPTIONS, PRESETS, Settings, changed, from_infotext, infotext, make
+from accdiff_lib.settings import PRESETS, values
 
 
 def some_value(option):
@@ -42,17 +41,32 @@ def test_the_table_is_consistent():
             assert option.minimum is None and option.maximum is None
     for unique in ("label", "infotext"):
         assert len({getattr(option, unique).lower() for option in OPTIONS.values()}) == len(OPTIONS)
-    assert [field.name for field in dataclasses.fields(Settings)] == list(OPTIONS)
+    for method in METHODS:
+        assert sorted(values(make({"method": method}))) == sorted(names(method))
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_method_and_preset_is_valid(method, preset):
     settings = make({"method": method, "preset": preset})
-    for name, value in {**PRESETS[preset], **METHODS[method]}.items():
+    for name, value in {**PRESETS[preset], **METHODS[method].values}.items():
         assert getattr(settings, name) == OPTIONS[name].parse(value)
     assert not set(changed(settings)) - {"method", "preset"}
     assert from_infotext(infotext(settings)) == settings
+
+
+def test_what_counts_for_nothing_is_said():
+    assert make({"doubling": True}).notes == ()
+    assert make({"doubling": True, "progressive": False}).notes[0].startswith("doubling: without progressive")
+    former = make({"preset": "Low-VRAM"})
+    assert former.notes[0].startswith("preset: low-vram is paper now") and former == make({})
+    assert "low-vram" not in OPTIONS["preset"].choices and "low-vram" not in OPTIONS["preset"].allowed
+
+
+def test_a_stride_leaves_the_overlap_alone():
+    assert "overlap" not in changed(make({"stride": 8, "overlap": 0.1}))
+    assert make({"stride": 8, "overlap": 0.1}) == make({"stride": 8})
+    assert changed(make({"overlap": 0.1})) == {"overlap": 0.1}
 
 
 def test_given_options_win_over_method_and_preset():
@@ -62,9 +76,9 @@ def test_given_options_win_over_method_and_preset():
 
 
 @given(given_options)
-def test_round_trip_through_infotext(values):
+def test_round_trip_through_infotext(chosen):
     try:
-        settings = make(values)
+        settings = make(chosen)
     except InputError:
         assume(False)
     text = parameters.write("a cat", "", {"Steps": 1, "Seed": 2, "Size": "8x8", **infotext(settings)})
@@ -91,7 +105,7 @@ def test_bad_values_name_option_value_and_what_is_allowed(name, value):
     assert message.startswith(f"{name}: ") and repr(value) in message and OPTIONS[name].allowed in message
 
 
-@pytest.mark.parametrize(("values", "named"), [
+@pytest.mark.parametrize(("wrong", "named"), [
     ({"windows": False, "dilated": False}, "windows, dilated"),
     ({"control_start": 0.6, "control_end": 0.4}, "control_start"),
     ({"target_width": 512}, "target_width, target_height"),
@@ -99,6 +113,6 @@ def test_bad_values_name_option_value_and_what_is_allowed(name, value):
     ({"window": 7}, "window"),
     ({"base_pass": False}, "skip_residual"),
     ({"color": 3}, "color")])
-def test_contradictions(values, named):
+def test_contradictions(wrong, named):
     with pytest.raises(InputError, match=f"^{named}: "):
-        make(values)
+        make(wrong)

@@ -8,10 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from accdiff_lib.engine.plan import Stage, Window, make_plan
+from accdiff_lib.engine.plan import make_plan
+from accdiff_lib.methods import make
+from accdiff_lib.methods.fused import grid_of
 from accdiff_lib.parts.prompts import Word
 from accdiff_lib.parts.window_prompts import WordMask, token_mask, window_prompts, window_shares, word_masks
-from accdiff_lib.settings import make
+from accdiff_lib.parts.windows import Window, grid
 
 
 def blob(rows, columns, where):
@@ -67,29 +69,30 @@ def test_words_go_where_they_are_for_any_shape(base, native):
     mask[:, :columns // 2] = True
     cat = WordMask(Word("cat", (1,)), mask.astype(np.float32), mask)
     stage = plan.stages[0]
-    windows = stage.windows(None)
-    prompts = window_prompts([cat], stage, windows, 0.5).prompts
+    own = grid_of(stage, make({"scale": 2}))
+    windows = own.windows(None)
+    prompts = window_prompts([cat], windows, 0.5, size=(stage.height, stage.width), padding=own.padding).prompts
     centre = stage.width / 2
     for window, prompt in zip(windows, prompts, strict=True):
-        middle = window.left - stage.padding + window.width / 2
+        middle = window.left - own.padding + window.width / 2
         assert prompt == ("cat" if middle <= centre else "")
 
 
 def test_the_threshold_is_inclusive():
     mask = np.zeros((4, 4), bool)
     mask[:, :2] = True
-    stage = Stage(1, 1, 4, 4, (4, 4), 2, 0, 1)
+    windows = [Window(0, 0, 4, 4)]
     word = WordMask(Word("cat", (1,)), mask.astype(np.float32), mask)
-    assert window_prompts([word], stage, stage.windows(None), 0.5).prompts == ("cat",)
-    assert window_prompts([word], stage, stage.windows(None), 0.51).prompts == ("",)
+    assert window_prompts([word], windows, 0.5, size=(4, 4)).prompts == ("cat",)
+    assert window_prompts([word], windows, 0.51, size=(4, 4)).prompts == ("",)
 
 
 def test_weights_and_order_are_kept():
     mask = np.ones((4, 4), bool)
     words = [WordMask(word, mask.astype(np.float32), mask) for word in (
         Word("red", (1,), 1.3), Word("ball", (2,), 1.3), Word("(on)", (3,)), Word("snow", (4,), 1.0, 1))]
-    stage = Stage(1, 1, 4, 4, (4, 4), 2, 0, 1)
-    assert window_prompts(words, stage, stage.windows(None), 0.3).prompts == (r"(red ball:1.3) \(on\) BREAK snow",)
+    prompts = window_prompts(words, [Window(0, 0, 4, 4)], 0.3, size=(4, 4)).prompts
+    assert prompts == (r"(red ball:1.3) \(on\) BREAK snow",)
 
 
 # The relative rule
@@ -124,13 +127,12 @@ def test_a_word_that_is_alike_everywhere_is_everywhere_and_one_alone_is_still_lo
 def test_a_small_thing_is_named_in_the_windows_that_hold_it():
     """16 of 256 cells: a quarter of a window at 2x, so c = 0.3 leaves it out by the paper's rule."""
     maps, inside = thing_on_ground()
-    stage = make_plan((256, 256), make({"scale": 2, "jitter": False}), native=32).stages[0]
-    windows = stage.windows(None)
-    holds = window_shares(inside, windows, (64, 64), stage.padding) * 32 * 32 / (inside.sum() * 16)
+    windows = grid((64, 64), (32, 32), 16, 0, None)
+    holds = window_shares(inside, windows, (64, 64), 0) * 32 * 32 / (inside.sum() * 16)
     assert {0.0, 1.0} <= set(holds)
     for membership, expected in (("paper", [False] * 9), ("relative", [share >= 0.3 for share in holds])):
         words = word_masks(maps, [Word("ball", (1,)), Word("snow", (2,))], membership)
-        prompts = window_prompts(words, stage, windows, 0.3, membership=membership).prompts
+        prompts = window_prompts(words, windows, 0.3, size=(64, 64), membership=membership).prompts
         assert ["ball" in prompt for prompt in prompts] == expected
         assert membership == "paper" or all("snow" in prompt for prompt in prompts)
 
@@ -138,7 +140,7 @@ def test_a_small_thing_is_named_in_the_windows_that_hold_it():
 def test_what_fills_a_window_is_named_however_small_its_share_of_the_whole():
     """The ground of a 4x canvas: every window is full of it and holds a sixteenth of it."""
     mask = np.ones((16, 16), bool)
-    stage = make_plan((256, 256), make({"scale": 4, "progressive": False}), native=32).stages[0]
-    prompts = window_prompts([WordMask(Word("snow", (1,)), mask.astype(np.float32), mask)], stage,
-                             stage.windows(None), 0.3, membership="relative").prompts
+    windows = grid((128, 128), (32, 32), 16, 4, None)
+    prompts = window_prompts([WordMask(Word("snow", (1,)), mask.astype(np.float32), mask)], windows, 0.3,
+                             size=(128, 128), padding=4, membership="relative").prompts
     assert set(prompts) == {"snow"}

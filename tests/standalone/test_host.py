@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from accdiff_lib.engine import memory
-from accdiff_lib.engine.host import Rows
-from accdiff_lib.engine.plan import Window
+from accdiff_lib.engine.host import Conditioning
 from accdiff_lib.errors import InputError, Interrupted
 from accdiff_lib.parts import vae as tiled_vae
 from accdiff_lib.parts.prediction import denoised
+from accdiff_lib.parts.windows import Window
 from accdiff_lib.standalone import flops
 from accdiff_lib.standalone.host import StandaloneHost
 from tests import golden, tiny
@@ -35,9 +35,14 @@ def latents(count=2, height=16, width=24, seed=0):
     return 2.5 * torch.randn(count, 4, height, width, generator=torch.Generator().manual_seed(seed))
 
 
-def make_rows(host, count=2, guidance=5.0, **options):
+def asked(tensor):
+    """Hints as the engine gives them."""
+    return lambda numbers: tensor[list(numbers)]
+
+
+def conditioning(host, count=2, guidance=5.0, **options):
     texts = host.encode_texts(["a cat", "a dog on the grass", ""][:count])
-    return Rows(texts, [(0, 64 * i) for i in range(count)], (512, 768), guidance, **options)
+    return Conditioning(texts, [(0, 64 * i) for i in range(count)], (512, 768), guidance, **options)
 
 
 def hints(x):
@@ -59,10 +64,10 @@ def test_base_pass_equals_the_reference(name):
     host = golden.host(case)
     text = host.encode_texts([case.manifest["prompt"]])
     _, _, top, left, height, width = case.get("stage1|add_time_ids")[1].int().tolist()
-    rows = Rows(text, [(top, left)], (height, width), case.args["guidance_scale"])
+    given = Conditioning(text, [(top, left)], (height, width), case.args["guidance_scale"])
     states = []
-    end = host.solver.integrate(lambda x, sigma: host.denoise(x, sigma[0], rows), case.get("stage1|init_latents"),
-                                host.solver.sigmas, 0, lambda step: states.append(step["x"]))
+    end = host.base_solver.integrate(lambda x, sigma: host.denoise(x, sigma[0], given), case.get("stage1|init_latents"),
+                                host.base_solver.sigmas, 0, lambda step: states.append(step["x"]))
     for i, state in enumerate([*states[1:], end]):
         close(state, case.get(f"stage1|step{i:02}|latents"), 1e-4)
 
@@ -71,7 +76,7 @@ def test_base_pass_equals_the_reference(name):
 
 def test_guidance_mixes_the_two_halves(host):
     x = latents()
-    at = {guidance: host.denoise(x, SIGMA, make_rows(host, guidance=guidance)) for guidance in (0.0, 1.0, 2.0, 7.5)}
+    at = {guidance: host.denoise(x, SIGMA, conditioning(host, guidance=guidance)) for guidance in (0.0, 1.0, 2.0, 7.5)}
     close(at[2.0], at[0.0] + 2 * (at[1.0] - at[0.0]), 1e-4)
     close(at[7.5], at[0.0] + 7.5 * (at[1.0] - at[0.0]), 1e-4)
     assert (at[0.0] - at[1.0]).abs().max() > 1e-3
@@ -81,25 +86,25 @@ def test_guidance_1_evaluates_the_conditional_rows_only(host):
     batches = []
     hook = host.models.unet.register_forward_pre_hook(lambda _, args: batches.append(len(args[0])))
     try:
-        rows = make_rows(host, guidance=1.0)
-        alone = host.denoise(latents(), SIGMA, rows)
-        assert host.cond_rows(2) == slice(0, 2)
-        host.denoise(latents(), SIGMA, replace(rows, guidance=1.5))
-        assert host.cond_rows(4) == slice(2, 4)
+        given = conditioning(host, guidance=1.0)
+        alone = host.denoise(latents(), SIGMA, given)
+        assert host.conditional(2) == slice(0, 2)
+        host.denoise(latents(), SIGMA, replace(given, guidance=1.5))
+        assert host.conditional(4) == slice(2, 4)
     finally:
         hook.remove()
     assert batches == [2, 4]
-    as_negative = [replace(text, uncond=text.cond, pooled_uncond=text.pooled) for text in rows.texts]
-    close(alone, host.denoise(latents(), SIGMA, replace(rows, texts=as_negative, guidance=4.0)), 1e-4)
+    as_negative = [replace(text, uncond=text.cond, pooled_uncond=text.pooled) for text in given.texts]
+    close(alone, host.denoise(latents(), SIGMA, replace(given, texts=as_negative, guidance=4.0)), 1e-4)
 
 
 def test_rows_do_not_influence_each_other(host):
-    x, rows = latents(3), make_rows(host, 3, rescale=0.5)
-    rows = replace(rows, hint=hints(x))
-    together = host.denoise(x, SIGMA, rows)
+    x, given = latents(3), conditioning(host, 3, rescale=0.5)
+    given = replace(given, hints=asked(hints(x)))
+    together = host.denoise(x, SIGMA, given)
     for i in range(3):
         one = slice(i, i + 1)
-        alone = replace(rows, texts=rows.texts[one], origins=rows.origins[one], hint=rows.hint[one])
+        alone = replace(given, texts=given.texts[one], origins=given.origins[one], hints=asked(given.all_hints[one]))
         close(together[one], host.denoise(x[one], SIGMA, alone))
 
 
@@ -110,13 +115,13 @@ def test_attention_gets_the_rows_texts(host):
     assert all(name.endswith(".attn2") and "mid_block" not in name and hasattr(layer, "to_q") for name, layer in layers)
     hook = layers[0][1].register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(kwargs["encoder_hidden_states"]), with_kwargs=True)
-    rows = make_rows(host)
+    given = conditioning(host)
     try:
-        host.denoise(latents(), SIGMA, rows)
+        host.denoise(latents(), SIGMA, given)
     finally:
         hook.remove()
-    assert torch.equal(seen[0][host.cond_rows(4)], torch.stack([text.cond for text in rows.texts]))
-    assert torch.equal(seen[0][:2], torch.stack([text.uncond for text in rows.texts]))
+    assert torch.equal(seen[0][host.conditional(4)], torch.stack([text.cond for text in given.texts]))
+    assert torch.equal(seen[0][:2], torch.stack([text.uncond for text in given.texts]))
 
 
 def test_time_ids():
@@ -125,13 +130,13 @@ def test_time_ids():
     hook = host.models.unet.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(kwargs["added_cond_kwargs"]), with_kwargs=True)
     try:
-        rows = make_rows(host)
-        host.denoise(latents(), SIGMA, rows)
+        given = conditioning(host)
+        host.denoise(latents(), SIGMA, given)
     finally:
         hook.remove()
     assert seen[0]["time_ids"].tolist() == [[512, 768, 0, 0, 512, 768], [512, 768, 0, 64, 512, 768]] * 2
     assert seen[0]["time_ids"].dtype == torch.float32
-    pooled = [rows.texts[0].pooled_uncond] * 2 + [text.pooled for text in rows.texts]
+    pooled = [given.texts[0].pooled_uncond] * 2 + [text.pooled for text in given.texts]
     assert torch.equal(seen[0]["text_embeds"], torch.stack(pooled))
 
 
@@ -139,7 +144,7 @@ def test_long_prompts_and_window_prompts_go_into_one_batch():
     host = make_host(prompt="cat " * 80, negative="ugly")
     texts = host.encode_texts(["cat " * 80, "a dog", ""])
     assert {text.cond.shape for text in texts} == {(154, 32)}
-    assert host.denoise(latents(3), SIGMA, Rows(texts, [(0, 0)] * 3, (64, 64), 5.0)).isfinite().all()
+    assert host.denoise(latents(3), SIGMA, Conditioning(texts, [(0, 0)] * 3, (64, 64), 5.0)).isfinite().all()
     assert make_host(prompt="a", negative="a BREAK b").encode_texts(["x"])[0].cond.shape == (154, 32)
 
 
@@ -147,20 +152,20 @@ def test_rescale_is_diffusers(host):
     from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import rescale_noise_cfg
 
     x = latents()
-    noise = {g: (x - host.denoise(x, SIGMA, make_rows(host, guidance=g))) / SIGMA for g in (1.0, 7.5)}
+    noise = {g: (x - host.denoise(x, SIGMA, conditioning(host, guidance=g))) / SIGMA for g in (1.0, 7.5)}
     for mix in (0.3, 1.0):
         expected = x - SIGMA * rescale_noise_cfg(noise[7.5], noise[1.0], mix)
-        close(host.denoise(x, SIGMA, make_rows(host, guidance=7.5, rescale=mix)), expected, 1e-4)
-    close(host.denoise(x, SIGMA, make_rows(host, guidance=1.0, rescale=1.0)), x - SIGMA * noise[1.0], 1e-4)
+        close(host.denoise(x, SIGMA, conditioning(host, guidance=7.5, rescale=mix)), expected, 1e-4)
+    close(host.denoise(x, SIGMA, conditioning(host, guidance=1.0, rescale=1.0)), x - SIGMA * noise[1.0], 1e-4)
 
 
 def test_v_prediction(host):
     """The same network read as v; and v of a known picture and noise gives the picture back."""
-    x, rows = latents(), make_rows(host)
+    x, given = latents(), conditioning(host)
     v_host = make_host(replace(host.models, prediction="v_prediction"))
-    output = (x - host.denoise(x, SIGMA, rows)) / SIGMA
+    output = (x - host.denoise(x, SIGMA, given)) / SIGMA
     alpha = 1 / (SIGMA**2 + 1) ** 0.5
-    close(v_host.denoise(x, SIGMA, rows), alpha**2 * x - SIGMA * alpha * output, 1e-4)
+    close(v_host.denoise(x, SIGMA, given), alpha**2 * x - SIGMA * alpha * output, 1e-4)
     picture, noise = latents(seed=1), latents(seed=2)
     v = alpha * noise - SIGMA * alpha * picture
     close(denoised(picture + SIGMA * noise, float(SIGMA), v, "v_prediction"), picture)
@@ -171,19 +176,19 @@ def test_model_sees_the_scaled_latent_at_the_right_timestep(host):
     hook = host.models.unet.register_forward_pre_hook(lambda _, args: seen.append(args[:2]))
     x = latents()
     try:
-        for sigma in host.solver.sigmas[:-1]:
-            host.denoise(x, sigma, make_rows(host, guidance=1.0))
+        for sigma in host.base_solver.sigmas[:-1]:
+            host.denoise(x, sigma, conditioning(host, guidance=1.0))
     finally:
         hook.remove()
     assert [t.tolist() for _, t in seen] == [[t, t] for t in (751.0, 501.0, 251.0, 1.0)]
-    close(seen[0][0], x / (host.solver.sigmas[0] ** 2 + 1) ** 0.5, 1e-6)
+    close(seen[0][0], x / (host.base_solver.sigmas[0] ** 2 + 1) ** 0.5, 1e-6)
 
 
 @pytest.mark.parametrize("size", [(8, 8), (13, 21), (32, 17)])
 def test_any_latent_size(host, size):
     x = latents(1, *size)
-    rows = make_rows(host, 1, hint=hints(x))
-    assert host.denoise(x, SIGMA, rows).shape == x.shape
+    given = conditioning(host, 1, hints=asked(hints(x)))
+    assert host.denoise(x, SIGMA, given).shape == x.shape
 
 
 def test_half_precision_network_with_float32_latents():
@@ -192,10 +197,10 @@ def test_half_precision_network_with_float32_latents():
         module.to(torch.bfloat16)
     host = make_host(models, dtype=torch.bfloat16)
     x = latents()
-    result = host.denoise(x, SIGMA, make_rows(host, hint=hints(x)))
+    result = host.denoise(x, SIGMA, conditioning(host, hints=asked(hints(x))))
     assert result.dtype == torch.float32
     full = make_host()
-    close(result, full.denoise(x, SIGMA, make_rows(full, hint=hints(x))), 0.5)
+    close(result, full.denoise(x, SIGMA, conditioning(full, hints=asked(hints(x)))), 0.5)
 
 
 # ControlNet
@@ -203,9 +208,9 @@ def test_half_precision_network_with_float32_latents():
 def test_controlnet(host):
     x = latents()
     assert host.has_control
-    none = host.denoise(x, SIGMA, make_rows(host))
+    none = host.denoise(x, SIGMA, conditioning(host))
     hint = hints(x)
-    at = {s: host.denoise(x, SIGMA, make_rows(host, hint=hint, strength=s)) for s in (0.0, 0.5, 1.0)}
+    at = {s: host.denoise(x, SIGMA, conditioning(host, hints=asked(hint), strength=s)) for s in (0.0, 0.5, 1.0)}
     assert torch.equal(at[0.0], none)
     assert (at[0.5] - none).abs().max() > 1e-4
     assert (at[1.0] - at[0.5]).abs().max() > 1e-4
@@ -222,7 +227,7 @@ def test_controlnet_runs_on_both_halves_with_the_models_inputs():
              for name, module in (("unet", host.models.unet), ("control", host.models.controlnet))]
     x = latents()
     try:
-        host.denoise(x, SIGMA, make_rows(host, hint=hints(x), strength=0.7))
+        host.denoise(x, SIGMA, conditioning(host, hints=asked(hints(x)), strength=0.7))
     finally:
         for hook in hooks:
             hook.remove()
@@ -242,18 +247,18 @@ def test_a_hint_that_comes_again_is_embedded_once():
     seen: list[int] = []
     handle = embedding.conv_in.register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
     canvas, windows = object(), [Window(8 * number, 0, 8, 8) for number in range(len(x))]
-    named = make_rows(host, hint=hints(x), hint_names=[(canvas, window) for window in windows])
+    named = conditioning(host, hints=asked(hints(x)), hint_names=[(canvas, window) for window in windows])
     try:
-        plain = host.denoise(x, SIGMA, make_rows(host, hint=hints(x)))
+        plain = host.denoise(x, SIGMA, conditioning(host, hints=asked(hints(x))))
         results = [host.denoise(x, SIGMA, named) for _ in range(3)]
         assert seen == [len(x), len(x)]
         # The same windows of another canvas are others.
-        other = replace(named, hint=1 - hints(x), hint_names=[(object(), window) for window in windows])
+        other = replace(named, hints=asked(1 - hints(x)), hint_names=[(object(), window) for window in windows])
         changed = host.denoise(x, SIGMA, other)
     finally:
         handle.remove()
     assert all(torch.equal(result, plain) for result in results)
-    assert torch.equal(changed, host.denoise(x, SIGMA, make_rows(host, hint=1 - hints(x))))
+    assert torch.equal(changed, host.denoise(x, SIGMA, conditioning(host, hints=asked(1 - hints(x)))))
     assert not torch.equal(changed, plain) and "forward" not in vars(embedding)
 
 
@@ -261,7 +266,7 @@ def test_a_hint_without_a_controlnet_is_an_error():
     host = make_host(replace(tiny.sdxl(), controlnet=None))
     assert not host.has_control
     with pytest.raises(InputError, match="no ControlNet"):
-        host.denoise(latents(), SIGMA, make_rows(host, hint=hints(latents())))
+        host.denoise(latents(), SIGMA, conditioning(host, hints=asked(hints(latents()))))
 
 
 # VAE
@@ -350,7 +355,7 @@ def test_leaves_the_model_as_it_was():
     processors = dict(models.unet.attn_processors)
     host = make_host(models)
     x = latents()
-    host.denoise(x, SIGMA, make_rows(host, hint=hints(x)))
+    host.denoise(x, SIGMA, conditioning(host, hints=asked(hints(x))))
     host.decode(latents(1))
     after = {f"{i}.{name}": tensor for i, module in enumerate(models.modules())
              for name, tensor in module.state_dict().items()}
@@ -363,18 +368,18 @@ def test_result_can_be_changed_in_place_and_the_input_is_not():
     host = make_host()
     x = latents()
     kept = x.clone()
-    host.denoise(x, SIGMA, make_rows(host)).mul_(2)
+    host.denoise(x, SIGMA, conditioning(host)).mul_(2)
     assert torch.equal(x, kept)
 
 
 def test_stage_solver():
     host = make_host()
     assert host.stage_solver.name == "Euler"
-    assert torch.equal(host.stage_solver.sigmas, host.solver.sigmas)
+    assert torch.equal(host.stage_solver.sigmas, host.base_solver.sigmas)
     host = make_host(stage_sampler="dpm++ 2m", stage_scheduler="karras", stage_steps=7)
-    assert (host.solver.name, len(host.solver.sigmas)) == ("Euler", 5)
+    assert (host.base_solver.name, len(host.base_solver.sigmas)) == ("Euler", 5)
     assert (host.stage_solver.name, len(host.stage_solver.sigmas)) == ("DPM++ 2M", 8)
-    assert (host.window, host.channels, host.multiple) == (32, 4, 1)
+    assert (host.native, host.channels, host.multiple) == (32, 4, 1)
     with pytest.raises(InputError):
         make_host(steps=0)
 
@@ -383,11 +388,11 @@ def test_stage_solver():
 
 def test_memory():
     host = make_host()
-    assert host.rows_that_fit(32, 32) == memory.MOST_CPU_ROWS
-    assert host.rows_that_fit(10**5, 10**5) == 1
+    assert host.latents_that_fit(32, 32) == memory.MOST_CPU_LATENTS
+    assert host.latents_that_fit(10**5, 10**5) == 1
     host.device = torch.device("cuda")
     assert [host.canvas_device(512, side).type for side in (512, 513)] == ["cuda", "cpu"]
-    real = memory.RowMemory(torch.device("cpu"), 320, 4)
+    real = memory.LatentMemory(torch.device("cpu"), 320, 4)
     assert real.fit(128, 128) == 1
     assert memory.vae_tile(torch.device("cpu"), 64, 64, 128, 4) == 0
     assert memory.vae_tile(torch.device("cpu"), 512, 512, 128, 4) == 64
@@ -409,7 +414,7 @@ CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 3
 
 
 def test_flops_of_the_real_models():
-    """METHODS.md, section 7."""
+    """TFLOP of the published shapes, two for a multiply-add, counted once by torch's own counter."""
     large = flops.count(128, 128, unet=SDXL_UNET, vae=VAE, controlnet=SDXL_CONTROL, text_encoders=[CLIP_L, CLIP_G])
     assert large == pytest.approx((6.76, 3.02, 10.5, 0.111), rel=5e-3)
     assert flops.count(64, 64, unet=SDXL_UNET, vae=VAE).unet == pytest.approx(1.59, abs=0.005)

@@ -505,7 +505,7 @@ def test_vocabulary_is_clips_and_there_once():
 def test_describe_reads_no_weights(monkeypatch):
     monkeypatch.setattr(loading, "_build", None)
     shape = describe(None)
-    assert (shape.family, shape.name, shape.sample_size) == ("sdxl", "embedded", 32)
+    assert (shape.family, shape.name, shape.native) == ("sdxl", "embedded", 32)
     assert shape.controlnet is not None and shape.vae["block_out_channels"][0] > 0
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from accdiff_lib.command.job import prepare
 from accdiff_lib.engine import memory
-from accdiff_lib.engine.host import Rows
+from accdiff_lib.engine.host import Conditioning
 from accdiff_lib.parts.attention import AttentionRecorder, map_size
 from accdiff_lib.standalone.host import StandaloneHost
 from accdiff_lib.standalone.loading import load
@@ -78,10 +78,11 @@ def test_each_work_asks_for_its_networks(models, monkeypatch):
     monkeypatch.setattr(Residency, "use", lambda self, *needed, keep=None: asked.append(needed))
     one = host(models, offload=True)
     text = one.encode_texts(["a red ball"])
-    rows = Rows(text, [(0, 0)], (256, 256), 5.0)
+    conditioning = Conditioning(text, [(0, 0)], (256, 256), 5.0)
     x, sigma = torch.zeros(1, 4, 32, 32), torch.tensor(1.0)
-    one.denoise(x, sigma, rows)
-    one.denoise(x, sigma, Rows(text, [(0, 0)], (256, 256), 5.0, hint=torch.zeros(1, 3, 256, 256), strength=0.5))
+    one.denoise(x, sigma, conditioning)
+    one.denoise(x, sigma, Conditioning(text, [(0, 0)], (256, 256), 5.0, hints=lambda _: torch.zeros(1, 3, 256, 256),
+                                       strength=0.5))
     one.decode(x)
     one.encode_image(torch.zeros(256, 256, 3, dtype=torch.uint8).numpy())
     assert asked == [tuple(models.text_encoders), (models.unet, None), (models.unet, models.controlnet), (models.vae,),
@@ -91,17 +92,17 @@ def test_each_work_asks_for_its_networks(models, monkeypatch):
 def test_the_halves_of_cfg_one_after_the_other_give_the_same(models, monkeypatch):
     def seen():
         one = host(models)
-        rows = Rows(one.encode_texts(["a red ball"]), [(0, 0)], (256, 256), 5.0,
-                    hint=torch.ones(1, 3, 256, 256), strength=0.5)
+        conditioning = Conditioning(one.encode_texts(["a red ball"]), [(0, 0)], (256, 256), 5.0,
+                    hints=lambda _: torch.ones(1, 3, 256, 256), strength=0.5)
         with AttentionRecorder(one.cross_attention(), map_size(32, 32, one.attention_halvings),
-                               one.cond_rows) as recorder:
+                               one.conditional) as recorder:
             x = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(0))
-            return one.denoise(x, torch.tensor(3.0), rows), recorder.maps
+            return one.denoise(x, torch.tensor(3.0), conditioning), recorder.maps
 
     batches = []
     handle = models.unet.register_forward_pre_hook(lambda _, args: batches.append(len(args[0])))
     together = seen()
-    monkeypatch.setattr(memory.RowMemory, "pair_fits", lambda *_: False)
+    monkeypatch.setattr(memory.LatentMemory, "pair_fits", lambda *_: False)
     apart = seen()
     handle.remove()
     assert batches == [2, 1, 1]
@@ -111,9 +112,9 @@ def test_the_halves_of_cfg_one_after_the_other_give_the_same(models, monkeypatch
 
 def test_a_pair_that_does_not_fit_after_all_is_computed_half_by_half(models):
     one, batches = host(models), []
-    rows = Rows(one.encode_texts(["a red ball"]), [(0, 0)], (256, 256), 5.0)
+    conditioning = Conditioning(one.encode_texts(["a red ball"]), [(0, 0)], (256, 256), 5.0)
     x = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(0))
-    together = one.denoise(x, torch.tensor(3.0), rows)
+    together = one.denoise(x, torch.tensor(3.0), conditioning)
 
     def full(_, args):
         batches.append(len(args[0]))
@@ -122,10 +123,10 @@ def test_a_pair_that_does_not_fit_after_all_is_computed_half_by_half(models):
 
     handle = models.unet.register_forward_pre_hook(full)
     try:
-        apart = [one.denoise(x, torch.tensor(3.0), rows) for _ in range(2)]
-        with pytest.raises(torch.OutOfMemoryError):  # more rows are the batcher's to divide
+        apart = [one.denoise(x, torch.tensor(3.0), conditioning) for _ in range(2)]
+        with pytest.raises(torch.OutOfMemoryError):  # more latents are the batcher's to divide
             one.denoise(x.repeat(2, 1, 1, 1), torch.tensor(3.0), replace(
-                rows, texts=[*rows.texts] * 2, origins=[*rows.origins] * 2))
+                conditioning, texts=[*conditioning.texts] * 2, origins=[*conditioning.origins] * 2))
     finally:
         handle.remove()
     assert batches == [2, 1, 1, 1, 1, 4]
@@ -147,7 +148,7 @@ def test_the_need_counts_the_vaes_attention_and_what_waits_for_it():
     """SDXL's VAE in float32 at 8192x8192: keys and values of 512 channels at a cell, and once more one of them."""
     def need(side):
         return memory.need({"text_encoder": 0, "unet": 0, "vae": 0}, unet_width=320, vae_widths=[128, 256, 512, 512],
-                           window=128**2, canvas=(side // 8) ** 2, itemsize=2, vae_itemsize=4)
+                           latent=128**2, canvas=(side // 8) ** 2, itemsize=2, vae_itemsize=4)
 
     assert need(8192).decode == 3 * 512 * 1024**2 * 4
     assert need(1024).decode == need(2048).decode  # a tile takes more

@@ -12,10 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from accdiff_lib.engine.plan import CELL, Window, make_plan
+from accdiff_lib.engine.plan import CELL, make_plan
+from accdiff_lib.methods import make
+from accdiff_lib.methods.fused import grid_of
 from accdiff_lib.parts.prompts import lay_out, split_words
 from accdiff_lib.parts.window_prompts import window_prompts
-from accdiff_lib.settings import make
+from accdiff_lib.parts.windows import Window
 from accdiff_lib.standalone.loading import EMBEDDED, load_tokenizer
 from testbed.captions import plain_caption
 from testbed.counting import find, wanted
@@ -73,8 +75,9 @@ def test_changes_are_for_accdiffusion_v2_and_its_variations():
 
 @pytest.mark.parametrize("scale", [2, 4])
 def test_direct_inference_is_one_window(scale):
-    stages = make_plan((256, 256), settings_of(CONTENDERS["direct"], scale, 5, 32, {}), native=32).stages
-    assert [stage.window_count for stage in stages] == [1] and stages[0].window == (32 * scale, 32 * scale)
+    settings = settings_of(CONTENDERS["direct"], scale, 5, 32, {})
+    grids = [grid_of(stage, settings) for stage in make_plan((256, 256), settings, native=32).stages]
+    assert [grid.window_count for grid in grids] == [1] and grids[0].window == (32 * scale, 32 * scale)
 
 
 def test_tasks_of_the_forms():
@@ -107,7 +110,7 @@ def test_a_key_changes_with_all_that_matters():
 def test_the_digest_is_of_the_modules_that_are_used():
     files = {path.relative_to(EMBEDDED.parent.parent).as_posix() for path in module_files("testbed.quality.pictures")}
     assert {"testbed/quality/metrics.py", "testbed/counting.py", "accdiff_lib/engine/canvas.py",
-            "accdiff_lib/parts/vae_layers.py", "accdiff_lib/standalone/checkpoint.py",
+            "accdiff_lib/parts/vae_layers.py", "accdiff_lib/parts/checkpoint.py",
             "accdiff_lib/standalone/samplers.py", "accdiff_lib/__init__.py"} <= files
     assert not {"accdiff_lib/command/run.py", "accdiff_lib/command/report.py", "testbed/diffusion.py",
                 "testbed/quality/forms.py", "testbed/quality/report.py"} & files
@@ -129,7 +132,8 @@ def prompts_of(kind, world: Scene, scale: int) -> list[tuple[View, str]]:
     request = SimpleNamespace(prompt=plain_caption(world))
     words = CONTENDERS[kind].engine(host(), world).locate(request, torch.zeros(16, 16, 77))
     stage = plan.stages[-1]
-    found = window_prompts(words, stage, stage.windows(None), settings.c, membership=settings.membership)
+    found = window_prompts(words, grid_of(stage, settings).windows(None), settings.c,
+                           size=(stage.height, stage.width), membership=settings.membership)
     side = 32 * scale
     return [(View(w.top / side, w.left / side, (w.top + w.height) / side, (w.left + w.width) / side), prompt)
             for w, prompt in zip(found.windows, found.prompts, strict=True)]
@@ -177,7 +181,7 @@ def measured(image: np.ndarray, world: Scene = BALL_AND_STAR, *, base: bool = Tr
 
 def grid_of_windows() -> tuple[Window, ...]:
     plan = make_plan((256, 256), make({"jitter": False}), native=32)
-    return plan.stages[-1].windows(None)
+    return grid_of(plan.stages[-1], make({"jitter": False})).windows(None)
 
 
 def test_the_true_render_is_perfect():

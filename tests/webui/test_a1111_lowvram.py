@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from accdiff_lib.engine.host import Conditioning
 from accdiff_lib.webui.hosts.a1111 import A1111Host
 
 
@@ -75,8 +76,7 @@ def host(model: Any) -> A1111Host:
 
 def evaluated(model: Any) -> str:
     """Where the UNet is when a window is about to be evaluated."""
-    rows = SimpleNamespace(hint=None, strength=0.0, rescale=0.0)
-    with host(model)._evaluating(torch.zeros(1), torch.ones(1), rows):  # type: ignore[arg-type]
+    with host(model)._evaluating(torch.zeros(1), torch.ones(1), Conditioning(["text"], [(0, 0)], (64, 64), 5.0)):
         place: str = model.model.place
     return place
 
@@ -95,7 +95,7 @@ def test_the_vae_comes_to_the_device_and_goes_when_the_webui_calls_another_netwo
 def test_with_medvram_the_unet_is_there_before_memory_is_looked_at(start):
     model, lowvram = start("--medvram")
     host(model)._vae((4, 4))
-    assert host(model).rows_that_fit(4, 4) == "cuda" and model.first_stage_model.place == "cpu"
+    assert host(model).latents_that_fit(4, 4) == "cuda" and model.first_stage_model.place == "cpu"
     model.conditioner()
     assert evaluated(model) == "cuda" and model.conditioner.place == "cpu"
     assert model.model() == "cuda" and lowvram.module_in_gpu is model.model
@@ -108,7 +108,7 @@ def test_with_lowvram_only_the_others_leave(start):
     assert evaluated(model) == "cpu" and model.first_stage_model.place == "cpu" and lowvram.module_in_gpu is None
     first, second = model.model.blocks
     assert first() == "cuda"
-    assert host(model).rows_that_fit(4, 4) == "cpu" and first.place == "cuda"
+    assert host(model).latents_that_fit(4, 4) == "cpu" and first.place == "cuda"
     assert second() == "cuda" and first.place == "cpu"
 
 
@@ -117,5 +117,5 @@ def test_without_either_everything_stays_where_it_is(start):
     for network in (model.first_stage_model, model.conditioner, model.model):
         network.to("cuda")
     host(model)._vae((4, 4))
-    assert host(model).rows_that_fit(4, 4) == evaluated(model) == "cuda"
+    assert host(model).latents_that_fit(4, 4) == evaluated(model) == "cuda"
     assert model.first_stage_model.place == model.conditioner.place == "cuda"

@@ -1,4 +1,4 @@
-"""Arguments of the panel and the API, and generation parameters: every form leads to the same job."""
+"""Arguments of the panel and the API, and generation parameters: every form leads to the same enlargement."""
 
 from __future__ import annotations
 
@@ -8,20 +8,23 @@ from hypothesis import strategies as st
 
 from accdiff_lib import __version__
 from accdiff_lib.errors import InputError
+from accdiff_lib.methods import METHODS, OPTIONS, make
 from accdiff_lib.parts import infotext
-from accdiff_lib.settings import METHODS, OPTIONS, PRESETS, Settings, make
+from accdiff_lib.settings import PRESETS, Settings
+from accdiff_lib.webui import arguments
 from accdiff_lib.webui.arguments import (
     EXTRA,
     NONE,
     POSITIONAL,
-    Job,
+    Enlargement,
     exact,
     parse,
     picked,
     restored,
     stamped,
 )
-from accdiff_lib.webui.arguments import infotext as of_job
+from accdiff_lib.webui.arguments import infotext as parameters_of
+from tests.webui_stand_in import toy
 
 #: The order of the values as it was released. Callers of the API rely on it: names may only follow after the last one.
 RELEASED = (
@@ -57,7 +60,7 @@ def positional(settings: Settings, model: str = NONE) -> list:
     return [named[name] for name in POSITIONAL]
 
 
-def job_of(values, model):
+def asked_for(values, model):
     try:
         return parse([{**values, "controlnet_model": model}])
     except InputError:
@@ -71,45 +74,45 @@ def test_the_order_of_values_is_append_only():
 
 
 @given(some_values, models)
-def test_both_forms_are_the_same_job(values, model):
-    job = job_of(values, model)
-    assert job is not None
-    assert parse(positional(job.settings, model)) == job
+def test_both_forms_are_the_same(values, model):
+    asked = asked_for(values, model)
+    assert asked is not None
+    assert parse(positional(asked.settings, model)) == asked
     # The WebUI fills up what follows a dict with the panel's values: they don't count.
-    assert parse([{**values, "controlnet_model": model}, "other.safetensors", *positional(make())[2:]]) == job
+    assert parse([{**values, "controlnet_model": model}, "other.safetensors", *positional(make())[2:]]) == asked
 
 
 @given(some_values, models)
 def test_round_trip_through_the_parameters(values, model):
-    job = job_of(values, model)
-    text = infotext.write("a cat", "", {"Steps": 1, "Seed": 2, "Size": "8x8", **of_job(job)})
+    asked = asked_for(values, model)
+    text = infotext.write("a cat", "", {"Steps": 1, "Seed": 2, "Size": "8x8", **parameters_of(asked)})
     found = restored(infotext.parse(text).values)
-    assert found is not None and found.settings == job.settings
+    assert found is not None and found.settings == asked.settings
     # Where no ControlNet takes part, its name is no part of the parameters.
-    assert found.controlnet == (job.controlnet if job.settings.uses_controlnet else NONE)
-    assert parse(positional(found.settings, job.controlnet)) == job
+    assert found.controlnet == (asked.controlnet if asked.settings.uses_controlnet else NONE)
+    assert parse(positional(found.settings, asked.controlnet)) == asked
 
 
 def test_off():
     assert parse([]) is None
     assert parse([False, "gone.safetensors", "no such method"]) is None
     assert parse([{"enabled": False, "scale": 3}]) is None
-    assert parse([{"scale": 3}]) == Job(make({"scale": 3}))
+    assert parse([{"scale": 3}]) == Enlargement(make({"scale": 3}))
     assert parse([None, None]) is None
 
 
 def test_methods_and_presets_fill_in_for_a_dict_only():
-    assert parse([{"preset": "fast", "start": 0.1}]) == Job(make({"preset": "fast", "start": 0.1}))
+    assert parse([{"preset": "fast", "start": 0.1}]) == Enlargement(make({"preset": "fast", "start": 0.1}))
     sent = positional(make())
     sent[POSITIONAL.index("preset")] = "fast"
-    job = parse(sent)
-    assert job is not None and job.settings.preset == "fast" and job.settings.stage_steps == 0
+    asked = parse(sent)
+    assert asked is not None and asked.settings.preset == "fast" and asked.settings.stage_steps == 0
 
 
 def test_numbers_as_gradio_sends_them():
-    job = parse([{"scale": 2, "window": 64.0, "c": 0.1 + 0.2, "jitter": "off"}])
-    assert job is not None
-    settings = job.settings
+    asked = parse([{"scale": 2, "window": 64.0, "c": 0.1 + 0.2, "jitter": "off"}])
+    assert asked is not None
+    settings = asked.settings
     assert (settings.scale, settings.window, settings.c, settings.jitter) == (2.0, 64, 0.3, False)
     assert isinstance(settings.window, int) and isinstance(settings.scale, float)
     assert exact(0.1 + 0.2) == 0.3
@@ -132,24 +135,25 @@ def test_wrong_values(args, named, what):
     assert str(caught.value).startswith(f"{named}: ") and what in str(caught.value)
 
 
-def test_the_settings_pages_defaults():
+def test_the_settings_pages_defaults(monkeypatch):
     defaults = {"controlnet_model": "canny.safetensors", "vae_tile": 64}
-    assert parse([{}], defaults=defaults) == Job(make({"vae_tile": 64}), "canny.safetensors")
-    assert parse([{"controlnet_model": NONE, "vae_tile": 0}], defaults=defaults) == Job(make())
-    job = parse([{"preset": "low-vram"}], defaults=defaults)
-    assert job is not None and job.settings.vae_tile == PRESETS["low-vram"]["vae_tile"]
-    assert parse(positional(make()), defaults=defaults) == Job(make())
+    assert parse([{}], defaults=defaults) == Enlargement(make({"vae_tile": 64}), "canny.safetensors")
+    assert parse([{"controlnet_model": NONE, "vae_tile": 0}], defaults=defaults) == Enlargement(make())
+    with_tile = {**PRESETS, "paper": {"vae_tile": 32}}
+    monkeypatch.setattr(arguments, "PRESETS", with_tile)
+    assert parse([{}], defaults={"vae_tile": 64}) == Enlargement(make())  # the preset decides
+    assert parse(positional(make()), defaults=defaults) == Enlargement(make())
 
 
 def test_overrides():
     sent = positional(make(), "canny.safetensors")
-    assert parse(sent, overrides={"scale": 3, "controlnet_model": NONE}) == Job(make({"scale": 3}))
+    assert parse(sent, overrides={"scale": 3, "controlnet_model": NONE}) == Enlargement(make({"scale": 3}))
     assert parse(sent, overrides={"enabled": "off"}) is None
     assert parse([False], overrides={"enabled": "on"}) is not None
     # An axis of methods or presets brings what they stand for, though the panel sends every value; other axes win.
-    assert parse(sent, overrides={"method": "demofusion", "preset": "fast", "start": 0.2}) == Job(
+    assert parse(sent, overrides={"method": "demofusion", "preset": "fast", "start": 0.2}) == Enlargement(
         make({"method": "demofusion", "preset": "fast", "start": 0.2}), "canny.safetensors")
-    assert parse([{"preset": "fast", "stage_steps": 7}], overrides={"method": "demofusion"}) == Job(
+    assert parse([{"preset": "fast", "stage_steps": 7}], overrides={"method": "demofusion"}) == Enlargement(
         make({"method": "demofusion", "preset": "fast", "stage_steps": 7}))
     for name in ("method", "preset"):
         with pytest.raises(InputError, match=f"^{name}: 'wrong' is not allowed"):
@@ -171,17 +175,71 @@ def test_picking_method_and_preset_in_any_order_gives_their_settings(method, pre
     assert set(picked("preset", method, preset)) == {name for p in PRESETS.values() for name in p}
 
 
-def test_parameters_of_a_job():
-    assert of_job(Job(make())) == {"AccDiffusion": __version__}
-    assert of_job(Job(make({"scale": 4}), "canny.safetensors")) == {
+# --- a method with options of its own --------------------------------------------------------------------------
+
+@pytest.fixture
+def with_toy():
+    with toy.registered():
+        yield
+
+
+def test_an_option_that_the_method_does_not_have(with_toy):
+    for wrong in ({"method": "toy", "window": 64}, {"toy_share": 0.2}, {"method": "demofusion", "toy_way": "fancy"}):
+        with pytest.raises(InputError, match=f"^{list(wrong)[-1]}: [a-z2-]+ has no such option; it has method, "):
+            parse([wrong])
+    assert parse([{"method": "toy", "toy_share": 0.2}]) == Enlargement(make({"method": "toy", "toy_share": 0.2}))
+
+
+def test_the_panel_and_axes_may_send_what_the_method_does_not_have(with_toy):
+    sent = {"enabled": True, "controlnet_model": NONE, **{name: row.default for name, row in OPTIONS.items()}}
+
+    def by_position(**values):
+        return [{**sent, **values}[name] for name in arguments.POSITIONAL]
+
+    assert parse(by_position(toy_share=0.2)) == Enlargement(make())
+    wanted = Enlargement(make({"method": "toy", "toy_share": 0.2, "controlnet": True}))
+    assert parse(by_position(method="toy", toy_share=0.2, window=64)) == wanted
+    # An axis of another method's option changes nothing; one of methods leaves behind what the new one lacks.
+    assert parse([{"scale": 3}], overrides={"toy_share": 0.2}) == Enlargement(make({"scale": 3}))
+    assert parse([{"scale": 3, "window": 64}], overrides={"method": "toy"}) == Enlargement(
+        make({"method": "toy", "scale": 3}))
+    assert parse(by_position(window=64), overrides={"method": "toy", "c": 0.2}) == Enlargement(
+        make({"method": "toy", "toy_share": 0.7, "controlnet": False}))
+
+
+def test_picking_a_method_leaves_alone_what_it_does_not_have(with_toy):
+    assert picked("method", "toy", "fast").keys() == {"controlnet", "toy_share", "skip_residual", "progressive",
+                                                      "base_pass"}
+    assert "toy_share" not in picked("method", "demofusion", "fast")
+    assert picked("preset", "toy", "fast").keys() == {name for preset in PRESETS.values() for name in preset} & set(
+        vars(make({"method": "toy"})))
+
+
+def test_a_new_methods_options_follow_the_released_ones(with_toy):
+    assert (*RELEASED, "toy_way", "toy_share") == arguments.POSITIONAL
+
+
+# --- generation parameters -------------------------------------------------------------------------------------
+
+def test_a_preset_of_the_past_says_what_it_is_now():
+    for args, overrides in (([{"preset": "low-vram"}], {}), ([True, NONE, "accdiffusion-v2", "low-vram"], {}),
+                            ([{}], {"preset": "low-vram"})):
+        asked = parse(args, overrides=overrides)
+        assert asked == Enlargement(make())
+        assert [note.partition(",")[0] for note in asked.settings.notes] == ["preset: low-vram is paper now"]
+
+
+def test_parameters_of_an_enlargement():
+    assert parameters_of(Enlargement(make())) == {"AccDiffusion": __version__}
+    assert parameters_of(Enlargement(make({"scale": 4}), "canny.safetensors")) == {
         "AccDiffusion": __version__, "AccDiffusion scale": "4", "AccDiffusion ControlNet model": "canny.safetensors"}
-    assert "AccDiffusion ControlNet model" not in of_job(Job(make({"controlnet": False}), "canny.safetensors"))
+    assert "AccDiffusion ControlNet model" not in parameters_of(Enlargement(make({"controlnet": False}), "canny.safetensors"))
     assert restored({"Steps": "20"}) is None
 
 
 def test_parameters_do_not_stay_behind_in_the_next_cell_of_a_grid():
     before = {"Style": "x", "Script": "X/Y/Z plot"}
-    first = stamped(before, Job(make({"scale": 4}), "canny.safetensors"))
+    first = stamped(before, Enlargement(make({"scale": 4}), "canny.safetensors"))
     assert first["AccDiffusion scale"] == "4" and first["Style"] == "x"
-    assert stamped(first, Job(make())) == {**before, "AccDiffusion": __version__}
+    assert stamped(first, Enlargement(make())) == {**before, "AccDiffusion": __version__}
     assert stamped(first, None) == before

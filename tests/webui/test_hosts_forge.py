@@ -1,7 +1,9 @@
-"""What Forge's and reForge's hosts do by themselves, beside small stand-ins of the two programs' objects."""
+"""What Forge's and reForge's hosts do by themselves, beside small stand-ins of the two programs' objects; and how
+WebUIs are told apart."""
 
 from __future__ import annotations
 
+import copy
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,15 +14,18 @@ import pytest
 import torch
 from torch import nn
 
+from accdiff_lib.engine.host import Conditioning
 from accdiff_lib.errors import InputError
+from accdiff_lib.parts.prediction import denoised, output_of
 from accdiff_lib.webui import run
-from accdiff_lib.webui.hosts import forge, reforge
-from accdiff_lib.webui.hosts import forge_base as webui_forge
-from accdiff_lib.webui.hosts import forge_control as webui_forge_control
+from accdiff_lib.webui.hosts import forge, forge_base, forge_control
 from accdiff_lib.webui.hosts import webui as webui_host
+from accdiff_lib.webui.hosts.a1111 import A1111, A1111Host
+from accdiff_lib.webui.hosts.forge import Forge
+from accdiff_lib.webui.hosts.halves import MarkedHalves
 from accdiff_lib.webui.hosts.ldm import unet as ldm_unet
 from accdiff_lib.webui.hosts.ldm.controlnet import LdmControlNet
-from accdiff_lib.webui.hosts.ldm.rows import MarkedRows
+from accdiff_lib.webui.hosts.reforge import ReForge
 from tests import ldm_unet as stand_in
 from tests import tiny
 from tests.webui_stand_in import stood_in
@@ -72,7 +77,8 @@ def unet() -> Any:
 
 @contextmanager
 def present(*names: str):
-    """These modules can be imported."""
+    """These modules can be imported, and which WebUI this is has not been asked."""
+    webui_host.current.cache_clear()
     before = {name: sys.modules.get(name) for name in names}
     sys.modules.update({name: ModuleType(name) for name in names})
     try:
@@ -83,23 +89,37 @@ def present(*names: str):
                 del sys.modules[name]
             else:
                 sys.modules[name] = module
+        webui_host.current.cache_clear()
 
 
 FORGE = ("backend", "backend.patcher", "backend.patcher.unet", "backend.sampling", "backend.sampling.sampling_function",
          "modules_forge", "modules_forge.shared", "modules", "modules.sd_samplers_cfg_denoiser")
 REFORGE = ("ldm_patched", "modules_forge", "modules_forge.shared", "modules_forge.forge_sampler", "modules",
            "modules.sd_samplers_cfg_denoiser")
-A1111 = ("modules", "modules.processing", "modules.sd_samplers_cfg_denoiser")
+AUTOMATIC = ("modules", "modules.processing", "modules.sd_samplers_cfg_denoiser")
 
 
-@pytest.mark.parametrize(("names", "adapter"), [(FORGE, "forge"), (REFORGE, "reforge"), (A1111, "a1111")])
+@pytest.mark.parametrize(("names", "adapter"), [(FORGE, Forge), (REFORGE, ReForge), (AUTOMATIC, A1111)])
 def test_a_webui_is_recognised_by_what_it_has(names, adapter):
     with present(*names):
-        found: Any = webui_host.recognise()
-    assert found.__name__ == f"accdiff_lib.hosts.{adapter}"
-    for function in vars(webui_host.WebUI):
-        if not function.startswith("_"):
-            assert callable(getattr(found, function)), function
+        found = webui_host.recognise()
+        assert type(found) is adapter and webui_host.current() is found
+
+
+def test_another_webui_is_one_class(monkeypatch):
+    """And one line: what it shares with a known one it inherits."""
+    class Neo(Forge):
+        def scaling(self, sd_model: Any) -> float:
+            return 0.13
+
+    module: Any = ModuleType("accdiff_lib.webui.hosts.neo")
+    module.Neo = Neo
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(webui_host, "ADAPTERS", (("neo", "Neo", ("neo_only",)), *webui_host.ADAPTERS))
+    with present(*FORGE):
+        assert type(webui_host.recognise()) is Forge
+    with present(*FORGE, "neo_only"):
+        assert type(webui_host.recognise()) is Neo
 
 
 def test_an_unknown_webui_is_refused_in_one_line():
@@ -109,7 +129,7 @@ def test_an_unknown_webui_is_refused_in_one_line():
 
 # --- the model -------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("adapter", [forge, reforge])
+@pytest.mark.parametrize("adapter", [Forge(), ReForge()])
 def test_a_model_without_unet_is_refused(adapter):
     flux = nn.Module()
     with pytest.raises(InputError, match="the checkpoint has no UNet"):
@@ -117,7 +137,7 @@ def test_a_model_without_unet_is_refused(adapter):
 
 
 @pytest.mark.parametrize(("names", "adapter"), [
-    (("backend", "backend.patcher", "backend.patcher.unet"), "forge"), (("ldm_patched", "modules_forge"), "reforge")])
+    (("backend", "backend.patcher", "backend.patcher.unet"), Forge), (("ldm_patched", "modules_forge"), ReForge)])
 def test_flux_is_refused_before_the_base_pass_and_its_plain_picture_comes(names, adapter):
     """On Generate, in both programs: in one sentence where AccDiffusion is ticked, and untouched where it is not."""
     def generate(**options: Any) -> str:
@@ -139,8 +159,7 @@ def test_flux_is_refused_before_the_base_pass_and_its_plain_picture_comes(names,
 
     sampled: list[str] = []
     with stood_in(), present(*names):
-        found: Any = webui_host.current()
-        assert found.__name__ == f"accdiff_lib.hosts.{adapter}"
+        assert type(webui_host.current()) is adapter
         with pytest.raises(InputError) as caught:
             generate(scale=2)
         assert str(caught.value) == (
@@ -149,7 +168,7 @@ def test_flux_is_refused_before_the_base_pass_and_its_plain_picture_comes(names,
         assert generate(enabled=False) == "latents" and sampled == ["base"]
 
 
-@pytest.mark.parametrize("adapter", [forge, reforge])
+@pytest.mark.parametrize("adapter", [Forge(), ReForge()])
 def test_a_model_with_other_latents_is_refused(adapter, unet):
     class Wide(nn.Module):
         input_blocks, middle_block, output_blocks, out_channels = unet.input_blocks, None, None, 16
@@ -163,20 +182,20 @@ def test_a_model_with_other_noise_levels_is_refused(unet):
     p = generation(unet)
     p.sd_model.forge_objects.unet.model.predictor.prediction_type = "edm"
     with pytest.raises(InputError, match="predicts edm"):
-        forge.session(p, hires=False)
+        Forge().session(p, hires=False)
 
 
 def test_the_stages_take_the_hires_passs_scale(unet):
     unet.out_channels = 4
     p = generation(unet)
-    assert forge.session(p, hires=False).guidance == 5 and forge.session(p, hires=True).guidance == 3
+    assert Forge().session(p, hires=False).guidance == 5 and Forge().session(p, hires=True).guidance == 3
     p.hr_cfg = 0  # reForge: the base pass's
-    assert reforge.session(p, hires=True).guidance == 5
+    assert ReForge().session(p, hires=True).guidance == 5
     p.hr_cfg = -1
-    assert reforge.session(p, hires=True).guidance == 1
+    assert ReForge().session(p, hires=True).guidance == 1
 
 
-@pytest.mark.parametrize("adapter", [forge, reforge])
+@pytest.mark.parametrize("adapter", [Forge(), ReForge()])
 def test_noise_levels_are_put_back(adapter, unet):
     p = generation(unet)
     sampling = p.sd_model.forge_objects.unet.model.predictor
@@ -186,21 +205,21 @@ def test_noise_levels_are_put_back(adapter, unet):
     assert sampling.sigmas is before
 
 
-# --- rows ------------------------------------------------------------------------------------------------------
+# --- halves ----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("marks", "batch", "expected"), [
     ([1, 0], 6, slice(3, 6)), ([0], 3, slice(0, 3)), ([1], 3, slice(0, 0)), ([1, 0, 0], 6, slice(2, 6)),
     ([0, 1, 0], 6, slice(0, 0)), ([1, 0], 5, slice(0, 0)), ([], 4, slice(0, 0))])
-def test_rows_are_read_from_their_marks(marks, batch, expected):
-    rows = MarkedRows()
+def test_halves_are_read_from_their_marks(marks, batch, expected):
+    halves = MarkedHalves()
     seen = []
 
     class UNet(nn.Module):
         def forward(self, x, transformer_options=None):
-            seen.append(rows.cond_rows(len(x)))
+            seen.append(halves.conditional(len(x)))
 
     unet = UNet()
-    with rows.following(unet):
+    with halves.following(unet):
         unet(torch.zeros(batch, 1), transformer_options={"cond_or_uncond": marks})
         unet(torch.zeros(batch, 1))  # somebody else's call
     unet(torch.zeros(batch, 1), transformer_options={"cond_or_uncond": marks})
@@ -231,7 +250,7 @@ def test_a_window_gets_its_place_in_the_size_vector():
 
 # --- the UNet of the stages ------------------------------------------------------------------------------------
 
-class Backend:
+class Program:
     """Notes what is done, and what is linked meanwhile."""
 
     def __init__(self) -> None:
@@ -246,39 +265,45 @@ class Backend:
 
 
 def test_the_controlnet_is_linked_only_where_it_acts(unet):
-    backend, patcher = Backend(), Patcher(unet)
-    control: Any = webui_forge_control.OwnControl(None, None, None)  # type: ignore[arg-type]
-    stage = webui_forge.StageUNet(patcher, control, backend)  # type: ignore[arg-type]
+    program, patcher = Program(), Patcher(unet)
+    control: Any = forge_control.OwnControl(None, None, None)  # type: ignore[arg-type]
+    stage = forge_base.StageUNet(patcher, control, program)  # type: ignore[arg-type]
     x, hint = torch.zeros(2, 4, 8, 8), torch.zeros(2, 3, 64, 64)
     stage.put_away()
     stage.require(x)
     stage.require(x)
-    assert backend.done == [("prepare", control, (2, 4, 8, 8))]
+    assert program.done == [("prepare", control, (2, 4, 8, 8))]
     assert patcher.extra_model_patchers_during_sampling == [] and patcher.controlnet_linked_list is None
     with pytest.raises(ZeroDivisionError), stage.steered(hint, 0.5):
         assert patcher.controlnet_linked_list is control and control.cond_hint_original is hint
         raise ZeroDivisionError
     assert patcher.controlnet_linked_list is None and control.cond_hint_original is None
     stage.put_away()
-    assert backend.done[1:] == [("cleanup", control)] and patcher.controlnet_linked_list is None
+    assert program.done[1:] == [("cleanup", control)] and patcher.controlnet_linked_list is None
 
 
 def test_a_controlnet_is_read_once_for_a_generation(unet, monkeypatch):
     """And anew for another file, another model or another generation."""
     read: list[Any] = []
 
-    def load(path: Path, _patcher: Any, _backend: Any) -> object:
+    def load(path: Path, _model: Any, _webui: Any) -> object:
         read.append(path)
         return object()
 
-    monkeypatch.setattr(webui_forge_control, "load", load)
+    def control(p: Any, path: Path) -> Any:
+        session = Forge().session(p, hires=False)
+        session.load_controlnet(path)
+        assert session.has_control
+        return session.control
+
+    monkeypatch.setattr(forge_control, "load", load)
+    unet.out_channels = 4
     canny, depth, p = Path("canny.safetensors"), Path("depth.safetensors"), generation(unet)
-    control = webui_forge_control.load_once(p, canny, None)
-    assert webui_forge_control.load_once(p, canny, None) is control and read == [canny]
-    webui_forge_control.load_once(p, depth, None)
-    p.sd_model = generation(nn.Identity()).sd_model
-    webui_forge_control.load_once(p, depth, None)
-    webui_forge_control.load_once(generation(unet), depth, None)
+    assert control(p, canny) is control(p, canny) and read == [canny]
+    control(p, depth)
+    p.sd_model = generation(copy.copy(unet)).sd_model
+    control(p, depth)
+    control(generation(unet), depth)
     assert read == [canny, depth, depth, depth]
 
 
@@ -288,25 +313,25 @@ def test_our_controlnet_in_the_webuis_form_gives_the_same_residuals(tmp_path: Pa
     loaded = LdmControlNet.load(tmp_path / "canny.safetensors", unet, dtype=torch.float32, device="cpu")
     patcher = Patcher(unet)
     sampling = patcher.model.predictor
-    control = webui_forge_control.OwnControl(loaded, "patcher", lambda holder: holder.model.predictor)
+    control = forge_control.OwnControl(loaded, "patcher", lambda model: model.predictor)
     generator = torch.Generator().manual_seed(1)
     x, context = torch.randn(2, 4, 16, 16, generator=generator), torch.randn(4, 77, 64, generator=generator)
     context = context[..., :tiny.sdxl().unet.config.cross_attention_dim]
     y = torch.randn(4, unet.label_emb[0][0].in_features, generator=generator)
     hint = (torch.rand(2, 3, 128, 128, generator=generator) < 0.1).float()
     sigma = torch.tensor([3.0]).expand(4)
-    rows = torch.cat([x, x])
+    both = torch.cat([x, x])
     given = {"timesteps": sampling.timestep(sigma).float(), "context": context, "y": y}
-    scaled = sampling.calculate_input(sigma, rows)
+    scaled = sampling.calculate_input(sigma, both)
     with torch.no_grad(), loaded.attached(unet):
         loaded.set(hint, 0.7)
         steered = unet(scaled, **given)
 
-    assert control.get_models() == ["patcher"] and control.get_control(rows, sigma, {}, 2) is None
+    assert control.get_models() == ["patcher"] and control.get_control(both, sigma, {}, 2) is None
     control.pre_run(patcher.model, lambda percent: percent)
     control.set_cond_hint(hint, 0.7)
     with torch.no_grad():
-        residuals = control.get_control(rows, sigma, {"c_crossattn": context, "y": y}, 2)
+        residuals = control.get_control(both, sigma, {"c_crossattn": context, "y": y}, 2)
         assert residuals is not None
         found = added(unet, scaled, given, residuals)
     assert torch.allclose(found, steered, atol=1e-5)
@@ -330,6 +355,84 @@ def added(unet: Any, x: Any, given: Any, residuals: Any) -> Any:
         for handle in handles:
             handle.remove()
         assert not residuals["output"] and not residuals["middle"]
+
+
+# --- what acts on an evaluation --------------------------------------------------------------------------------
+
+def conditioning(**options: Any) -> Conditioning:
+    def hints(_numbers: Any) -> torch.Tensor:
+        asked.append(options)
+        return torch.zeros(2, 3, 64, 64)
+
+    asked: list[Any] = options.pop("asked", [])
+    return Conditioning(["a", "b"], [(0, 0), (0, 64)], (64, 128), 5.0, hints=hints, **options)
+
+
+def forge_host(patcher: Any, control: Any) -> forge_base.ForgeHost:
+    """As far as these tests need one."""
+    found = forge_base.ForgeHost.__new__(forge_base.ForgeHost)
+    found.device, found.has_control, found._prediction = torch.device("cpu"), control is not None, "v_prediction"
+    found._stage = forge_base.StageUNet(patcher, control, Program())  # type: ignore[arg-type]
+    return found
+
+
+def a1111_host(controlnet: Any) -> A1111Host:
+    found = A1111Host.__new__(A1111Host)
+    found.device, found._controlnet, found._prediction = torch.device("cpu"), controlnet, "v_prediction"
+    found._model, found._images = SimpleNamespace(lowvram=False), list
+    return found
+
+
+def test_hints_are_made_only_where_the_controlnet_takes_part(unet):
+    x, sigma = torch.zeros(2, 4, 8, 8), torch.tensor(3.0)
+    control: Any = forge_control.OwnControl(None, None, None)  # type: ignore[arg-type]
+    given: list[Any] = []
+    hooked: Any = SimpleNamespace(set=lambda *args: given.append(args[1]), clear=lambda: given.append("clear"))
+    for host in (forge_host(Patcher(unet), control), forge_host(Patcher(unet), None), a1111_host(hooked),
+                 a1111_host(None)):
+        asked: list[Any] = []
+        with host._evaluating(x, sigma, conditioning(strength=0.0, asked=asked)):
+            pass
+        assert asked == []
+        with host._evaluating(x, sigma, conditioning(strength=0.5, asked=asked)):
+            pass
+        assert len(asked) == (getattr(host, "_controlnet", None) is not None or getattr(host, "has_control", False))
+    assert given == [0.5, "clear"]
+
+
+def test_guidance_rescale_acts_on_what_the_webui_has_combined(unet):
+    """With weights of AND and the hooks of others in it; both programs' hooks give the same."""
+    generator = torch.Generator().manual_seed(2)
+    x, cond, combined = (torch.randn(2, 4, 8, 8, generator=generator) for _ in range(3))
+    sigma, kind = torch.tensor(3.0), "v_prediction"
+    v, of_cond = (output_of(x, 3.0, each, kind) for each in (combined, cond))
+    factor = of_cond.std(dim=(1, 2, 3), keepdim=True) / v.std(dim=(1, 2, 3), keepdim=True)
+    expected = denoised(x, 3.0, v * (0.7 * factor + 1 - 0.7), kind)
+
+    patcher = Patcher(unet)
+    host = forge_host(patcher, None)
+    others = [lambda args: combined]
+    patcher.model_options["sampler_post_cfg_function"] = others
+    with host._evaluating(x, sigma, conditioning(rescale=0.7)):
+        found = torch.zeros_like(x)
+        for function in patcher.model_options["sampler_post_cfg_function"]:
+            found = function({"input": x, "cond_denoised": cond, "denoised": found})
+    assert torch.equal(found, expected) and patcher.model_options["sampler_post_cfg_function"] is others
+    with host._evaluating(x, sigma, conditioning()):
+        assert patcher.model_options["sampler_post_cfg_function"] is others
+
+    class Denoiser:
+        def combine_denoised(self, *_: Any) -> Any:
+            return combined
+
+    automatic: Any = a1111_host(None)
+    denoiser = automatic._denoiser = Denoiser()
+    out = torch.cat([cond[:1], torch.ones(1, 4, 8, 8), cond[1:], torch.ones(2, 4, 8, 8)])  # image 0 has two parts
+    with automatic._evaluating(x, sigma, conditioning(rescale=0.7)):
+        found = denoiser.combine_denoised(out, [[(0, 1.0), (1, 0.5)], [(2, 1.0)]], out[-2:], 5.0)
+    assert torch.equal(found, expected) and not vars(denoiser)
+    with automatic._evaluating(x, sigma, conditioning()):
+        assert not vars(denoiser)
 
 
 def test_the_unet_is_known_by_its_layout(unet):

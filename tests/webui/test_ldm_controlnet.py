@@ -44,7 +44,7 @@ def ldm(family: str) -> ldm_unet.UNetModel:
 
 
 def inputs(family: str, batch: int = 2, tokens: int = 77) -> dict[str, Tensor]:
-    """What a WebUI calls the UNet with, and (`hint`) a hint for each row, (`ids`, `pooled`) what `y` is made of."""
+    """What a WebUI calls the UNet with, and (`hint`) a hint for each latent, (`ids`, `pooled`) what `y` is made of."""
     generator = torch.Generator().manual_seed(4)
     unet = FAMILIES[family]().unet
 
@@ -61,8 +61,8 @@ def inputs(family: str, batch: int = 2, tokens: int = 77) -> dict[str, Tensor]:
     return given
 
 
-def call(unet: nn.Module, given: dict[str, Tensor], rows: slice = slice(None)) -> Tensor:
-    return unet(given["x"][rows], **{key: given[key][rows] for key in ("timesteps", "context", "y") if key in given})
+def call(unet: nn.Module, given: dict[str, Tensor], part: slice = slice(None)) -> Tensor:
+    return unet(given["x"][part], **{key: given[key][part] for key in ("timesteps", "context", "y") if key in given})
 
 
 @torch.no_grad()
@@ -151,10 +151,10 @@ def test_nothing_happens_without_hint_or_strength(store, family):
     assert torch.equal(call(unet, given), plain)
 
 
-# ---------------------------------------------------------------------------------------------------- rows
+# -------------------------------------------------------------------------------------------------- images
 
 @torch.no_grad()
-@pytest.mark.parametrize(("rows", "images", "batches"), [
+@pytest.mark.parametrize(("said", "images", "batches"), [
     (None, [0, 1, 0, 1], [4]),  # cond and uncond together
     (None, [0, 1, 0, 1], [2, 2]),  # one after the other
     ([0, 0, 1, 0, 1], [0, 0, 1, 0, 1], [5]),  # AND in image 0
@@ -163,15 +163,15 @@ def test_nothing_happens_without_hint_or_strength(store, family):
     ([0, 0, 1, 0, 1], [0, 0, 1], [3]),  # steps without uncond
     (lambda batch: [batch - 3] * batch, [0, 0, 0, 1, 1, 1, 1], [3, 4]),
 ])
-def test_each_row_gets_its_images_hint(store, rows, images, batches):
+def test_each_entry_gets_its_images_hint(store, said, images, batches):
     unet, given = ldm("sdxl"), inputs("sdxl", batch=len(images))
     hints = inputs("sdxl", batch=2)["hint"]
     controlnet = LdmControlNet.load(store / "sdxl-cldm.safetensors", unet, **CPU)
     given["hint"] = hints[images]
     expected = by_diffusers("sdxl", given, 1.0)
     with controlnet.attached(unet):
-        for _ in range(2):  # `set` begins at the first row again, wherever the last evaluation ended
-            controlnet.set(hints, 1.0, rows)
+        for _ in range(2):  # `set` begins at the first again, wherever the last evaluation ended
+            controlnet.set(hints, 1.0, said)
             got, begin = [], 0
             for batch in batches:
                 got.append(call(unet, given, slice(begin, begin + batch)))
@@ -180,13 +180,13 @@ def test_each_row_gets_its_images_hint(store, rows, images, batches):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("rows", "batches"), [
+@pytest.mark.parametrize(("said", "batches"), [
     (None, [3]), (None, [1, 2]), ([0, 0, 1, 0, 1], [3, 3]), ([], [2]), ([0, 2], [2]), (lambda batch: [0], [2])])
-def test_rows_that_cannot_be_told_apart(store, rows, batches):
+def test_images_that_cannot_be_told_apart(store, said, batches):
     unet, given = ldm("sdxl"), inputs("sdxl", batch=3)
     controlnet = LdmControlNet.load(store / "sdxl-cldm.safetensors", unet, **CPU)
     with controlnet.attached(unet):
-        controlnet.set(given["hint"][:2], 1.0, rows)
+        controlnet.set(given["hint"][:2], 1.0, said)
         for batch in batches[:-1]:
             call(unet, given, slice(batch))
         with pytest.raises(RuntimeError, match="the UNet was called with"):

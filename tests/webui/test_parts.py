@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import pytest
 
 from accdiff_lib.errors import InputError
-from accdiff_lib.settings import METHODS, OPTIONS, make
-from accdiff_lib.webui import arguments, controlnets, hires, model, run
+from accdiff_lib.methods import METHODS, OPTIONS, make
+from accdiff_lib.webui import arguments, controlnets, hires, model
 from accdiff_lib.webui.arguments import EXTRA, POSITIONAL
 from accdiff_lib.webui.ui import api, callbacks, options_page, panel, xyz
 from tests.webui_stand_in import stood_in, webui  # noqa: F401 (a fixture)
@@ -126,7 +126,7 @@ def test_a_cell_keeps_its_values_to_itself(axes):
         by_label["[AccDiffusion] jitter"].apply(then, "off", ["off"])
         assert xyz.overrides(then) == {"scale": scale, "jitter": "off"} and xyz.overrides(cell) == {"scale": scale}
     assert xyz.overrides(p) == {}
-    assert arguments.parse([{"scale": 2}], overrides=xyz.overrides(first)) == arguments.Job(make({"scale": 3}))
+    assert arguments.parse([{"scale": 2}], overrides=xyz.overrides(first)) == arguments.Enlargement(make({"scale": 3}))
 
 
 def test_wrong_values_of_an_axis(axes):
@@ -263,7 +263,7 @@ def stage_sampler(**options):
     """Sampler and schedule of the stages after a base pass with DPM++ 2M, whose own schedule is Karras."""
     p = SimpleNamespace(sampler_name="DPM++ 2M", scheduler=options.pop("scheduler"), hr_sampler_name=None,
                         hr_scheduler=options.pop("hr_scheduler", None))
-    return run._stage_sampler(p, make(options), p.hr_scheduler is not None)
+    return hires.stage_sampler(p, make(options), ticked=p.hr_scheduler is not None)
 
 
 def test_the_stages_take_the_base_pass_schedule_however_it_was_chosen(samplers):
@@ -278,4 +278,4 @@ def test_the_stages_own_schedule_stays_as_it_is(samplers):
         for own in ("Automatic", "Exponential"):
             assert stage_sampler(scheduler=scheduler, stage_sampler="Euler", stage_scheduler=own) == ("Euler", own)
     assert stage_sampler(scheduler="Karras", hr_scheduler="Automatic") == ("DPM++ 2M", "Automatic")
-    assert run.own_schedule("Euler", "Automatic") == "Automatic"  # it has none of its own
+    assert hires.own_schedule("Euler", "Automatic") == "Automatic"  # it has none of its own

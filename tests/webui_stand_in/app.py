@@ -1,6 +1,7 @@
 """A page with the extension's panel under real gradio, as far as a WebUI would build it. Prints its address.
 
-It is run by the Python of .venv-gradio3 or .venv-gradio4, where there is no torch: what generates is stood in for.
+It is run by the Python of .venv-gradio3 or .venv-gradio4, where there is no torch: what generates is stood in for, and
+plans are made elsewhere. The table of methods has the toy's, too.
 """
 
 from __future__ import annotations
@@ -18,14 +19,15 @@ ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE), str(ROOT)]
 
 import gradio as gr  # noqa: E402
+import toy  # noqa: E402
 from modules import script_callbacks, scripts  # noqa: E402
 
 import accdiff_lib.webui  # noqa: E402
-from accdiff_lib import infotext  # noqa: E402
+from accdiff_lib.parts import infotext  # noqa: E402
 
 
 class Nothing(ModuleType):
-    """A module whose functions do nothing."""
+    """A module or an adapter whose functions do nothing."""
 
     def __getattr__(self, name):
         if name.startswith("__"):
@@ -34,8 +36,11 @@ class Nothing(ModuleType):
 
 
 accdiff_lib.webui.run = Nothing("accdiff_lib.webui.run")
-for module in (accdiff_lib.webui.run, Nothing("accdiff_lib.webui.hosts.a1111")):
+adapter = Nothing("accdiff_lib.webui.hosts.a1111")
+adapter.A1111 = lambda: adapter
+for module in (accdiff_lib.webui.run, adapter):
     sys.modules[module.__name__] = module
+toy.register()
 NUMBERS = itertools.count()
 SAMPLERS, SCHEDULES = ["Euler", "Heun", "DPM++ 2M"], ["Automatic", "Karras"]
 

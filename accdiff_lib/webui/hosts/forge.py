@@ -1,4 +1,4 @@
-"""Forge: its own engine (`backend`) under A1111's user interface. An adapter module: see webui_host.WebUI."""
+"""Forge: its own engine (`backend`) under A1111's user interface."""
 
 from __future__ import annotations
 
@@ -8,36 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from accdiff_lib.webui.hosts import forge_base as webui_forge
-from accdiff_lib.webui.hosts.forge_base import ForgeSession, controlnet_folders, controlnet_suffixes
+from accdiff_lib.webui.hosts.forge_base import ForgeBase
 from accdiff_lib.webui.hosts.text import WebUITextEncoder
 from accdiff_lib.webui.hosts.webui import lacking
-from accdiff_lib.webui.hosts.windows import native_window
-
-__all__ = ["controlnet_folders", "controlnet_suffixes", "missing", "native_window", "register", "remember", "session"]
 
 
-def missing() -> str:
-    """See webui_host.WebUI."""
-    return lacking("modules.sd_samplers_cfg_denoiser", "modules_forge.shared", "backend.sampling.sampling_function")
+class Forge(ForgeBase):
+    """See WebUI and ForgeBase."""
 
-
-def register() -> None:
-    """See webui_host.WebUI."""
-
-
-def remember(p: Any) -> Callable[[], None]:
-    """See webui_host.WebUI."""
-    return webui_forge.remember(p, ForgeBackend())
-
-
-def session(p: Any, *, hires: bool) -> ForgeSession:
-    """See webui_host.WebUI."""
-    return ForgeSession(p, ForgeBackend(), hires=hires)
-
-
-class ForgeBackend:
-    """Implements webui_forge.Backend."""
+    def missing(self) -> str:
+        return lacking("modules.sd_samplers_cfg_denoiser", "modules_forge.shared", "backend.sampling.sampling_function")
 
     def prepare(self, unet: Any, x: Tensor) -> None:
         from backend.sampling.sampling_function import sampling_prepare
@@ -59,11 +39,11 @@ class ForgeBackend:
 
         return ModelPatcher(module, load_device=unet.load_device, offload_device=unet.offload_device)
 
-    def sampling(self, unet: Any) -> Any:
-        return unet.model.predictor
+    def sampling(self, model: Any) -> Any:
+        return model.predictor
 
-    def dtype(self, unet: Any) -> torch.dtype:
-        dtype: torch.dtype = unet.model.computation_dtype
+    def dtype(self, sd_model: Any) -> torch.dtype:
+        dtype: torch.dtype = sd_model.forge_objects.unet.model.computation_dtype
         return dtype
 
     def prediction(self, sd_model: Any) -> str:

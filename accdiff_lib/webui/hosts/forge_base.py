@@ -6,25 +6,24 @@ finds it, with the patches that a hires pass of the WebUI's own would have. Its 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from accdiff_lib.engine.host import Progress, Rows, Solver
+from accdiff_lib.engine.host import Conditioning, Progress, Solver
 from accdiff_lib.engine.vae_runner import VaeRunner
 from accdiff_lib.errors import InputError
-from accdiff_lib.parts.attention import AttentionRecorder
 from accdiff_lib.parts.noise_levels import NoiseLevels
-from accdiff_lib.parts.prediction import denoised, output_of, rescaled
-from accdiff_lib.webui.hosts.forge_control import load_once
+from accdiff_lib.webui.hosts import forge_control
+from accdiff_lib.webui.hosts.halves import MarkedHalves
 from accdiff_lib.webui.hosts.ldm import unet as ldm_unet
-from accdiff_lib.webui.hosts.ldm.rows import MarkedRows
-from accdiff_lib.webui.hosts.text import WebUITextEncoder
-from accdiff_lib.webui.hosts.windows import WindowHost, check_unet, native_window
+from accdiff_lib.webui.hosts.webui import WebUI
+from accdiff_lib.webui.hosts.windows import Session, WindowHost
 
 #: Scripts that act on the base pass only: ControlNet units have hints of the base picture's size, and the others cut
 #: or shrink what is larger than the model's own size, which windows are not.
@@ -34,156 +33,111 @@ BASE_ONLY = ("ControlNet", "MultiDiffusion Integrated", "Kohya HRFix Integrated"
 _POST_CFG = "sampler_post_cfg_function"
 
 
-class Backend(Protocol):
-    """Where the two differ: an object of forge.py or reforge.py."""
+class ForgeBase(WebUI):
+    """See WebUI. A "patcher" is the program's own: a network, its patches, and the devices it works and waits on."""
 
+    # --- what differs ------------------------------------------------------------------------------------------
+
+    @abstractmethod
     def prepare(self, unet: Any, x: Tensor) -> None:
         """Loads a UNet's patcher and what belongs to it, with room for a batch of latents like `x`, and CFG."""
 
+    @abstractmethod
     def cleanup(self, unet: Any) -> None:
         """The counterpart of `prepare`."""
 
+    @abstractmethod
     def load(self, patchers: list[Any], room: float) -> None:
         """Loads other models; `room` bytes of their device must stay free."""
 
+    @abstractmethod
     def patcher(self, module: nn.Module, unet: Any) -> Any:
-        """A patcher for a network of our own, on the UNet's devices."""
+        """A patcher for a network of our own, on the devices of the UNet's."""
 
-    def sampling(self, unet: Any) -> Any:
-        """The object that knows the model's noise levels (`sigmas`, `timestep`, `calculate_input`, `set_sigmas`)."""
+    @abstractmethod
+    def sampling(self, model: Any) -> Any:
+        """The object that knows the noise levels (`sigmas`, `timestep`, `calculate_input`, `set_sigmas`) of the `model`
+        in a UNet's patcher."""
 
-    def dtype(self, unet: Any) -> torch.dtype:
-        """What the UNet computes in, whatever its weights are stored in."""
-        ...
-
-    def prediction(self, sd_model: Any) -> str:
-        """"epsilon" or "v_prediction"; others are refused."""
-        ...
-
-    def scaling(self, sd_model: Any) -> float:
-        """Factor from the VAE's latents to the UNet's."""
-        ...
-
+    @abstractmethod
     def always_tiled(self) -> bool:
         """The user wants the VAE to work in tiles."""
-        ...
 
-    def text(self, sd_model: Any, prompt: str, negative: str, size: tuple[int, int]) -> WebUITextEncoder: ...
+    # --- what they share ---------------------------------------------------------------------------------------
 
-    def place(self, sd_model: Any) -> Callable[..., Any]:
-        """SizeVectors.place or its like."""
-        ...
+    def remember(self, p: Any) -> Callable[[], None]:
+        """See WebUI: with zero terminal SNR the noise levels are put back only after a `p.sample` that returns."""
+        model = p.sd_model
+        if not ldm_unet.is_unet(self.unet(model)):  # the session will refuse it
+            return lambda: None
+        sampling = self.sampling(model.forge_objects.unet.model)
+        sigmas, alphas = getattr(sampling, "sigmas", None), getattr(model, "alphas_cumprod", None)
 
-    def reload(self, p: Any, *, hires: bool) -> None:
-        """Loads the stages' checkpoint if it is not loaded."""
+        def restore() -> None:
+            if sigmas is not None and sampling.sigmas is not sigmas:
+                sampling.set_sigmas(sigmas)
+            if alphas is not None:
+                model.alphas_cumprod = alphas
+        return restore
 
-    def guidance(self, p: Any) -> float:
-        """CFG scale of the hires pass."""
-        ...
+    def session(self, p: Any, *, hires: bool) -> ForgeSession:
+        """See WebUI."""
+        return ForgeSession(self, p, MarkedHalves(), hires=hires)
 
+    def controlnet_folders(self) -> list[Path]:
+        """See WebUI."""
+        from modules_forge import shared
 
-# --- what the adapters share -----------------------------------------------------------------------------------
+        return [Path(shared.controlnet_dir)]
 
-def remember(p: Any, backend: Backend) -> Callable[[], None]:
-    """See webui_host.WebUI: with zero terminal SNR the noise levels are put back only after a `p.sample` that returns.
-    """
-    model = p.sd_model
-    if not ldm_unet.is_unet(unet_of(p)):  # the session will refuse it
-        return lambda: None
-    sampling = backend.sampling(model.forge_objects.unet)
-    sigmas, alphas = getattr(sampling, "sigmas", None), getattr(model, "alphas_cumprod", None)
+    def controlnet_suffixes(self) -> tuple[str, ...]:
+        """See WebUI."""
+        return (".pth", ".pt", ".ckpt", ".bin")
 
-    def restore() -> None:
-        if sigmas is not None and sampling.sigmas is not sigmas:
-            sampling.set_sigmas(sigmas)
-        if alphas is not None:
-            model.alphas_cumprod = alphas
-    return restore
+    def check(self, sd_model: Any) -> None:
+        """See WebUI: other latents and other noise levels are refused."""
+        channels, prediction = int(self.unet(sd_model).out_channels), self.prediction(sd_model)
+        if channels != 4 or prediction not in ("epsilon", "v_prediction"):
+            raise InputError(f"AccDiffusion: the checkpoint has latents of {channels} channels and predicts "
+                             f"{prediction}; it works with SD1.5, SD2 and SDXL checkpoints")
 
+    def unet(self, sd_model: Any) -> Any:
+        """See WebUI."""
+        return sd_model.forge_objects.unet.model.diffusion_model
 
-def controlnet_folders() -> list[Path]:
-    """See webui_host.WebUI."""
-    from modules_forge import shared
+    def device(self, sd_model: Any) -> torch.device:
+        """See WebUI."""
+        return torch.device(sd_model.forge_objects.unet.load_device)
 
-    return [Path(shared.controlnet_dir)]
+    def levels(self, sd_model: Any) -> NoiseLevels:
+        """See WebUI."""
+        sigmas = self.sampling(sd_model.forge_objects.unet.model).sigmas.detach().to("cpu", torch.float64)
+        return NoiseLevels(1 / (sigmas**2 + 1))
 
-
-def controlnet_suffixes() -> tuple[str, ...]:
-    """See webui_host.WebUI."""
-    return (".pth", ".pt", ".ckpt", ".bin")
-
-
-def unet_of(p: Any) -> Any:
-    """The loaded model's UNet."""
-    return p.sd_model.forge_objects.unet.model.diffusion_model
+    def controlnet(self, path: Path, sd_model: Any) -> Any:
+        """See WebUI. Its weights lie where the program's memory management wants them."""
+        return forge_control.load(path, sd_model, self)
 
 
 # --- a batch ---------------------------------------------------------------------------------------------------
 
-class ForgeSession:
-    """Implements webui_host.Session."""
+class ForgeSession(Session):
+    """See Session."""
 
-    def __init__(self, p: Any, backend: Backend, *, hires: bool) -> None:
-        """Raises InputError for a model that has no UNet, or one with other latents or noise levels."""
-        model = p.sd_model
-        check_unet(model, unet_of(p))
-        channels = int(unet_of(p).out_channels)
-        prediction = backend.prediction(model)
-        if channels != 4 or prediction not in ("epsilon", "v_prediction"):
-            raise InputError(f"AccDiffusion: the checkpoint has latents of {channels} channels and predicts "
-                             f"{prediction}; it works with SD1.5, SD2 and SDXL checkpoints")
-        self._p, self._backend, self._hires = p, backend, hires
-        self.native = native_window(model)
-        self.halvings = ldm_unet.halvings(unet_of(p))
-        self._rows = MarkedRows()
-        self._levels = _levels(model, backend)
-        self._control: Any = None
-        self._unet: StageUNet | None = None
-
-    @property
-    def has_control(self) -> bool:
-        """See webui_host.Session."""
-        return self._control is not None
-
-    @property
-    def guidance(self) -> float:
-        """See webui_host.Session."""
-        return float(self._backend.guidance(self._p) if self._hires else self._p.cfg_scale)
-
-    def load_controlnet(self, path: Path) -> None:
-        """See webui_host.Session."""
-        self._control = load_once(self._p, path, self._backend)
-
-    def timestep(self, sigma: float) -> float:
-        """See engine.host.Host."""
-        return self._levels.timestep(sigma)
-
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        """See webui_host.Session."""
-        yield
-
-    @contextmanager
-    def base(self, size: tuple[int, int], *, record: bool) -> Iterator[AttentionRecorder]:
-        """See webui_host.Session."""
-        unet = unet_of(self._p)
-        recorder = AttentionRecorder(ldm_unet.cross_attention(unet), size, self._rows.cond_rows)
-        with ExitStack() as stack:
-            if record:
-                stack.enter_context(self._rows.following(unet))
-                stack.enter_context(recorder)
-            yield recorder
+    webui: ForgeBase
+    #: Within `stages`.
+    stage_unet: StageUNet | None = None
 
     @contextmanager
     def stages(self, given: Mapping[str, Any]) -> Iterator[None]:
-        """See webui_host.Session."""
+        """See Session."""
         from modules import devices, extra_networks, sd_models
 
-        p = self._p
+        p = self.p
         model = p.sd_model
         objects = model.forge_objects
         try:
-            self._backend.reload(p, hires=self._hires)
+            self.webui.reload(p, hires=self._hires)
             if (self._hires or p.sd_model is not model) and not p.disable_extra_networks:
                 with devices.autocast():
                     extra_networks.activate(p, p.hr_extra_network_data if self._hires else p.extra_network_data)
@@ -194,19 +148,19 @@ class ForgeSession:
             unet.controlnet_linked_list = None
             p.sd_model.forge_objects.unet = unet
             devices.torch_gc()
-            self._unet = StageUNet(unet, self._control, self._backend)
+            self.stage_unet = StageUNet(unet, self.control, self.webui)
             yield
         finally:
-            if self._unet is not None:
-                self._unet.put_away()
-                self._unet = None
+            if self.stage_unet is not None:
+                self.stage_unet.put_away()
+                self.stage_unet = None
             model.forge_objects = objects
 
     def _let_scripts_patch(self, given: Mapping[str, Any]) -> None:
         """Other extensions patch the UNet anew, as before the WebUI's own hires pass."""
         from modules import errors
 
-        p = self._p
+        p = self.p
         if p.scripts is None:
             return
         device = p.sd_model.forge_objects.unet.load_device
@@ -230,17 +184,17 @@ class ForgeSession:
 
     def host(self, *, prompt: str, negative: str, size: tuple[int, int], solver: Solver, progress: Progress,
              vae_tile: int) -> ForgeHost:
-        """See webui_host.Session."""
-        assert self._unet is not None
-        return ForgeHost(self._p, self._backend, self._unet, self._rows, prompt=prompt, negative=negative, size=size,
-                         solver=solver, progress=progress, vae_tile=vae_tile)
+        """See Session."""
+        assert self.stage_unet is not None
+        return ForgeHost(self, self.stage_unet, prompt=prompt, negative=negative, size=size, solver=solver,
+                         progress=progress, vae_tile=vae_tile)
 
 
 class StageUNet:
     """The patcher that the stages run on, with their ControlNet: on the device while windows are evaluated."""
 
-    def __init__(self, patcher: Any, control: Any, backend: Backend) -> None:
-        self.patcher, self.control, self._backend = patcher, control, backend
+    def __init__(self, patcher: Any, control: Any, webui: ForgeBase) -> None:
+        self.patcher, self.control, self._webui = patcher, control, webui
         self._ready = False
 
     def require(self, x: Tensor) -> None:
@@ -252,7 +206,7 @@ class StageUNet:
         patcher.controlnet_linked_list = self.control
         beside = list(patcher.extra_model_patchers_during_sampling)  # `prepare` adds the ControlNet's to it every time
         try:
-            self._backend.prepare(patcher, x)
+            self._webui.prepare(patcher, x)
         finally:
             patcher.extra_model_patchers_during_sampling = beside
             patcher.controlnet_linked_list = None
@@ -265,7 +219,7 @@ class StageUNet:
         self._ready = False
         self.patcher.controlnet_linked_list = self.control
         try:
-            self._backend.cleanup(self.patcher)
+            self._webui.cleanup(self.patcher)
         finally:
             self.patcher.controlnet_linked_list = None
 
@@ -286,25 +240,20 @@ class StageUNet:
 # --- a picture -------------------------------------------------------------------------------------------------
 
 class ForgeHost(WindowHost):
-    """Implements base.Host for one image of a generation `p`."""
+    """See WindowHost."""
 
-    def __init__(self, p: Any, backend: Backend, unet: StageUNet, rows: MarkedRows, *, prompt: str, negative: str,
-                 size: tuple[int, int], solver: Solver, progress: Progress, vae_tile: int) -> None:
-        """`size` is the result's (height, width) in pixels."""
-        model, patcher = p.sd_model, unet.patcher
-        super().__init__(p, unet=patcher.model.diffusion_model, device=torch.device(patcher.load_device),
-                         itemsize=backend.dtype(patcher).itemsize, levels=_levels(model, backend), rows=rows,
-                         text=backend.text(model, prompt, negative, size), place=backend.place(model), solver=solver,
-                         progress=progress)
-        self.window = native_window(model)
-        self.channels = 4
-        self.has_control = unet.control is not None
-        self._backend, self._stage = backend, unet
-        self._prediction = backend.prediction(model)
+    channels = 4
+
+    def __init__(self, session: ForgeSession, unet: StageUNet, *, prompt: str, negative: str, size: tuple[int, int],
+                 solver: Solver, progress: Progress, vae_tile: int) -> None:
+        """See Session.host."""
+        super().__init__(session, prompt=prompt, negative=negative, size=size, solver=solver, progress=progress)
+        webui, model = session.webui, session.p.sd_model
+        self._webui, self._stage = webui, unet
         self._vae_patcher = model.forge_objects.vae
         vae = self._vae_patcher.first_stage_model
-        tile = vae_tile or (64 if backend.always_tiled() else 0)
-        self._runner = VaeRunner(vae, backend.scaling(model), torch.device(self._vae_patcher.device), progress,
+        tile = vae_tile or (64 if webui.always_tiled() else 0)
+        self._runner = VaeRunner(vae, webui.scaling(model), torch.device(self._vae_patcher.device), progress,
                                  tile=tile, width=int(vae.decoder.conv_out.in_channels))
 
     def encode_texts(self, prompts: Any) -> Any:
@@ -312,37 +261,36 @@ class ForgeHost(WindowHost):
         self._stage.put_away()  # the WebUI loads the text encoders, and may make room for them
         return super().encode_texts(prompts)
 
-    def rows_that_fit(self, height: int, width: int) -> int:
+    def latents_that_fit(self, height: int, width: int) -> int:
         """See engine.host.Host."""
         # What is free is known when the weights are where they belong.
         self._stage.require(torch.zeros(1, self.channels, height, width, device=self.device))
-        return super().rows_that_fit(height, width)
+        return super().latents_that_fit(height, width)
 
     def _vae(self, latent: tuple[int, int]) -> VaeRunner:
         self._stage.put_away()
         vae = self._vae_patcher
-        self._backend.load([vae.patcher], vae.memory_used_decode((1, 4, *latent), vae.vae_dtype))
+        self._webui.load([vae.patcher], vae.memory_used_decode((1, 4, *latent), vae.vae_dtype))
         return self._runner
 
     @contextmanager
-    def _evaluating(self, x: Tensor, sigma: Tensor, rows: Rows) -> Iterator[None]:
+    def _evaluating(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Iterator[None]:
         with ExitStack() as stack:
             self._stage.require(x)
-            if self.has_control and rows.hint is not None and rows.strength > 0:
-                stack.enter_context(self._stage.steered(rows.hint.to(self.device), rows.strength))
-            if rows.rescale > 0:
-                stack.enter_context(self._rescaled(float(sigma), rows.rescale))
+            if self.has_control and conditioning.steered:
+                hints = conditioning.all_hints.to(self.device)
+                stack.enter_context(self._stage.steered(hints, conditioning.strength))
+            if conditioning.rescale > 0:
+                stack.enter_context(self._rescaled(float(sigma), conditioning))
             yield
 
     @contextmanager
-    def _rescaled(self, level: float, mix: float) -> Iterator[None]:
+    def _rescaled(self, level: float, conditioning: Conditioning) -> Iterator[None]:
         """Guidance rescale, after whatever other extensions do to the guided prediction."""
-        options, kind = self._stage.patcher.model_options, self._prediction
+        options = self._stage.patcher.model_options
 
         def rescale(args: Mapping[str, Any]) -> Tensor:
-            x = args["input"]
-            guided, cond = (output_of(x, level, args[name], kind) for name in ("denoised", "cond_denoised"))
-            return denoised(x, level, rescaled(guided, cond, mix), kind)
+            return self._guided(args["input"], level, args["cond_denoised"], args["denoised"], conditioning)
 
         before = options.get(_POST_CFG)
         options[_POST_CFG] = [*(before or []), rescale]
@@ -353,9 +301,3 @@ class ForgeHost(WindowHost):
                 del options[_POST_CFG]
             else:
                 options[_POST_CFG] = before
-
-
-def _levels(sd_model: Any, backend: Backend) -> NoiseLevels:
-    """The model's noise levels, as they are for this generation (with zero terminal SNR, say)."""
-    sigmas = backend.sampling(sd_model.forge_objects.unet).sigmas.detach().to("cpu", torch.float64)
-    return NoiseLevels(1 / (sigmas**2 + 1))

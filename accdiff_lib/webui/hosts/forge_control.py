@@ -8,29 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from accdiff_lib.webui.hosts import webui as webui_host
 from accdiff_lib.webui.hosts.ldm.controlnet import LdmControlNet, layers_per_level
 from accdiff_lib.webui.hosts.ldm.controlnet_file import ControlNetFile, check_family
 
-
-def load_once(p: Any, path: Path, backend: Any) -> Any:
-    """What `load` gives for the loaded model, read once for all batches of a generation `p`.
-
-    Its weights lie where the WebUI's memory management wants them meanwhile.
-    """
-    unet = p.sd_model.forge_objects.unet
-    return webui_host.loaded_once(p, path, unet.model.diffusion_model, lambda: load(path, unet, backend))
+if TYPE_CHECKING:
+    from accdiff_lib.webui.hosts.forge_base import ForgeBase
 
 
-def load(path: Path, unet: Any, backend: Any) -> Any:
-    """The ControlNet of a file, for the UNet of a patcher. Raises InputError (one line) where it cannot steer it."""
-    module = unet.model.diffusion_model
+def load(path: Path, sd_model: Any, webui: ForgeBase) -> Any:
+    """The ControlNet of a file, for the loaded model. Raises InputError (one line) where it cannot steer it."""
+    module, patcher = webui.unet(sd_model), sd_model.forge_objects.unet
     if _is_control_lora(path):
         loaded = _built_in(path)
         if loaded is not None:
@@ -45,10 +38,10 @@ def load(path: Path, unet: Any, backend: Any) -> Any:
     if loaded is not None:
         return loaded
     print(f"[AccDiffusion] this WebUI cannot load {path.name} by itself; it is loaded by AccDiffusion's own loader")
-    own = LdmControlNet.load(path, module, dtype=backend.dtype(unet), device=unet.offload_device)
+    own = LdmControlNet.load(path, module, dtype=webui.dtype(sd_model), device=patcher.offload_device)
     holder = nn.Module()  # patchers set attributes on what they manage
     holder.network = own.network
-    return OwnControl(own, backend.patcher(holder, unet), backend.sampling)
+    return OwnControl(own, webui.patcher(holder, patcher), webui.sampling)
 
 
 def _built_in(path: Path) -> Any:
@@ -82,7 +75,7 @@ class OwnControl:
     """Our ControlNet in the form of the WebUI's own ones."""
 
     def __init__(self, controlnet: LdmControlNet, patcher: Any, sampling: Callable[[Any], Any]) -> None:
-        """`patcher` manages its weights; `sampling` is Backend.sampling."""
+        """`patcher` manages its weights; `sampling` is ForgeBase.sampling."""
         self._controlnet, self._patcher, self._sampling_of = controlnet, patcher, sampling
         self._sampling: Any = None
         self.previous_controlnet = None
@@ -111,7 +104,7 @@ class OwnControl:
 
     def pre_run(self, model: Any, _percent_to_sigma: Callable[[float], float]) -> None:
         """Sampling begins."""
-        self._sampling = self._sampling_of(_Holder(model))
+        self._sampling = self._sampling_of(model)
 
     def cleanup(self) -> None:
         """Sampling ends."""
@@ -119,7 +112,7 @@ class OwnControl:
 
     def get_control(self, x: Tensor, sigma: Tensor, cond: Mapping[str, Any], chunks: int,
                     _options: Any = None) -> dict[str, list[Tensor]] | None:
-        """Residuals for a call of the model with `chunks` rows of every image: `x` [chunks * M, 4, h, w]."""
+        """Residuals for a call of the model with `chunks` halves of every image: `x` [chunks * M, 4, h, w]."""
         if self.cond_hint_original is None:
             return None
         images = list(range(len(x) // chunks)) * chunks
@@ -129,10 +122,3 @@ class OwnControl:
         for residual in (*down, middle):
             residual.mul_(self.strength)
         return {"input": [], "middle": [middle], "output": down}  # the UNet takes them from the end
-
-
-class _Holder:
-    """A model as the patcher's `model`, which is where Backend.sampling looks."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model

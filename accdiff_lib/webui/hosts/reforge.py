@@ -1,46 +1,21 @@
-"""reForge (and Forge Classic, by reading): A1111's model around ComfyUI's engine (`ldm_patched`).
-
-An adapter module: see webui_host.WebUI.
-"""
+"""reForge: A1111's model around ComfyUI's engine (`ldm_patched`). Forge Classic, by reading, is alike."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from accdiff_lib.webui.hosts import forge_base as webui_forge
-from accdiff_lib.webui.hosts.forge_base import ForgeSession, controlnet_folders, controlnet_suffixes
-from accdiff_lib.webui.hosts.text import SizeVectors, WebUITextEncoder
+from accdiff_lib.webui.hosts.forge_base import ForgeBase
 from accdiff_lib.webui.hosts.webui import lacking
-from accdiff_lib.webui.hosts.windows import native_window
-
-__all__ = ["controlnet_folders", "controlnet_suffixes", "missing", "native_window", "register", "remember", "session"]
 
 
-def missing() -> str:
-    """See webui_host.WebUI."""
-    return lacking("modules.sd_samplers_cfg_denoiser", "modules_forge.shared", "modules_forge.forge_sampler")
+class ReForge(ForgeBase):
+    """See WebUI and ForgeBase."""
 
-
-def register() -> None:
-    """See webui_host.WebUI."""
-
-
-def remember(p: Any) -> Callable[[], None]:
-    """See webui_host.WebUI."""
-    return webui_forge.remember(p, ReForgeBackend())
-
-
-def session(p: Any, *, hires: bool) -> ForgeSession:
-    """See webui_host.WebUI."""
-    return ForgeSession(p, ReForgeBackend(), hires=hires)
-
-
-class ReForgeBackend:
-    """Implements webui_forge.Backend."""
+    def missing(self) -> str:
+        return lacking("modules.sd_samplers_cfg_denoiser", "modules_forge.shared", "modules_forge.forge_sampler")
 
     def prepare(self, unet: Any, x: Tensor) -> None:
         from modules_forge.forge_sampler import sampling_prepare
@@ -62,11 +37,12 @@ class ReForgeBackend:
 
         return ModelPatcher(module, load_device=unet.load_device, offload_device=unet.offload_device)
 
-    def sampling(self, unet: Any) -> Any:
-        return unet.model.model_sampling
+    def sampling(self, model: Any) -> Any:
+        return model.model_sampling
 
-    def dtype(self, unet: Any) -> torch.dtype:
-        dtype: torch.dtype = getattr(unet.model, "manual_cast_dtype", None) or unet.model.get_dtype()
+    def dtype(self, sd_model: Any) -> torch.dtype:
+        model = sd_model.forge_objects.unet.model
+        dtype: torch.dtype = getattr(model, "manual_cast_dtype", None) or model.get_dtype()
         return dtype
 
     def prediction(self, sd_model: Any) -> str:
@@ -79,18 +55,6 @@ class ReForgeBackend:
         from ldm_patched.modules import model_management
 
         return bool(getattr(model_management, "VAE_ALWAYS_TILED", False))
-
-    def text(self, sd_model: Any, prompt: str, negative: str, size: tuple[int, int]) -> WebUITextEncoder:
-        return WebUITextEncoder(sd_model, prompt, negative, size)
-
-    def place(self, sd_model: Any) -> Callable[..., Any]:
-        return SizeVectors(sd_model).place
-
-    def reload(self, p: Any, *, hires: bool) -> None:
-        from modules import sd_models
-
-        with sd_models.SkipWritingToConfig():
-            sd_models.reload_model_weights(info=getattr(p, "hr_checkpoint_info", None) if hires else None)
 
     def guidance(self, p: Any) -> float:
         """Its Hires. fix takes the base pass's CFG scale for 0, and no negative prompt below."""

@@ -1,7 +1,7 @@
 """Which WebUI this is, and what the rest of the extension may ask of it: the only place that tells them apart.
 
-A WebUI's adapter is a module (hosts/a1111.py, forge.py, reforge.py) with the functions of `WebUI`. It is recognised by
-what it can do, never by its name or version.
+A WebUI's adapter is one file with one class derived from `WebUI`, and a line in ADAPTERS. It is recognised by what it
+can do, never by its name or version. Nothing here needs torch until a picture is made: the page asks without it.
 """
 
 from __future__ import annotations
@@ -9,119 +9,138 @@ from __future__ import annotations
 import importlib
 import sys
 import weakref
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-if TYPE_CHECKING:  # with torch: who only asks which WebUI this is has no need of it
-    from accdiff_lib.engine.host import Host, Progress, Solver
+if TYPE_CHECKING:
+    import torch
 
-    class AttachedHost(Host, Protocol):
-        """A Host whose hooks are on the model only within `attached()`."""
-
-        def attached(self) -> AbstractContextManager[None]: ...
-
+    from accdiff_lib.parts.noise_levels import NoiseLevels
+    from accdiff_lib.webui.hosts.text import WebUITextEncoder
+    from accdiff_lib.webui.hosts.windows import Session
 
 T = TypeVar("T")
+
+#: File and class of each adapter, and the modules that only its WebUI has; the first that fits is it.
+ADAPTERS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("forge", "Forge", ("backend.patcher.unet",)),
+    ("reforge", "ReForge", ("ldm_patched", "modules_forge")),
+    ("a1111", "A1111", ()),
+)
 
 #: Where a generation keeps its ControlNet, with what it was loaded from and for.
 _CONTROLNET = "_accdiffusion_controlnet"
 
 
-class Session(Protocol):
-    """One call of `p.sample`: the pictures of a batch."""
+class WebUI(ABC):
+    """A WebUI and its loaded model. It has no state: what belongs to a batch is in its Session.
 
-    #: Side in latent cells of the pictures that the model was trained on.
-    native: int
-    #: How often the UNet halves a latent: until its deepest attention outside the middle block, and in all.
-    halvings: tuple[int, int]
+    What is not abstract is as in AUTOMATIC1111's.
+    """
 
-    @property
-    def has_control(self) -> bool:
-        """A ControlNet is loaded."""
-        ...
+    # --- what the extension asks -------------------------------------------------------------------------------
 
-    @property
-    def guidance(self) -> float:
-        """CFG scale of the stages: the generation's, or that of its Hires. fix."""
-        ...
-
-    def load_controlnet(self, path: Path) -> None:
-        """Loads a ControlNet for the model. Raises InputError where it cannot steer it."""
-        ...
-
-    def timestep(self, sigma: float) -> float:
-        """See engine.host.Host."""
-        ...
-
-    def attached(self) -> AbstractContextManager[None]:
-        """Around all of the batch's work."""
-        ...
-
-    def base(self, size: tuple[int, int], *, record: bool) -> AbstractContextManager[Any]:
-        """Around the WebUI's own base pass. Gives an AttentionRecorder for maps of `size` (rows, columns) cells, which
-        records if `record`."""
-        ...
-
-    def stages(self, given: Mapping[str, Any]) -> AbstractContextManager[None]:
-        """Around the stages of the batch's pictures: with the model, LoRAs and patches that the WebUI's own hires pass
-        would have. `given` are the keywords of `p.sample`."""
-        ...
-
-    def host(self, *, prompt: str, negative: str, size: tuple[int, int], solver: Solver, progress: Progress,
-             vae_tile: int) -> AttachedHost:
-        """The Host for one picture, whose result has `size` = (height, width) in pixels."""
-        ...
-
-
-class WebUI(Protocol):
-    """What an adapter module has."""
-
+    @abstractmethod
     def missing(self) -> str:
         """What this WebUI lacks that the adapter needs; empty if nothing."""
-        ...
 
-    def register(self) -> None:
+    def register(self) -> None:  # noqa: B027 - not every WebUI needs some
         """Registers the adapter's own callbacks."""
-        ...
 
-    def native_window(self, sd_model: Any) -> int:
+    def native(self, sd_model: Any) -> int:
         """Side in latent cells of the pictures that a model was trained on."""
-        ...
+        if getattr(sd_model, "is_sdxl", False):
+            return 128
+        v_prediction = getattr(sd_model, "parameterization", "eps") == "v"
+        return 96 if getattr(sd_model, "is_sd2", False) and v_prediction else 64
 
     def remember(self, p: Any) -> Callable[[], None]:
         """Called before `p.sample`; what it returns is called when that fails, and puts back what the WebUI would leave
         changed."""
-        ...
+        return lambda: None
 
+    @abstractmethod
     def session(self, p: Any, *, hires: bool) -> Session:
         """The batch that `p.sample` was called for; `hires`: Hires. fix drives the stages.
 
         Raises InputError, in one sentence, for models and settings that the stages cannot run with.
         """
-        ...
 
     def controlnet_folders(self) -> list[Path]:
         """Folders with ControlNet files besides those that all WebUIs have."""
-        ...
+        return []
 
     def controlnet_suffixes(self) -> tuple[str, ...]:
         """Endings of the files that its own list of ControlNets has besides .safetensors."""
-        ...
+        return ()
+
+    # --- what its sessions and hosts ask -----------------------------------------------------------------------
+
+    @abstractmethod
+    def check(self, sd_model: Any) -> None:
+        """Raises InputError, in one sentence, where the stages cannot run with the settings or the model's UNet."""
+
+    @abstractmethod
+    def unet(self, sd_model: Any) -> Any:
+        """The model's network, which may be none that we know."""
+
+    @abstractmethod
+    def device(self, sd_model: Any) -> torch.device:
+        """Where the UNet computes."""
+
+    @abstractmethod
+    def dtype(self, sd_model: Any) -> torch.dtype:
+        """What the UNet computes in, whatever its weights are stored in."""
+
+    @abstractmethod
+    def prediction(self, sd_model: Any) -> str:
+        """What the UNet's output is: "epsilon" or "v_prediction"; others are refused."""
+
+    @abstractmethod
+    def levels(self, sd_model: Any) -> NoiseLevels:
+        """The model's noise levels, as they are for this generation (with zero terminal SNR, say)."""
+
+    @abstractmethod
+    def scaling(self, sd_model: Any) -> float:
+        """Factor from the VAE's latents to the UNet's."""
+
+    @abstractmethod
+    def controlnet(self, path: Path, sd_model: Any) -> Any:
+        """Loads a file's ControlNet for the model. Raises InputError (one line) where it cannot steer it."""
+
+    def text(self, sd_model: Any, prompt: str, negative: str, size: tuple[int, int]) -> WebUITextEncoder:
+        """See WebUITextEncoder."""
+        from accdiff_lib.webui.hosts.text import WebUITextEncoder
+
+        return WebUITextEncoder(sd_model, prompt, negative, size)
+
+    def place(self, sd_model: Any) -> Callable[..., Any]:
+        """SizeVectors.place or its like."""
+        from accdiff_lib.webui.hosts.text import SizeVectors
+
+        return SizeVectors(sd_model).place
+
+    def reload(self, p: Any, *, hires: bool) -> None:
+        """Loads the stages' checkpoint if it is not loaded: Hires. fix's, or the base's back from a refiner."""
+        from modules import sd_models
+
+        with sd_models.SkipWritingToConfig():
+            sd_models.reload_model_weights(info=getattr(p, "hr_checkpoint_info", None) if hires else None)
+
+    def guidance(self, p: Any) -> float:
+        """CFG scale of the hires pass; A1111's has none of its own."""
+        return float(p.cfg_scale)
 
 
+@cache
 def current() -> WebUI:
     """The adapter of the running WebUI."""
-    if _has("backend.patcher.unet"):
-        name = "forge"
-    elif _has("ldm_patched") and _has("modules_forge"):
-        name = "reforge"
-    else:
-        name = "a1111"
-    module: Any = importlib.import_module(f"accdiff_lib.hosts.{name}")
-    adapter: WebUI = module
+    file, name, _ = next(adapter for adapter in ADAPTERS if all(map(_has, adapter[2])))
+    adapter: WebUI = getattr(importlib.import_module(f"accdiff_lib.webui.hosts.{file}"), name)()
     return adapter
 
 

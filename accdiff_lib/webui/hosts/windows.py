@@ -1,4 +1,4 @@
-"""Windows evaluated by the WebUI's own CFGDenoiser: what the hosts of all WebUIs have in common.
+"""Windows evaluated by the WebUI's own CFGDenoiser: what the batches and hosts of all WebUIs have in common.
 
 A batch of windows is a batch of "images" to it, so everything that hangs on it (CFG features, other extensions'
 callbacks, LoRA, attention optimisations) sees an ordinary generation.
@@ -6,85 +6,145 @@ callbacks, LoRA, attention optimisations) sees an ordinary generation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from accdiff_lib.engine import memory
-from accdiff_lib.engine.host import Progress, Rows, Solver
+from accdiff_lib.engine.host import Conditioning, Progress, Solver
 from accdiff_lib.engine.vae_runner import VaeRunner
 from accdiff_lib.errors import InputError, Interrupted, Skipped
-from accdiff_lib.parts.noise_levels import NoiseLevels
+from accdiff_lib.parts.attention import AttentionRecorder
+from accdiff_lib.parts.guidance import guided
+from accdiff_lib.parts.prediction import denoised, output_of
 from accdiff_lib.parts.prompts import Word
+from accdiff_lib.webui.hosts.halves import Halves
 from accdiff_lib.webui.hosts.ldm import unet as ldm_unet
 from accdiff_lib.webui.hosts.samplers import own_view
-from accdiff_lib.webui.hosts.text import WebUIText, WebUITextEncoder
+from accdiff_lib.webui.hosts.text import WebUIText
+from accdiff_lib.webui.hosts.webui import WebUI, loaded_once
 
 
-def native_window(sd_model: Any) -> int:
-    """Side in latent cells of the pictures that the model was trained on."""
-    if getattr(sd_model, "is_sdxl", False):
-        return 128
-    v_prediction = getattr(sd_model, "parameterization", "eps") == "v"
-    return 96 if getattr(sd_model, "is_sd2", False) and v_prediction else 64
+class Session(ABC):
+    """One call of `p.sample`: the pictures of a batch."""
+
+    webui: WebUI
+    halves: Halves
+
+    def __init__(self, webui: WebUI, p: Any, halves: Halves, *, hires: bool) -> None:
+        """See WebUI.session."""
+        model = p.sd_model
+        unet = webui.unet(model)
+        if getattr(model, "is_sd3", False) or not ldm_unet.is_unet(unet):
+            raise InputError("AccDiffusion: the checkpoint has no UNet; it works with SD1.5, SD2 and SDXL checkpoints")
+        webui.check(model)
+        self.webui, self.p, self.halves, self._hires = webui, p, halves, hires
+        #: Side in latent cells of the pictures that the model was trained on.
+        self.native = webui.native(model)
+        #: How often the UNet halves a latent: until its deepest attention outside the middle block, and in all.
+        self.halvings = ldm_unet.halvings(unet)
+        #: The loaded ControlNet, if there is one.
+        self.control: Any = None
+        self._levels = webui.levels(model)
+
+    @property
+    def has_control(self) -> bool:
+        """A ControlNet is loaded."""
+        return self.control is not None
+
+    @property
+    def guidance(self) -> float:
+        """CFG scale of the stages: the generation's, or that of its Hires. fix."""
+        return float(self.webui.guidance(self.p) if self._hires else self.p.cfg_scale)
+
+    def load_controlnet(self, path: Path) -> None:
+        """Loads a ControlNet for the model. Raises InputError where it cannot steer it."""
+        webui, model = self.webui, self.p.sd_model
+        self.control = loaded_once(self.p, path, webui.unet(model), lambda: webui.controlnet(path, model))
+
+    def timestep(self, sigma: float) -> float:
+        """See engine.host.Host."""
+        return self._levels.timestep(sigma)
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Around all of the batch's work."""
+        yield
+
+    @contextmanager
+    def base(self, size: tuple[int, int], *, record: bool) -> Iterator[AttentionRecorder]:
+        """Around the WebUI's own base pass. Gives an AttentionRecorder for maps of `size` (rows, columns) cells, which
+        records if `record`."""
+        unet = self.webui.unet(self.p.sd_model)
+        recorder = AttentionRecorder(ldm_unet.cross_attention(unet), size, self.halves.conditional)
+        with ExitStack() as stack:
+            if record:
+                stack.enter_context(self.halves.following(unet))
+                stack.enter_context(recorder)
+            yield recorder
+
+    @abstractmethod
+    def stages(self, given: Mapping[str, Any]) -> AbstractContextManager[None]:
+        """Around the stages of the batch's pictures: with the model, LoRAs and patches that the WebUI's own hires pass
+        would have. `given` are the keywords of `p.sample`."""
+
+    @abstractmethod
+    def host(self, *, prompt: str, negative: str, size: tuple[int, int], solver: Solver, progress: Progress,
+             vae_tile: int) -> WindowHost:
+        """The Host for one picture, whose result has `size` = (height, width) in pixels. Only within `stages`."""
 
 
-def check_unet(sd_model: Any, unet: Any) -> None:
-    """Raises InputError for a model that has no UNet."""
-    if getattr(sd_model, "is_sd3", False) or not ldm_unet.is_unet(unet):
-        raise InputError("AccDiffusion: the checkpoint has no UNet; it works with SD1.5, SD2 and SDXL checkpoints")
+class WindowHost(ABC):
+    """Implements engine.host.Host for one picture of a batch; its hooks are on the model only within `attached()`.
 
+    The hosts below say where the networks lie, and how the WebUI learns of hint and guidance rescale.
+    """
 
-class UNetRows(Protocol):
-    """Tells the rows of a UNet call apart."""
-
-    #: How many conditional rows each image has; None is one.
-    repeats: Sequence[int] | None
-
-    def following(self, unet: nn.Module) -> AbstractContextManager[None]: ...
-
-    def cond_rows(self, batch: int) -> slice: ...
-
-
-class WindowHost:
-    """Implements base.Host for one image of a generation `p`, but for what the hosts below it differ in."""
-
-    window: int
-    has_control: bool
+    #: The WebUI samples the base picture.
+    base_solver: Solver | None = None
     channels: int
 
-    def __init__(self, p: Any, *, unet: Any, device: torch.device, itemsize: int, levels: NoiseLevels, rows: UNetRows,
-                 text: WebUITextEncoder, place: Callable[..., Any], solver: Solver, progress: Progress) -> None:
-        """`itemsize`: bytes of the UNet's numbers; `place`: SizeVectors.place or its like."""
+    def __init__(self, session: Session, *, prompt: str, negative: str, size: tuple[int, int], solver: Solver,
+                 progress: Progress) -> None:
+        """See Session.host."""
         from modules import sd_samplers
 
-        self.progress, self.solver, self.stage_solver = progress, solver, solver
-        self.device = device
-        self.attention_halvings, halvings = ldm_unet.halvings(unet)
+        webui, p = session.webui, session.p
+        model = p.sd_model
+        self._unet = webui.unet(model)
+        self.progress, self.stage_solver = progress, solver
+        self.device = webui.device(model)
+        self.native = webui.native(model)
+        self.attention_halvings, halvings = ldm_unet.halvings(self._unet)
         self.multiple = 2 ** halvings
-        self._unet, self._rows, self._levels, self._text, self._place = unet, rows, levels, text, place
+        self.has_control = session.has_control
+        self._halves = session.halves
+        self._levels, self._prediction = webui.levels(model), webui.prediction(model)
+        self._text, self._place = webui.text(model, prompt, negative, size), webui.place(model)
+        self._memory = memory.LatentMemory(self.device, int(self._unet.model_channels), webui.dtype(model).itemsize)
         self._view = own_view(p)
         # Euler's is the plain one: x in sigma space in, x0 out.
-        sampler = sd_samplers.create_sampler("Euler", p.sd_model)
+        sampler = sd_samplers.create_sampler("Euler", model)
         sampler.p = self._view
         self._denoiser = sampler.model_wrap_cfg
         self._denoiser.p = self._view
         self._denoiser.steps = self._denoiser.total_steps = 1
-        self._memory = memory.RowMemory(device, int(unet.model_channels), itemsize)
 
-    def _evaluating(self, x: Tensor, sigma: Tensor, rows: Rows) -> AbstractContextManager[None]:
-        """Around the call of the denoiser: hint and guidance rescale."""
-        raise NotImplementedError
+    @abstractmethod
+    def _evaluating(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> AbstractContextManager[None]:
+        """Around the call of the denoiser: the UNet is in its place, hint and guidance rescale act."""
 
+    @abstractmethod
     def _vae(self, latent: tuple[int, int]) -> VaeRunner:
         """The VAE, ready for a latent of (height, width) cells."""
-        raise NotImplementedError
 
-    # Text and noise levels
+    # --- text and noise levels ---------------------------------------------------------------------------------
 
     def timestep(self, sigma: float) -> float:
         """See engine.host.Host."""
@@ -98,10 +158,16 @@ class WindowHost:
         """See engine.host.Host."""
         return self._text.encode(prompts)
 
-    # Model
+    # --- the model ---------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Within it the host's hooks are on the UNet."""
+        with self._halves.following(self._unet):
+            yield
 
     @torch.no_grad()
-    def denoise(self, x: Tensor, sigma: Tensor, rows: Rows) -> Tensor:
+    def denoise(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """See engine.host.Host."""
         from modules import shared
         from modules.prompt_parser import (
@@ -111,53 +177,53 @@ class WindowHost:
         )
         from modules.sd_samplers_common import InterruptedException
 
+        count, canvas, guidance = len(conditioning), conditioning.canvas, conditioning.guidance
         conds, unconds = [], []
-        for text, origin in zip(rows.texts, rows.origins, strict=True):
+        for text, origin in zip(conditioning.texts, conditioning.origins, strict=True):
             conds.append([ComposableScheduledPromptConditioning(
-                [ScheduledPromptConditioning(1, self._place(cond, origin, rows.canvas))], weight)
+                [ScheduledPromptConditioning(1, self._place(cond, origin, canvas))], weight)
                 for cond, weight in text.parts])
-            unconds.append([ScheduledPromptConditioning(1, self._place(text.uncond, origin, rows.canvas))])
-        self._rows.repeats = [len(parts) for parts in conds]
+            unconds.append([ScheduledPromptConditioning(1, self._place(text.uncond, origin, canvas))])
+        self._halves.repeats = [len(parts) for parts in conds]
         denoiser = self._denoiser
-        # At scale 1 the unconditional rows count for nothing; odd steps below this sigma leave them out.
-        denoiser.step, no_uncond = 1, float("inf") if rows.guidance == 1 else 0.0
+        # At scale 1 the unconditional halves count for nothing; odd steps below this sigma leave them out.
+        denoiser.step, no_uncond = 1, float("inf") if guidance == 1 else 0.0
         preview, step = shared.state.current_latent, shared.state.sampling_step
         try:
-            # What weights take when `_evaluating` loads them is not the rows'.
-            with self._evaluating(x, sigma, rows), self._memory.measured(2 * len(rows), *x.shape[-2:]):
+            # What weights take when `_evaluating` loads them is not the latents'.
+            with self._evaluating(x, sigma, conditioning), self._memory.measured(2 * count, *x.shape[-2:]):
                 return denoiser(
-                    x, sigma.to(x).flatten()[:1].expand(len(rows)), uncond=unconds,
-                    cond=MulticondLearnedConditioning((len(rows),), conds), cond_scale=rows.guidance,
-                    s_min_uncond=no_uncond, image_cond=self._view.txt2img_image_conditioning(
-                        x, 8 * x.shape[-1], 8 * x.shape[-2])).to(x.dtype)
+                    x, sigma.to(x).flatten()[:1].expand(count), uncond=unconds,
+                    cond=MulticondLearnedConditioning((count,), conds), cond_scale=guidance, s_min_uncond=no_uncond,
+                    image_cond=self._view.txt2img_image_conditioning(x, 8 * x.shape[-1], 8 * x.shape[-2])).to(x.dtype)
         except InterruptedException:  # no Exception: it would pass by everything that waits for one
             raise (Skipped if shared.state.skipped else Interrupted) from None
         finally:  # the preview shows the canvas, not a window
             shared.state.current_latent, shared.state.sampling_step = preview, step
 
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        """Within it the host's hooks are on the UNet."""
-        with self._rows.following(self._unet):
-            yield
+    def _guided(self, x: Tensor, level: float, cond: Tensor, combined: Tensor, conditioning: Conditioning) -> Tensor:
+        """The x0 after CFG, of the conditional x0 and of what the WebUI has combined: all [M, C, h, w]."""
+        cond, combined = (output_of(x, level, each, self._prediction) for each in (cond, combined))
+        output = guided(cond, None, conditioning.guidance, conditioning.rescale, combined=combined)
+        return denoised(x, level, output, self._prediction)
 
     def cross_attention(self) -> list[tuple[str, nn.Module]]:
         """See engine.host.Host."""
         return ldm_unet.cross_attention(self._unet)
 
-    def cond_rows(self, batch: int) -> slice:
+    def conditional(self, batch: int) -> slice:
         """See engine.host.Host."""
-        return self._rows.cond_rows(batch)
+        return self._halves.conditional(batch)
 
     def canvas_device(self, height: int, width: int) -> torch.device:
         """See engine.host.Host: always the model's, because some of the WebUIs' samplers keep tables there."""
         return self.device
 
-    def rows_that_fit(self, height: int, width: int) -> int:
+    def latents_that_fit(self, height: int, width: int) -> int:
         """See engine.host.Host."""
         return self._memory.fit(height, width)
 
-    # VAE
+    # --- the VAE -----------------------------------------------------------------------------------------------
 
     def decode(self, latent: Tensor, *, interruptible: bool = True) -> np.ndarray:
         """See engine.host.Host."""

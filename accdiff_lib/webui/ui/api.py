@@ -3,21 +3,28 @@
     GET  /accdiffusion/v1/options
     GET  /accdiffusion/v1/model
     POST /accdiffusion/v1/plan     {"width": 1024, "height": 1024, "steps": 30, "scale": 4, "preset": "fast"}
+
+The line under the panel's scale is a plan's "size" and "text" (javascript/accdiff.js).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 from accdiff_lib import __version__
 from accdiff_lib.errors import InputError
-from accdiff_lib.settings import LARGEST, METHODS, OPTIONS, PRESETS, Option
+from accdiff_lib.methods import METHODS, OPTIONS, names
+from accdiff_lib.settings import LARGEST, PRESETS, Option
 from accdiff_lib.webui import model
-from accdiff_lib.webui.arguments import EXTRA, NONE, POSITIONAL, parse
+from accdiff_lib.webui.arguments import EXTRA, NONE, POSITIONAL, Enlargement, parse
 from accdiff_lib.webui.ui import options_page
 
-#: What a plan depends on besides the options; the names are those of txt2img's API where it has them.
+#: What the lists of Hires. fix call the base pass's.
+SAME_SAMPLER, SAME_SCHEDULER = "Use same sampler", "Use same scheduler"
+
+#: What a plan depends on besides the options; the names are those of txt2img's and img2img's API where they have them.
 GENERATION: dict[str, Option] = {row.name: row for row in (
     Option("width", "width", "Width of the base picture in pixels.", 1024, "generation", 64, LARGEST),
     Option("height", "height", "Height of the base picture in pixels.", 1024, "generation", 64, LARGEST),
@@ -25,6 +32,15 @@ GENERATION: dict[str, Option] = {row.name: row for row in (
     Option("cfg_scale", "CFG scale", "CFG scale of the base pass.", 7.0, "generation", 1, 30),
     Option("sampler_name", "sampler", "Sampler of the base pass.", "Euler", "generation"),
     Option("scheduler", "schedule type", "Schedule type of the base pass.", "Automatic", "generation"),
+    Option("denoising_strength", "denoising strength", "That of Hires. fix or img2img.", 0.75, "generation", 0, 1),
+    Option("enable_hr", "Hires. fix", "Hires. fix is ticked and says size, steps and start.", False, "generation"),
+    Option("hr_scale", "upscale by", "Its size.", 2.0, "generation", 1, 8),
+    Option("hr_resize_x", "resize width to", "Its width; 0 goes by the others.", 0, "generation", 0, LARGEST),
+    Option("hr_resize_y", "resize height to", "Its height; 0 goes by the others.", 0, "generation", 0, LARGEST),
+    Option("hr_second_pass_steps", "hires steps", "Its steps; 0 takes those of the base pass.", 0, "generation", 0,
+           1000),
+    Option("hr_sampler_name", "hires sampler", "Its sampler.", SAME_SAMPLER, "generation"),
+    Option("hr_scheduler", "hires schedule type", "Its schedule type.", SAME_SCHEDULER, "generation"),
     Option("batch", "batch", "So many pictures.", 1, "generation", 1, 10000),
     Option("from_image", "from image", "The base picture is given, as in img2img.", False, "generation"),
     Option("native", "native size", "Side of the model's own latent in cells: 128 for SDXL, 64 for SD1.5; 0 is the "
@@ -37,7 +53,8 @@ def schema() -> dict[str, Any]:
         "$schema": "https://json-schema.org/draft/2020-12/schema", "title": "AccDiffusion", "type": "object",
         "additionalProperties": False, "x-version": __version__,
         "properties": {row.name: _property(row) for row in [*EXTRA.values(), *OPTIONS.values()]},
-        "x-positional": list(POSITIONAL), "x-methods": METHODS, "x-presets": PRESETS}
+        "x-positional": list(POSITIONAL), "x-presets": PRESETS,
+        "x-methods": {name: {"options": names(name), "values": method.values} for name, method in METHODS.items()}}
 
 
 def _property(row: Option) -> dict[str, Any]:
@@ -52,23 +69,42 @@ def _property(row: Option) -> dict[str, Any]:
 
 
 def plan(body: Mapping[str, Any]) -> dict[str, Any]:
-    """Sizes, stages, model calls and relative cost of a generation. Raises InputError."""
-    names = [*GENERATION, *POSITIONAL]
-    for name in body:
-        if name not in names:
-            raise InputError(f"{name}: there is no such option; the options are {', '.join(names)}")
-    given = {name: row.parse(body.get(name, row.default)) for name, row in GENERATION.items()}
-    options = {name: value for name, value in body.items() if name in POSITIONAL}
-    job = parse([{**options, "enabled": True}], defaults=options_page.defaults())
-    assert job is not None
-    from accdiff_lib.webui import outline  # with torch
+    """Sizes, stages, latents evaluated and relative cost of a generation. Raises InputError."""
+    given, asked = _request(body)
+    from accdiff_lib.webui import hires, outline  # with torch
 
-    native, multiple = model.for_size(given["width"], given["height"])
-    native = given["native"] or native
-    generation = outline.Generation(
-        (given["height"], given["width"]), given["steps"], given["cfg_scale"], given["sampler_name"],
-        given["scheduler"], native, multiple, has_control=job.controlnet != NONE, from_image=given["from_image"])
-    return {**outline.as_json(outline.cost(job.settings, generation), given["batch"]), "native": native}
+    ticked = given.enable_hr and not given.from_image
+    settings = hires.driven(given, asked.settings, ticked=ticked, from_image=given.from_image)
+    sampler, scheduler = hires.stage_sampler(given, settings, ticked=ticked)
+    native, multiple = model.for_size(given.width, given.height)
+    native = given.native or native
+    cost = outline.cost(settings, outline.Generation(
+        (given.height, given.width), given.steps, given.cfg_scale, given.sampler_name, sampler, scheduler, native,
+        multiple, has_control=asked.controlnet != NONE, from_image=given.from_image))
+    text = outline.line(cost) + (" (size, steps and start are those of Hires. fix)" if ticked else "")
+    return {**outline.as_json(cost, given.batch), "native": native, "notes": list(settings.notes), "text": text}
+
+
+def _request(body: Mapping[str, Any]) -> tuple[SimpleNamespace, Enlargement]:
+    """What a plan is asked for: the generation by the names of GENERATION, and the options. Raises InputError.
+
+    The options stand beside those names, or under "args" in any of the forms that `arguments.parse` knows.
+    """
+    known = [*GENERATION, "args", *POSITIONAL]
+    for name in body:
+        if name not in known:
+            raise InputError(f"{name}: there is no such option; the options are {', '.join(known)}")
+    said = {name: value for name, value in body.items() if value is not None}
+    given = SimpleNamespace(**{name: row.parse(said.get(name, row.default)) for name, row in GENERATION.items()})
+    given.hr_sampler_name = None if given.hr_sampler_name == SAME_SAMPLER else given.hr_sampler_name
+    given.hr_scheduler = None if given.hr_scheduler == SAME_SCHEDULER else given.hr_scheduler
+    options = {name: value for name, value in said.items() if name in POSITIONAL}
+    args = said.get("args", [options])
+    if not isinstance(args, list) or (options and "args" in said):
+        raise InputError("args: takes a list, and no options beside it")
+    asked = parse(args, overrides={"enabled": True}, defaults=options_page.defaults())
+    assert asked is not None
+    return given, asked
 
 
 def register(_demo: Any, app: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from accdiff_lib.settings import OPTIONS
+from accdiff_lib.methods import OPTIONS
 from accdiff_lib.webui import controlnets
 from accdiff_lib.webui.arguments import NONE
 

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from accdiff_lib.settings import OPTIONS, SAME, Option
+from accdiff_lib.methods import METHODS, OPTIONS, names
+from accdiff_lib.settings import SAME, Option
 from accdiff_lib.webui import controlnets
 from accdiff_lib.webui.arguments import CONTROLNET_KEY, EXTRA, NONE, POSITIONAL, VERSION_KEY, picked, restored
 from accdiff_lib.webui.ui import options_page
@@ -38,8 +39,8 @@ def build(elem_id: Callable[[str], str], is_img2img: bool) -> Panel:
     made: dict[str, Any] = {}
     with InputAccordion(False, label="AccDiffusion", elem_id=elem_id("enabled")) as enabled:
         made["enabled"] = enabled
-        for names in IN_SIGHT[:2]:
-            _row(names, made, elem_id)
+        for row in IN_SIGHT[:2]:
+            _row(row, made, elem_id)
         gr.HTML(_live_line(elem_id), elem_id=elem_id("cost"))
         with gr.Row():
             made["controlnet_model"] = _controlnet_model(elem_id)
@@ -94,11 +95,11 @@ def _choices(option: Option) -> list[str]:
     return list(option.choices)
 
 
-def _row(names: Iterable[str], made: dict[str, Any], elem_id: Callable[[str], str]) -> None:
+def _row(row: Iterable[str], made: dict[str, Any], elem_id: Callable[[str], str]) -> None:
     import gradio as gr
 
     with gr.Row():
-        for name in names:
+        for name in row:
             _control(OPTIONS[name], made, elem_id)
 
 
@@ -110,26 +111,27 @@ def _advanced(made: dict[str, Any], elem_id: Callable[[str], str]) -> None:
         options = [option for option in OPTIONS.values() if option.group == group and option.name not in _PLACED]
         if not options:
             continue
-        gr.HTML(f"<div class='accdiff-group'>{html.escape(group[0].upper() + group[1:])}</div>")
+        gr.HTML(f"<div class='accdiff-group' data-options='{_attribute([option.name for option in options])}'>"
+                f"{html.escape(group[0].upper() + group[1:])}</div>")
         switches = [option.name for option in options if option.kind is bool]
         lists = [option.name for option in options if option.kind is str]
         sliders = [option.name for option in options if option.kind in (int, float)]
-        for names in [switches, *_pairs(lists), *_pairs(sliders)]:
-            if names:
-                _row(names, made, elem_id)
+        for row in [switches, *_pairs(lists), *_pairs(sliders)]:
+            if row:
+                _row(row, made, elem_id)
 
 
-def _pairs(names: list[str]) -> list[list[str]]:
-    return [names[first:first + 2] for first in range(0, len(names), 2)]
+def _pairs(row: list[str]) -> list[list[str]]:
+    return [row[first:first + 2] for first in range(0, len(row), 2)]
 
 
 def _controlnet_model(elem_id: Callable[[str], str]) -> Any:
     import gradio as gr
     from modules.ui_components import ToolButton
 
-    names, wanted = controlnets.names(), options_page.value("controlnet_model")
+    known, wanted = controlnets.names(), options_page.value("controlnet_model")
     # A model that is pasted but not here must stay visible, so that Generate can say that it is missing.
-    model = gr.Dropdown(choices=names, value=wanted if wanted in names else NONE, allow_custom_value=True,
+    model = gr.Dropdown(choices=known, value=wanted if wanted in known else NONE, allow_custom_value=True,
                         label=EXTRA["controlnet_model"].label, elem_id=elem_id("controlnet_model"))
     model.do_not_save_to_config = True  # ui-config.json would win over the settings page
     refresh = ToolButton(value="\U0001f504", elem_id=elem_id("controlnet_refresh"))
@@ -139,13 +141,21 @@ def _controlnet_model(elem_id: Callable[[str], str]) -> Any:
 
 
 def _live_line(elem_id: Callable[[str], str]) -> str:
-    """The place of the line that javascript/accdiff.js writes, and the table it needs."""
-    def rows(options: Mapping[str, Option]) -> dict[str, Any]:
-        return {name: {"default": option.default, "help": option.help} for name, option in options.items()}
+    """The place of the line that javascript/accdiff.js writes, and what that has to know.
 
-    table = {"prefix": elem_id(""), "options": rows(OPTIONS), "extra": rows(EXTRA)}
-    return ("<div class='accdiff-cost'></div>"
-            f"<div class='accdiff-data' hidden data-table='{html.escape(json.dumps(table))}'></div>")
+    "options" are those that may be hidden: where the method "lacks" them, or unless the named other one is 0.
+    """
+    lacks = {method: sorted(set(OPTIONS) - set(names(method))) for method in METHODS}
+    hidden = {name: option.unless for name, option in OPTIONS.items()
+              if option.unless or any(name in each for each in lacks.values())}
+    help = {option.name: option.help for option in (EXTRA["controlnet_model"], *OPTIONS.values())}
+    table = {"prefix": elem_id(""), "positional": POSITIONAL, "options": hidden, "lacks": lacks, "help": help}
+    return f"<div class='accdiff-cost'></div><div class='accdiff-data' hidden data-table='{_attribute(table)}'></div>"
+
+
+def _attribute(value: Any) -> str:
+    """A value as JSON in an attribute of HTML."""
+    return html.escape(json.dumps(value))
 
 
 # --- a method or a preset is a starting point ------------------------------------------------------------------
@@ -154,10 +164,12 @@ def _starting_point(which: str, made: dict[str, Any]) -> None:
     """Picking a method or preset sets the controls it is about; only the user's own pick does, not a paste."""
     import gradio as gr
 
-    def pick(method: str, preset: str) -> list[Any]:
-        return [gr.update(value=value) for value in picked(which, method, preset).values()]
+    about = [name for name in OPTIONS if any(name in picked(which, method, OPTIONS["preset"].default) for method in METHODS)]
 
-    about = picked(which, OPTIONS["method"].default, OPTIONS["preset"].default)
+    def pick(method: str, preset: str) -> list[Any]:
+        values = picked(which, method, preset)
+        return [gr.update(value=values[name]) if name in values else gr.update() for name in about]
+
     made[which].input(fn=pick, inputs=[made["method"], made["preset"]], outputs=[made[name] for name in about],
                       show_progress=False, queue=False)
 
@@ -177,8 +189,8 @@ def _paste_fields(made: Mapping[str, Any], is_img2img: bool) -> list[Any]:
 
 def _pasted(name: str) -> Callable[[Mapping[str, str]], Any]:
     def value(parameters: Mapping[str, str]) -> Any:
-        job = restored(parameters)
-        return None if job is None else getattr(job.settings, name)
+        found = restored(parameters)
+        return None if found is None else getattr(found.settings, name, None)  # None leaves a control as it is
     return value
 
 

@@ -27,7 +27,7 @@ class WebUIProgress:
         self._p, self._jobs, self._keep = p, jobs, keep
         self._stage_jobs = 0
         self._first_job = 0
-        self._rows = self._done = 0
+        self._latents = self._done = 0
 
     @property
     def interrupted(self) -> bool:
@@ -41,31 +41,31 @@ class WebUIProgress:
 
         return bool(shared.state.skipped)
 
-    def begin(self, stage: Stage | None, model_calls: int) -> None:
+    def begin(self, stage: Stage | None, latents: int) -> None:
         """See engine.host.Progress; the base pass counts itself."""
         from modules import shared
 
-        self._rows, self._done = model_calls, 0
+        self._latents, self._done = latents, 0
         self._stage_jobs = self._jobs[stage.number - 1] if stage is not None else 0
         if stage is not None:
             shared.state.nextjob()
             shared.state.textinfo = f"AccDiffusion {stage.name}"
-            shared.state.sampling_steps = max(1, model_calls // max(1, self._stage_jobs))
+            shared.state.sampling_steps = max(1, latents // max(1, self._stage_jobs))
         self._first_job = shared.state.job_no
 
-    def advance(self, rows: int) -> None:
+    def advance(self, latents: int) -> None:
         """See engine.host.Progress."""
         from modules import shared
 
         if not self._stage_jobs:
             return
-        before, self._done = self._done, self._done + rows
+        before, self._done = self._done, self._done + latents
         # The last job ends with all its steps done: the bar stays there during the decode.
-        job = min(self._done * self._stage_jobs // self._rows, self._stage_jobs - 1)
-        part = self._done * self._stage_jobs / self._rows - job
+        job = min(self._done * self._stage_jobs // self._latents, self._stage_jobs - 1)
+        part = self._done * self._stage_jobs / self._latents - job
         shared.state.job_no = self._first_job + job
         shared.state.sampling_step = int(part * shared.state.sampling_steps)
-        ticks = [done * self._stage_jobs * self._p.steps // self._rows for done in (before, self._done)]
+        ticks = [done * self._stage_jobs * self._p.steps // self._latents for done in (before, self._done)]
         for _ in range(ticks[1] - ticks[0]):
             shared.total_tqdm.update()
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from accdiff_lib.settings import OPTIONS, Option
+from accdiff_lib.methods import OPTIONS
+from accdiff_lib.settings import Option
 from accdiff_lib.webui import controlnets
 from accdiff_lib.webui.arguments import EXTRA
 

@@ -1,5 +1,7 @@
 """modules.sd_samplers: the names in the dropdown, and the samplers behind them."""
 
+from modules import sd_samplers_common
+
 _FUNCTIONS = {"DPM++ 2M": "sample_dpmpp_2m", "Euler a": "sample_euler_ancestral", "Euler": "sample_euler",
               "Heun": "sample_heun"}
 
@@ -9,8 +11,6 @@ def visible_sampler_names():
 
 
 def find_sampler_config(name):
-    from modules import sd_samplers_common  # with torch
-
     options = {"second_order": True} if name == "Heun" else {"scheduler": "karras"} if name == "DPM++ 2M" else {}
     return sd_samplers_common.SamplerData(name, None, [], options)
 

@@ -1,10 +1,8 @@
-"""modules.sd_samplers_common: what samplers of all kinds share."""
+"""modules.sd_samplers_common: what samplers of all kinds share; names alone need no torch."""
 
 import inspect
 from collections import namedtuple
 
-import k_diffusion.sampling
-import torch
 from modules import shared
 
 SamplerDataTuple = namedtuple("SamplerData", ["name", "constructor", "aliases", "options"])
@@ -30,6 +28,8 @@ class TorchHijack:
         self.rng = p.rng
 
     def __getattr__(self, item):
+        import torch
+
         return getattr(torch, item)
 
     def randn_like(self, x):
@@ -56,6 +56,8 @@ class Sampler:
             return self.last_latent
 
     def initialize(self, p):
+        import k_diffusion.sampling
+
         self.p = self.model_wrap_cfg.p = p
         self.model_wrap_cfg.step = 0
         k_diffusion.sampling.torch = TorchHijack(p)

@@ -2,7 +2,7 @@
 
     controlnet = LdmControlNet.load(path, unet, dtype=..., device=...)
     with controlnet.attached(unet):
-        controlnet.set(hint, strength, rows)     # before every evaluation of the model
+        controlnet.set(hint, strength, images)   # before every evaluation of the model
         ...                                      # whatever calls unet(x, timesteps=, context=, y=)
 
 The encoder is rebuilt from the loaded UNet's own block classes without their weights, so the host's attention
@@ -23,12 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from accdiff_lib.standalone.checkpoint import fill
-from accdiff_lib.standalone.names import Place
+from accdiff_lib.parts.checkpoint import fill
+from accdiff_lib.parts.weight_names import Place
 from accdiff_lib.webui.hosts.ldm.controlnet_file import ControlNetFile, GivenControlNet, check_family
 
-#: Which image each row of a UNet batch belongs to: see `LdmControlNet.set`.
-ImagesOfRows = Sequence[int] | Callable[[int], Sequence[int]]
+#: Which image each entry of a UNet batch belongs to: see `LdmControlNet.set`.
+Images = Sequence[int] | Callable[[int], Sequence[int]]
 
 _ENCODER = ("time_embed", "label_emb", "input_blocks", "middle_block")
 #: What LoRA loaders leave on the UNet's layers; a layer with it would get the LoRA's weights, or the UNet's own back.
@@ -45,9 +45,9 @@ class LdmControlNet:
         self._shape = shape
         self._handles: list[Any] = []
         self._strength = 0.0
-        self._images = 0
-        self._rows: ImagesOfRows = []
-        self._next_row = 0
+        self._count = 0
+        self._images: Images = []
+        self._next = 0
         self._hint: Tensor | None = None  # [M, 3, 8h, 8w] until the first model call has made the next of it
         self._guidance: Tensor | None = None  # [M, C, h, w]: the hint after its convolutions
         self._residuals: list[Tensor] = []  # of the running UNet call, one for each output block in running order
@@ -98,41 +98,41 @@ class LdmControlNet:
         """The network itself, for a host that manages where weights lie."""
         return self._encoder
 
-    def residuals(self, hint: Tensor, rows: Sequence[int], x: Tensor, timesteps: Tensor, context: Tensor,
+    def residuals(self, hint: Tensor, images: Sequence[int], x: Tensor, timesteps: Tensor, context: Tensor,
                   y: Tensor | None) -> tuple[list[Tensor], Tensor]:
         """Residuals of the input blocks' outputs and of the middle, for a host that adds them by itself.
 
-        `hint` [M, 3, 8h, 8w] in 0..1; `rows` says to which of its images each row belongs; the rest is what the UNet
-        is called with.
+        `hint` [M, 3, 8h, 8w] in 0..1; `images` says to which of them each entry of `x` belongs; the rest is what the
+        UNet is called with.
         """
         guidance = self._encoder.guidance(hint)
-        *down, middle = self._encoder(x, timesteps, context, y, guidance[torch.tensor(rows, device=guidance.device)])
+        *down, middle = self._encoder(x, timesteps, context, y, guidance[torch.tensor(images, device=guidance.device)])
         return down, middle
 
-    def set(self, hint: Tensor, strength: float = 1.0, rows: ImagesOfRows | None = None) -> None:
+    def set(self, hint: Tensor, strength: float = 1.0, images: Images | None = None) -> None:
         """What the UNet's next calls are steered by: hints [M, 3, 8h, 8w] in 0..1 and the factor on all residuals.
 
-        A model evaluation of M images is one or several UNet calls whose batches hold conditional and unconditional
-        rows; `rows` says which image (0..M-1) each row belongs to:
+        A model evaluation of M images is one or several UNet calls whose batches hold their conditional and
+        unconditional halves; `images` says which image (0..M-1) each entry of the batches belongs to:
 
         * None: every call goes through the images in turn, as many times as its batch holds them (cond, then uncond);
-        * a sequence: the images of all rows of one evaluation, in the order in which they come, whatever batches
-          they come in: with prompts joined by AND, [0, 0, 1] + [0, 1] is two conditional rows of image 0, one of
-          image 1, and the unconditional ones. After the last row it begins again;
+        * a sequence: the images of all entries of one evaluation, in the order in which they come, whatever batches
+          they come in: with prompts joined by AND, [0, 0, 1] + [0, 1] is two conditional halves of image 0, one of
+          image 1, and the unconditional ones. After the last it begins again;
         * a function of the batch's size, called once a UNet call.
 
-        Call it before every evaluation: it goes back to the first row. Raises ValueError for a hint of another form.
+        Call it before every evaluation: it goes back to the first entry. Raises ValueError for a hint of another form.
         """
         if hint.ndim != 4 or hint.shape[1] != 3 or not len(hint):
             raise ValueError(f"a ControlNet hint is [M, 3, 8h, 8w], not {list(hint.shape)}")
         self.clear()
-        self._hint, self._strength, self._images = hint, float(strength), len(hint)
-        self._rows = range(len(hint)) if rows is None else rows
+        self._hint, self._strength, self._count = hint, float(strength), len(hint)
+        self._images = range(len(hint)) if images is None else images
 
     def clear(self) -> None:
         """Steers nothing from the next UNet call on, and frees what the last ones needed."""
         self._hint = self._guidance = None
-        self._strength, self._images, self._rows, self._next_row = 0.0, 0, [], 0
+        self._strength, self._count, self._images, self._next = 0.0, 0, [], 0
         self._drop()
 
     @contextmanager
@@ -186,20 +186,21 @@ class LdmControlNet:
             self._residuals = [residual.mul_(self._strength) for residual in reversed(down)]
 
     def _images_of(self, batch: int) -> list[int]:
-        """The image of each row of the next UNet call. Raises RuntimeError if the rows cannot be told apart."""
-        if callable(self._rows):
-            images = list(self._rows(batch))
+        """The image of each entry of the next UNet batch. Raises RuntimeError if they cannot be told apart."""
+        if callable(self._images):
+            images = list(self._images(batch))
         else:
-            total, begin = len(self._rows), self._next_row
-            # A batch that begins in the midst of one evaluation and ends in another is not the model call that `rows`
-            # was made for; a guess would mix the images up without any error.
+            total, begin = len(self._images), self._next
+            # A batch that begins in the midst of one evaluation and ends in another is not the model call that
+            # `images` was made for; a guess would mix them up without any error.
             if batch > total - begin and (begin or not total or batch % total):
-                raise RuntimeError(f"the UNet was called with {batch} rows where {total - begin} of {total} were left")
-            images = [self._rows[(begin + row) % total] for row in range(batch)]
-            self._next_row = (begin + batch) % total
-        if len(images) != batch or not set(images) <= set(range(self._images)):
-            raise RuntimeError(f"the UNet was called with {batch} rows, said to belong to images {images} of "
-                               f"{self._images}")
+                raise RuntimeError(f"the UNet was called with a batch of {batch} where {total - begin} of {total} were "
+                                   "left")
+            images = [self._images[(begin + entry) % total] for entry in range(batch)]
+            self._next = (begin + batch) % total
+        if len(images) != batch or not set(images) <= set(range(self._count)):
+            raise RuntimeError(f"the UNet was called with a batch of {batch}, said to belong to images {images} of "
+                               f"{self._count}")
         return images
 
     def _into_middle(self, block: nn.Module, args: tuple, output: Tensor) -> Tensor | None:

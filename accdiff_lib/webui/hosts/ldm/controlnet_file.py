@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from accdiff_lib.errors import InputError
-from accdiff_lib.standalone import names
-from accdiff_lib.standalone.checkpoint import Given, TensorFile, kind
+from accdiff_lib.parts import weight_names as names
+from accdiff_lib.parts.checkpoint import Given, TensorFile, kind
 
 PICKLES = (".pth", ".pt", ".ckpt", ".bin")
 

@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from accdiff_lib.errors import InputError
-from accdiff_lib.standalone import names
-from accdiff_lib.standalone.names import Place
+from accdiff_lib.parts import weight_names as names
+from accdiff_lib.parts.weight_names import Place
 
 ALLOWED = {
     "--model": "a diffusers folder or a .safetensors checkpoint of SDXL or SD1.5",
