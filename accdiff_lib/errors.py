@@ -8,7 +8,7 @@ class InputError(ValueError):
 
 
 class OutOfMemory(RuntimeError):
-    """Not even one window fits into memory; whatever was finished before is still returned."""
+    """Not even one latent fits into memory; whatever was finished before is still returned."""
 
 
 class Interrupted(Exception):

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from accdiff_lib.methods import make
+from accdiff_lib.settings import SAME
 from accdiff_lib.standalone.loading import load
 from accdiff_lib.webui.outline import Generation, cost
 from benchmarks import device as devices
@@ -66,9 +67,15 @@ def table(records: Sequence[dict[str, Any]]) -> str:
 
 def growth(native: int) -> list[dict[str, Any]]:
     """The work of each way from 2x to 8x, in base pictures, by the plan."""
-    given = Generation((8 * native, 8 * native), STEPS, GUIDANCE, SAMPLER, SCHEDULER, native, 1, True)
-    return [{"way": way, **{f"{scale}x": round(cost(make({"scale": scale, **values}), given).relative, 1)
-                            for scale in GROWTH}} for way, values in WAYS.items()]
+    def relative(scale: int, values: dict[str, Any]) -> float:
+        settings = make({"scale": scale, **values})
+        sampler, scheduler = (given if own == SAME else own for own, given in (
+            (settings.stage_sampler, SAMPLER), (settings.stage_scheduler, SCHEDULER)))
+        return cost(settings, Generation((8 * native, 8 * native), STEPS, GUIDANCE, SAMPLER, sampler, scheduler, native,
+                                         1, True)).relative
+
+    return [{"way": way, **{f"{scale}x": round(relative(scale, values), 1) for scale in GROWTH}}
+            for way, values in WAYS.items()]
 
 
 def main() -> None:

@@ -74,15 +74,13 @@
     }
 
     /** Shows the controls of the options that count: the method has them, and no other option stands in for them. */
-    function select(panel, table) {
-        const lacks = new Set(table.lacks[value(table.prefix + "method")]);
-        for (const [name, unless] of Object.entries(table.options)) {
-            const counts = !lacks.has(name) && !(unless && value(table.prefix + unless));
-            element(table.prefix + name)?.classList.toggle("accdiff-hidden", !counts);
-        }
-        for (const group of panel.querySelectorAll(".accdiff-group")) {
-            group.classList.toggle("accdiff-hidden", JSON.parse(group.dataset.options).every(name => lacks.has(name)));
-        }
+    function select(table) {
+        const lacks = table.lacks[value(table.prefix + "method")] || [];
+        const hides = name => name in table.hideable && (lacks.includes(name) ||
+            Boolean(table.hideable[name] && value(table.prefix + table.hideable[name])));
+        const hide = (name, hidden) => element(table.prefix + name)?.classList.toggle("accdiff-hidden", hidden);
+        for (const name of Object.keys(table.hideable)) hide(name, hides(name));
+        for (const [name, inside] of Object.entries(table.boxes)) hide(name, inside.every(hides));
     }
 
     function look(tab) {
@@ -95,7 +93,7 @@
                 element(tab.table.prefix + name)?.setAttribute("title", help);
             }
         }
-        select(panel, tab.table);
+        select(tab.table);
         const body = request(tab, tab.table), now = performance.now();
         if (body !== tab.body) Object.assign(tab, {body: body, since: now});
         if (body !== tab.asked && now - tab.since >= SETTLED && !asking) ask(tab, line);

@@ -24,9 +24,11 @@ def tables() -> str:
     return "\n\n".join([
         "### A generation\n\n" + _options(GENERAL.values()),
         "### Settings\n\n" + _options(OPTIONS.values()),
-        "### Methods\n\nA method is a set of values for these settings.\n\n" + _sets(
+        "### Methods\n\nA method is a way to predict the large picture; those that share their options differ in "
+        "the values of these.\n\n" + _sets(
             {name: method.values for name, method in METHODS.items()}, "Method"),
-        "### Presets\n\nSo is a preset; an option on the command line wins over both.\n\n" + _sets(PRESETS, "Preset")])
+        "### Presets\n\nA preset is a set of values for whatever of these options the method has; an option on "
+        "the command line wins over both.\n\n" + _sets(PRESETS, "Preset")])
 
 
 def updated(page: str) -> str:

@@ -64,19 +64,25 @@ def dry_run(job: Job) -> int:
     if job.arguments.json:
         parts = [{**report.as_json(part), "tflop": round(cost, 6)} for part, cost in zip(job.parts, costs, strict=True)]
         total = {key: sum(part[key] for part in parts) for key in ("unet", "controlnet", "tflop")}
-        _print_json({**_described(job), "dry_run": True, "parts": parts, "total": total, "memory": {
-            "resident": job.need.resident, "offloaded": job.need.offloaded, "main": job.need.main}})
+        memory = {"resident": job.need.resident, "offloaded": job.need.offloaded, "main": job.need.main}
+        _print_json({**_described(job), "dry_run": True, "comments": _notes(job), "parts": parts, "total": total,
+                     "memory": memory})
         return DONE
     (base_height, base_width), (height, width) = (tuple(CELL * side for side in job.plan.base), job.plan.pixels)
     print(f"model {job.model.name}: {base_width}x{base_height} to {width}x{height}, {job.general['sampler']}, "
           f"{job.general['scheduler']}, {job.settings.method}\n")
     print(report.table(job.parts, costs, job.general["batch"]))
-    for note in job.settings.notes:
-        print(f"note: {arguments.in_flags(note)}")
+    for note in _notes(job):
+        print(f"note: {note}")
     print("\nUNet and ControlNet: evaluations, with the unconditional ones. TFLOP: those and the VAE's decodes.")
     print(f"Device memory, estimated: at least {_gib(job.need.resident)}, with --offload on "
           f"{_gib(job.need.offloaded)}; main memory for the decode {_gib(job.need.main)}.")
     return DONE
+
+
+def _notes(job: Job) -> list[str]:
+    """What the user should know of the settings, in the words of the command line."""
+    return [arguments.in_flags(note) for note in job.settings.notes]
 
 
 def _gib(size: int) -> str:
@@ -114,8 +120,8 @@ def run(job: Job) -> int:
     lines = sys.stderr if given.json else sys.stdout
     terminal = Terminal(job.parts, job.general["batch"], lines, sys.stderr)
     try:
-        for note in job.settings.notes:
-            terminal.comment(arguments.in_flags(note))
+        for note in _notes(job):
+            terminal.comment(note)
         host = _host(job, models, terminal, offload)
         if job.settings.uses_controlnet and job.plan.stages and not host.has_control:
             terminal.comment("no ControlNet is loaded, so edges do not guide the windows (give --controlnet PATH, or "

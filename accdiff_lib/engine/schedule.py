@@ -24,7 +24,7 @@ from accdiff_lib.settings import Settings
 
 
 def cosine_factor(timestep: float) -> float:
-    """k = (1 + cos(pi (T - t) / T)) / 2: 1 where all is noise, 0 where none is (DemoFusion, equation 6)."""
+    """k = (1 + cos(pi (T - t) / T)) / 2: 1 where all is noise, 0 where none is (docs/methods.md, 2.1)."""
     return 0.5 * (1 + math.cos(math.pi * (TRAINING_STEPS - timestep) / TRAINING_STEPS))
 
 

@@ -43,7 +43,7 @@ class Batcher:
             result = self._try(evaluate, part)
             if result is None:
                 if part.stop - part.start == 1:
-                    raise OutOfMemory(f"not even one window of {width * 8}x{height * 8} pixels fits into memory")
+                    raise OutOfMemory(f"not even one latent of {width * 8}x{height * 8} pixels fits into memory")
                 self._largest = (part.stop - part.start) // 2
                 memory.release()
                 continue

@@ -47,7 +47,7 @@ class VaeRunner:
         pixels = torch.tensor(image).permute(2, 0, 1)[None] / 127.5 - 1
         moments = self._run([side // 8 for side in image.shape[:2]], lambda dtype, tile: tiled_vae.encode(
             self._vae, pixels.to(self._device, dtype), tile=tile, check=self._check))
-        return tiled_vae.sample(moments).to(self._device) * self._scaling
+        return moments.chunk(2, dim=1)[0].to(self._device) * self._scaling
 
     def _run(self, size: Sequence[int], run: Callable[[torch.dtype, int], T]) -> T:
         """`run(dtype, tile)` for a latent of this size: in the VAE's precision or, when that makes NaN, in float32."""

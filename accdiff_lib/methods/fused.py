@@ -220,7 +220,7 @@ def _without_negligible(passes: list[Passes], plain: Sequence[Call], outlook: Ou
 
     The effect of a step's windows is predicted as the step's length times their weight times what later steps let
     remain; summed up it may be a tenth of the tolerance. For the dilated pass no such formula exists, as nothing erases
-    what it does. But its weight falls to 0, and leaving it out from where that is 1 % moves the result by 2e-4
+    what it does. But its weight falls to 0, and leaving it out from where that is 1 % moves the result by 5e-4
     (measured, docs/methods.md, 7): so from ten times the tolerance's 1e-3.
     """
     effect = 0.0

@@ -54,7 +54,7 @@ def encode(vae: nn.Module, image: Tensor, *, tile: int = 64, check: Check | None
            on_tile: OnTile | None = None, store: torch.device | None = None) -> Tensor:
     """The moments [B, 2C, H/8, W/8] (mean, log-variance; float32 on the CPU) of an image [B, 3, H, W] in -1..1.
 
-    They include `quant_conv` and are not scaled; see `sample`. The rest is as in `decode`; InputError also if a side
+    They include `quant_conv` and are not scaled. The rest is as in `decode`; InputError also if a side
     of the image is no multiple of 8 (more exactly, of the VAE's downsampling factor).
     """
     encoder, sweeps = encoder_sweeps(vae)
@@ -65,15 +65,6 @@ def encode(vae: nn.Module, image: Tensor, *, tile: int = 64, check: Check | None
         raise InputError(f"the sides of an image must be multiples of {factor} px, not {width} x {height}")
     grid = Grid(height // factor, width // factor, tile)
     return _run(encoder, sweeps, FeatureMap.of(image, grid, factor), check, on_tile, store)
-
-
-def sample(moments: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """A latent [B, C, h, w] drawn from the moments [B, 2C, h, w] of `encode`, or their mean without a generator."""
-    mean, log_variance = moments.chunk(2, dim=1)
-    if generator is None:
-        return mean
-    noise = torch.randn(mean.shape, generator=generator, device=generator.device).to(mean)
-    return mean + (0.5 * log_variance.clamp(-30, 20)).exp() * noise
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Dilated views of a canvas, and the filter before they are taken (DemoFusion, section 3.3)."""
+"""Dilated views of a canvas, and the filter before they are taken (docs/methods.md, 2.5)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From attention maps to masks, from masks to the words of each window (AccDiffusion, section 3.2).
+"""From attention maps to masks, from masks to the words of each window (docs/methods.md, 2.3).
 
 There are two rules of membership. The paper's takes the attention above its mean as a word's mask, and puts the word
 into the windows of which the mask covers the share c: an object that is smaller than that share of a window is in no

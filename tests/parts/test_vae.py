@@ -311,15 +311,6 @@ def test_input_is_untouched(vae: AutoencoderKL) -> None:
         assert torch.equal(x, before)
 
 
-def test_sample() -> None:
-    m = torch.randn(2, 8, 3, 3, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(tiled.sample(m), m[:, :4])
-    drawn = tiled.sample(m, torch.Generator().manual_seed(2))
-    noise = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(2))
-    assert torch.allclose((drawn - m[:, :4]) / (m[:, 4:] / 2).exp(), noise, atol=1e-5)
-    assert torch.equal(drawn, tiled.sample(m, torch.Generator().manual_seed(2)))
-
-
 def test_what_cannot_be_tiled_is_refused(vae: AutoencoderKL) -> None:
     with pytest.raises(InputError, match="multiples of 8 px, not 20 x 16"):
         tiled.encode(vae, picture(16, 20))

@@ -233,7 +233,8 @@ def test_parameters_of_an_enlargement():
     assert parameters_of(Enlargement(make())) == {"AccDiffusion": __version__}
     assert parameters_of(Enlargement(make({"scale": 4}), "canny.safetensors")) == {
         "AccDiffusion": __version__, "AccDiffusion scale": "4", "AccDiffusion ControlNet model": "canny.safetensors"}
-    assert "AccDiffusion ControlNet model" not in parameters_of(Enlargement(make({"controlnet": False}), "canny.safetensors"))
+    without = Enlargement(make({"controlnet": False}), "canny.safetensors")
+    assert "AccDiffusion ControlNet model" not in parameters_of(without)
     assert restored({"Steps": "20"}) is None
 
 

@@ -1,142 +1,261 @@
-"""javascript/accdiff.js has its own copy of the formulas of sizes and cost: here it is compared with the engine's."""
+"""javascript/accdiff.js in a real browser, beside a page of a few fields and a server of our own.
+
+The browser is Debian's chromium, or ACCDIFF_CHROMIUM; without one these tests are skipped. The page's clock is the
+test's, so nothing here depends on how fast the machine is.
+"""
 
 from __future__ import annotations
 
+import html
 import json
-import random
+import os
 import shutil
-import subprocess
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from accdiff_lib.errors import InputError
-from accdiff_lib.settings import METHODS, PRESETS, Settings, make
-from accdiff_lib.webui import hires, outline
+from accdiff_lib.methods import METHODS, OPTIONS, names
+from accdiff_lib.webui import arguments
+from accdiff_lib.webui.ui import api, panel
+from tests.webui_stand_in import stood_in, toy
 
-SCRIPT = Path(__file__).resolve().parents[2] / "javascript" / "accdiff.js"
-SAMPLERS = ["Euler", "Euler a", "Heun", "LMS", "DPM2", "DPM2 a", "DPM++ 2S a", "DPM++ 2M", "DPM++ SDE", "DPM++ 2M SDE",
-            "DPM++ 3M SDE", "UniPC"]
-SCHEDULERS = ["Automatic", "Leading", "Normal", "Karras", "Exponential", "Simple", "SGM Uniform", "Beta"]
-
-node = shutil.which("node")
-needs_node = pytest.mark.skipif(node is None, reason="node is not installed")
-
-
-def in_javascript(code: str, value: object) -> object:
-    """What `code` (an expression of `formulas` and `input`) makes of a value."""
-    program = (f"const formulas = require({json.dumps(str(SCRIPT))});"
-               "const input = JSON.parse(require('fs').readFileSync(0, 'utf8'));"
-               f"process.stdout.write(JSON.stringify({code}))")
-    done = subprocess.run([str(node), "-e", program], input=json.dumps(value), stdout=subprocess.PIPE, text=True,
-                          check=True)
-    return json.loads(done.stdout)
-
-
-def some_settings(rng: random.Random) -> Settings:
-    values: dict = {"method": rng.choice(list(METHODS)), "preset": rng.choice(list(PRESETS)),
-                    "scale": round(rng.uniform(1, 8), 2)}
-    for name, choices in {
-            "progressive": [True, False], "stage_steps": [0, 1, 7, 33], "start": [0, 0.25, 0.5, 0.95],
-            "stage_sampler": ["Same", *SAMPLERS], "stage_scheduler": ["Same", *SCHEDULERS],
-            "tolerance": [0, 0.0001, 0.01, 0.1], "cosine_scale_1": [0, 1, 10], "cosine_scale_2": [0, 0.5, 10],
-            "window": [0, 8, 64, 96], "stride": [0, 4, 32, 200], "overlap": [0, 0.25, 0.9],
-            "doubling": [True, False],
-            "dilated_end": [0, 0.7], "guidance_start": [0, 0.1], "guidance_end": [0.3, 0.8],
-            "local_guidance": [0, 1, 5],
-            "dilated_guidance": [0, 1, 5], "controlnet": [True, False], "control_strength": [0, 0.6],
-            "control_start": [0, 0.2], "control_end": [0.5, 1], "window_prompts": [True, False],
-            "windows": [True, False], "dilated": [True, False]}.items():
-        if rng.random() < 0.3:
-            values[name] = rng.choice(choices)
-    if rng.random() < 0.3:
-        values["target_width"], values["target_height"] = (8 * rng.randint(60, 500) for _ in range(2))
-    try:
-        return make(values)
-    except InputError:
-        return make({"scale": values["scale"]})
+ROOT = Path(__file__).resolve().parents[2]
+CHROMIUM = os.environ.get("ACCDIFF_CHROMIUM") or shutil.which("chromium")
+# The flags keep chromium from looking for hosts outside.
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]
+#: The WebUI is not at the root of its host, and nothing of this leaves the browser.
+ADDRESS = "http://webui.test/some/path/"
+PREFIX = "script_txt2img_accdiffusion_"
+#: The WebUI's own controls; Hires. fix is not ticked.
+OWN = {"txt2img_width": 1024, "txt2img_height": 768, "txt2img_steps": 30, "txt2img_cfg_scale": 6.5,
+       "txt2img_sampling": "Heun", "txt2img_scheduler": "Karras", "txt2img_denoising_strength": 0.4,
+       "txt2img_hr-checkbox": False, "txt2img_hr_scale": 3, "txt2img_hr_resize_x": 0, "txt2img_hr_resize_y": 0,
+       "txt2img_hires_steps": 12, "hr_sampler": "Use same sampler", "hr_scheduler": "Use same scheduler"}
+#: What the WebUI's own script gives to those of extensions.
+SHIM = """window.gradioApp = () => document;
+window.onUiLoaded = start => start();
+window.onOptionsChanged = callback => { window.changeOptions = callback; };"""
 
 
-def some_generation(rng: random.Random) -> outline.Generation:
-    base = tuple(8 * rng.randint(30, 200) for _ in range(2))
-    return outline.Generation(base, rng.choice([1, 2, 10, 20, 50]), rng.choice([1, 7.0]), rng.choice(SAMPLERS),
-                              rng.choice(SCHEDULERS), rng.choice([64, 128]), rng.choice([1, 4, 8]),
-                              rng.random() < 0.5, rng.random() < 0.2)
+class Page:
+    """A tab with the panel; its time passes when a test says so."""
+
+    def __init__(self, page) -> None:
+        self.page, self.asked, self.kept = page, [], []
+        #: What the server does with a request.
+        self.serve = self.plan
+        page.clock.install()
+        page.route("**/*", self._serve)
+        page.goto(ADDRESS)
+        for text in (SHIM, (ROOT / "javascript" / "accdiff.js").read_text(encoding="utf-8")):
+            page.add_script_tag(content=text)
+        page.add_style_tag(content=(ROOT / "style.css").read_text(encoding="utf-8"))
+
+    def _serve(self, route) -> None:
+        if route.request.method == "GET":
+            route.fulfill(body=written(), content_type="text/html")
+            return
+        assert route.request.url == f"{ADDRESS}accdiffusion/v1/plan"
+        self.asked.append(json.loads(route.request.post_data))
+        self.serve(route)
+
+    def plan(self, route) -> None:
+        """The real answer."""
+        route.fulfill(json=api.plan(self.asked[-1]))
+
+    def keep(self, route) -> None:
+        """No answer until the test gives one."""
+        self.kept.append(route)
+
+    def pass_time(self, seconds: float) -> None:
+        self.page.clock.run_for(round(1000 * seconds))
+
+    def settle(self) -> None:
+        self.pass_time(0.6)
+
+    def set(self, element: str, value: object) -> None:
+        """As the WebUI does: without any event."""
+        self.page.evaluate("""([id, value]) => {
+            const input = document.getElementById(id).querySelector("input");
+            if (input.type === "checkbox") input.checked = value; else input.value = value;
+        }""", [element, value])
+
+    @property
+    def line(self):
+        return self.page.locator(f"#{PREFIX}enabled .accdiff-cost")
+
+    def says(self, text: str, *, wrong: bool = False) -> None:
+        """Waits until the line has a text."""
+        self.page.wait_for_function("""([id, text, wrong]) => {
+            const line = document.querySelector(id + " .accdiff-cost");
+            return line.textContent.includes(text) && line.classList.contains("accdiff-wrong") === wrong;
+        }""", arg=[f"#{PREFIX}enabled", text, wrong], timeout=60_000)
+
+    def shown(self, name: str) -> bool:
+        return self.page.locator(f"#{PREFIX}{name}").is_visible()
 
 
-@needs_node
-def test_sizes_and_cost_are_the_engines():
-    rng = random.Random(7)
-    cases = [(some_settings(rng), some_generation(rng)) for _ in range(400)]
-    answers = in_javascript(
-        "input.map(([settings, given]) => {"
-        "  try { return formulas.estimate(settings, given) } catch (e) { return null } })",
-        [(asdict(settings), asdict(given)) for settings, given in cases])
-    refused = 0
-    for (settings, given), answer in zip(cases, answers, strict=True):
-        try:
-            cost = outline.cost(settings, given)
-        except InputError:
-            assert answer is None, (settings, given)
-            refused += 1
-            continue
-        assert answer is not None, (settings, given)
-        assert tuple(answer["pixels"]) == cost.plan.pixels
-        assert [(stage["windowCount"], stage["views"], stage["size"], stage["window"], stage["viewSize"])
-                for stage in answer["plan"]["stages"]] == [
-            (stage.window_count, stage.views, [stage.height, stage.width], list(stage.window), list(stage.view_size))
-            for stage in cost.plan.stages]
-        names = ("steps", "calls", "windows", "views", "unet", "controlnet")
-        assert [[part[name] for name in names] for part in answer["parts"]] == [
-            [getattr(part, name) for name in names] for part in cost.parts], (settings, given)
-        assert answer["modelCalls"] == cost.model_calls
-        assert answer["relative"] == pytest.approx(cost.relative)
-    assert refused < 150
+def written() -> str:
+    """The page: a field for each control, with its value."""
+    def field(element: str, value: object) -> str:
+        kind = "checkbox" if isinstance(value, bool) else "number" if isinstance(value, (int, float)) else "text"
+        state = ("checked" if value else "") if kind == "checkbox" else f'value="{html.escape(str(value))}"'
+        return f'<div id="{element}"><input type="{kind}" {state}></div>'
+
+    groups = "".join(f"<h4 id='{PREFIX}group_{number}'>{name}</h4>" for number, name in enumerate(panel.groups()))
+    fields = {name: "canny" if name == "controlnet_model" else OPTIONS[name].default
+              for name in arguments.POSITIONAL[1:]}
+    own = "".join(field(element, value) for element, value in OWN.items())
+    inside = "".join(field(PREFIX + name, value) for name, value in fields.items())
+    return (f"<!doctype html>{own}<div id='{PREFIX}enabled'>{panel._live_line(lambda name: PREFIX + name)}{inside}"
+            f"{groups}</div>")
 
 
-@needs_node
-def test_hires_fix_as_the_driver():
-    rng = random.Random(3)
-    cases = [{"width": 8 * rng.randint(8, 200), "height": 8 * rng.randint(8, 200), "scale": rng.choice([1, 1.5, 2, 4]),
-              "resize_x": rng.choice([0, 1000, 2048]), "resize_y": rng.choice([0, 1200, 3000]),
-              "steps": rng.choice([0, 10, 150]), "denoising": rng.choice([0, 0.05, 0.3, 0.7, 1])} for _ in range(200)]
-    answers = in_javascript("input.map(x => formulas.hires(x.width, x.height, x))", cases)
-    for case, answer in zip(cases, answers, strict=True):
-        expected = hires.values(**case)
-        assert answer == expected, case
-        if max(expected["target_width"], expected["target_height"]) <= 16384:
-            make(expected)
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        pytest.skip("chromium is missing: apt-get install chromium, or name it with ACCDIFF_CHROMIUM")
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with stood_in(), toy.registered(), sync_api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield started
+        started.close()
 
 
-@needs_node
-def test_the_line_reads_well():
-    given = asdict(outline.Generation((1024, 1024), 20, has_control=True))
-    lines = in_javascript("input[0].map(settings => formulas.line(settings, input[1]))", [
-        [asdict(make(values)) for values in (
-            {}, {"scale": 3}, {"scale": 1}, {"method": "multidiffusion"})], given])
-    assert lines[0] == {"size": "2048x2048", "text": "9 windows + 4 views per step, 237 model calls, about 15 x a base "
-                                                     "image"}
-    assert lines[1]["text"].startswith("2 stages, the last with 25 windows + 9 views per step, ")
-    assert "nothing to enlarge" in lines[2]["text"]
-    assert lines[3]["text"].startswith("9 windows per step, ")
+@pytest.fixture
+def page(browser):
+    opened = browser.new_page()
+    errors: list[str] = []
+    opened.on("pageerror", lambda error: errors.append(str(error)))
+    yield Page(opened)
+    opened.close()
+    assert not errors
 
 
-def test_the_outline_counts_as_the_samplers_do():
-    """Noise levels and model calls by formula are those of k-diffusion's functions."""
-    from accdiff_lib.engine.schedule import rehearse
-    from accdiff_lib.parts.noise_levels import alphas_cumprod
-    from accdiff_lib.standalone.samplers import SAMPLERS as REAL
-    from accdiff_lib.standalone.samplers import SCHEDULERS as REAL_SCHEDULES
-    from accdiff_lib.standalone.samplers import NoiseLevels, solver
+def test_the_line_is_the_servers(page):
+    page.settle()
+    page.says("2048x1536: ")
+    assert len(page.asked) == 1
+    asked = page.asked[0]
+    args = dict(zip(arguments.POSITIONAL, asked.pop("args"), strict=True))
+    assert args == {"enabled": True, "controlnet_model": "canny", **{n: row.default for n, row in OPTIONS.items()}}
+    hires = {"enable_hr": False, "hr_scale": 3, "hr_resize_x": 0, "hr_resize_y": 0, "hr_second_pass_steps": 12,
+             "hr_sampler_name": "Use same sampler", "hr_scheduler": "Use same scheduler"}
+    assert asked == {"width": 1024, "height": 768, "steps": 30, "cfg_scale": 6.5, "sampler_name": "Heun",
+                     "scheduler": "Karras", "denoising_strength": 0.4, "from_image": False, **hires}
+    assert set(asked) <= set(api.GENERATION)
+    page.pass_time(10)
+    assert len(page.asked) == 1  # nothing has changed
 
-    levels = NoiseLevels(alphas_cumprod({}))
-    for sampler in REAL:
-        for scheduler in REAL_SCHEDULES:
-            real, guessed = solver(sampler, scheduler, 9, levels), outline.Outline(sampler, scheduler, 9)
-            assert guessed.sigmas.tolist() == pytest.approx(real.sigmas.tolist(), rel=1e-6)
-            real_calls, calls = rehearse(real, real.sigmas), rehearse(guessed, guessed.sigmas)
-            assert [(call.step, call.first) for call in calls] == [(call.step, call.first) for call in real_calls]
-            assert [call.sigma for call in calls] == pytest.approx([call.sigma for call in real_calls], rel=1e-4)
-    for sigma in (0.01, 0.0291675, 0.5, 3.7, 14.6, 20):
-        assert outline.timestep(sigma) == pytest.approx(levels.timestep(sigma))
+
+def test_hires_fix_drives(page):
+    page.set("txt2img_hr-checkbox", True)
+    page.settle()
+    page.says("3072x2304: ")
+    page.says("(size, steps and start are those of Hires. fix)")
+
+
+def test_it_asks_when_the_values_have_come_to_rest(page):
+    page.settle()
+    page.says("2048x1536: ")
+    for scale in (2.1, 2.2, 2.3, 3):
+        page.set(f"{PREFIX}scale", scale)
+        page.pass_time(0.2)
+    assert len(page.asked) == 1
+    page.settle()
+    page.says("3072x2304: ")
+    assert len(page.asked) == 2
+    page.set(f"{PREFIX}scale", "")  # while the user types
+    page.settle()
+    page.says("2048x1536: ")
+
+
+def test_one_request_at_a_time(page):
+    page.serve = page.keep
+    page.settle()
+    page.page.wait_for_function("true")  # lets the request through
+    page.set(f"{PREFIX}scale", 3)
+    page.pass_time(0.6)
+    assert len(page.asked) == 1
+    assert page.line.text_content() == ""
+    page.pass_time(1)
+    page.says("asking ...")
+    page.serve = page.plan
+    page.kept[0].fulfill(json=api.plan(page.asked[0]))
+    page.says("2048x1536: ")
+    page.settle()
+    page.says("3072x2304: ")
+    assert len(page.asked) == 2
+
+
+def test_what_the_server_says_against_the_values(page):
+    page.serve = lambda route: route.fulfill(status=422, json={"detail": "scale: <b>9</b> is not allowed"})
+    page.settle()
+    page.says("scale: <b>9</b> is not allowed", wrong=True)
+    page.serve = page.plan
+    page.set(f"{PREFIX}scale", 3)
+    page.settle()
+    page.says("3072x2304: ")
+
+
+@pytest.mark.parametrize("failure", [
+    lambda route: route.abort(), lambda route: route.fulfill(status=502, body="<html>"),
+    lambda route: route.fulfill(status=200, body="<html>")])
+def test_no_answer(page, failure):
+    page.serve = failure
+    page.settle()
+    page.says("no answer from the server", wrong=True)
+    page.serve = page.plan
+    page.pass_time(1)
+    assert len(page.asked) == 1
+    page.pass_time(3)  # it tries again
+    page.says("2048x1536: ")
+    assert len(page.asked) == 2
+
+
+def test_other_settings_of_the_webui_may_be_another_checkpoint(page):
+    page.settle()
+    page.says("2048x1536: ")
+    page.page.evaluate("changeOptions()")
+    page.pass_time(0.2)
+    page.page.wait_for_function("true")
+    assert len(page.asked) == 2
+
+
+def test_a_folded_panel_asks_nothing(page):
+    page.page.evaluate(f"document.getElementById('{PREFIX}enabled').style.display = 'none'")
+    page.pass_time(5)
+    assert not page.asked
+
+
+def test_options_of_other_methods_are_not_shown(page):
+    page.settle()
+    assert page.shown("window") and page.shown("overlap") and not page.shown("toy_share")
+    assert page.page.locator("h4:visible").all_text_contents() == [
+        "stages", "skip residual", "windows", "structure", "dilated", "memory and guidance"]
+    page.set(f"{PREFIX}method", "toy")
+    page.settle()
+    assert {name for name in OPTIONS if page.shown(name)} == set(names("toy"))
+    assert page.page.locator("h4:visible").all_text_contents() == [
+        "stages", "skip residual", "structure", "toy", "memory and guidance"]
+    page.says("1 whole picture per step")
+    for method in METHODS:
+        page.set(f"{PREFIX}method", method)
+        page.settle()
+        assert {name for name in OPTIONS if page.shown(name)} == set(names(method))
+
+
+def test_an_option_is_not_shown_where_another_stands_in(page):
+    page.set(f"{PREFIX}stride", 32)
+    page.settle()
+    assert not page.shown("overlap")
+    page.set(f"{PREFIX}stride", 0)
+    page.settle()
+    assert page.shown("overlap")
+
+
+def test_tooltips(page):
+    page.settle()
+    for name, row in [*OPTIONS.items(), ("controlnet_model", arguments.EXTRA["controlnet_model"])]:
+        assert page.page.get_attribute(f"#{PREFIX}{name}", "title") == row.help

@@ -1,7 +1,7 @@
 """The panel under real gradio, driven in a real browser (skipped where one of both is missing).
 
 `make panel-venvs` makes .venv-gradio3 and .venv-gradio4; ACCDIFF_GRADIO3 and ACCDIFF_GRADIO4 name other ones. The
-browser is Debian's chromium, or ACCDIFF_CHROMIUM.
+browser is Debian's chromium, or ACCDIFF_CHROMIUM. ACCDIFF_SHOTS names a folder for pictures of the panel.
 """
 
 from __future__ import annotations
@@ -15,20 +15,24 @@ from pathlib import Path
 
 import pytest
 
+from accdiff_lib.errors import InputError
+from accdiff_lib.methods import OPTIONS, make, names
 from accdiff_lib.parts import infotext
-from accdiff_lib.settings import OPTIONS, make
 from accdiff_lib.webui import arguments
-from accdiff_lib.webui.arguments import POSITIONAL, Job
+from accdiff_lib.webui.arguments import Enlargement
+from accdiff_lib.webui.ui import api
+from tests.webui_stand_in import stood_in, toy
 
 ROOT = Path(__file__).resolve().parents[2]
 STAND_IN = ROOT / "tests" / "webui_stand_in"
+SHOTS = os.environ.get("ACCDIFF_SHOTS")
 CHROMIUM = os.environ.get("ACCDIFF_CHROMIUM") or shutil.which("chromium")
 # The flags keep chromium from looking for hosts outside.
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]
 PREFIX = "script_txt2img_accdiffusion_"
 #: What the WebUI's own script gives to those of extensions.
-SHIM = "window.gradioApp = () => document; window.onUiLoaded = start => start();"
+SHIM = "window.gradioApp = () => document; window.onUiLoaded = start => start(); window.onOptionsChanged = () => {};"
 
 
 @pytest.fixture(scope="module", params=["3", "4"])
@@ -53,10 +57,11 @@ def page(request, tmp_path_factory):
         assert server.stdout is not None
         line = next((line for line in server.stdout if line.startswith("{")), "")
         assert line, "the page did not start"
-        with sync_api.sync_playwright() as playwright:
+        with stood_in(), toy.registered(), sync_api.sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
             opened = browser.new_page(viewport={"width": 1400, "height": 1600})
             opened.address, opened.models = json.loads(line)["address"], models
+            opened.route("**/accdiffusion/v1/plan", answer_plan)
             opened.goto(opened.address)
             opened.wait_for_selector(f"#{PREFIX}scale input")
             opened.add_style_tag(path=str(ROOT / "style.css"))
@@ -64,6 +69,8 @@ def page(request, tmp_path_factory):
             opened.add_script_tag(path=str(ROOT / "javascript" / "accdiff.js"))
             opened.wait_for_function(
                 f"document.querySelector('#{PREFIX}enabled .accdiff-cost').textContent !== ''")
+            opened.shot = lambda name: opened.screenshot(
+                path=Path(SHOTS) / f"gradio{request.param}-{name}.png", full_page=True) if SHOTS else None
             yield opened
             browser.close()
     finally:
@@ -71,13 +78,17 @@ def page(request, tmp_path_factory):
         server.wait(10)
 
 
-def cost(page) -> str:
-    return page.text_content(f"#{PREFIX}enabled .accdiff-cost")
+def answer_plan(route) -> None:
+    """The page's server has no torch, so its plans come from here."""
+    try:
+        route.fulfill(json=api.plan(json.loads(route.request.post_data)))
+    except InputError as error:
+        route.fulfill(status=422, json={"detail": str(error)})
 
 
 def wait_for_cost(page, text: str) -> None:
     page.wait_for_function("([id, text]) => document.querySelector(id + ' .accdiff-cost').textContent.includes(text)",
-                           arg=[f"#{PREFIX}enabled", text], timeout=5000)
+                           arg=[f"#{PREFIX}enabled", text])
 
 
 def fill(page, element: str, value: object) -> None:
@@ -101,7 +112,7 @@ def press(page, button: str) -> list | None:
 
 def generate(page) -> dict:
     """The arguments by name that Generate sends."""
-    return dict(zip(POSITIONAL, press(page, "generate") or [], strict=True))
+    return dict(zip(arguments.POSITIONAL, press(page, "generate") or [], strict=True))
 
 
 def paste(page, values: dict) -> None:
@@ -118,29 +129,63 @@ def test_defaults_are_the_tables(page):
 
 def test_ids_and_tooltips(page):
     for kind in ("txt2img", "img2img"):
-        for name in POSITIONAL[1:]:
+        for name in arguments.POSITIONAL[1:]:
             assert page.locator(f"#script_{kind}_accdiffusion_{name}").count() == 1, (kind, name)
     for name, option in OPTIONS.items():
         assert page.get_attribute(f"#{PREFIX}{name}", "title") == option.help
 
 
-def test_the_line_follows_without_the_server(page):
-    calls: list[str] = []
-    page.on("request", lambda request: calls.append(request.url))
-    wait_for_cost(page, "2048x2048: 9 windows + 4 views per step, ")
+def test_the_line_follows(page):
+    wait_for_cost(page, "2048x2048: 9 windows + 4 dilated views per step, ")
+    page.shot("panel")
     fill(page, f"{PREFIX}scale", 3)
     wait_for_cost(page, "3072x3072: 2 stages, the last with ")
     fill(page, "txt2img_width", 768)
     wait_for_cost(page, "2304x3072: ")
     fill(page, f"{PREFIX}target_width", 1536)
-    wait_for_cost(page, "give both target width and target height")
+    wait_for_cost(page, "target_width, target_height: give both")
+    page.shot("wrong")
     fill(page, f"{PREFIX}target_height", 1536)
     wait_for_cost(page, "1536x1536: ")
     for element, value in (("txt2img_width", 1024), (f"{PREFIX}scale", 2), (f"{PREFIX}target_width", 0),
                            (f"{PREFIX}target_height", 0)):
         fill(page, element, value)
     wait_for_cost(page, "2048x2048: 9 windows")
-    assert not calls
+
+
+def test_only_what_the_method_has_is_shown(page):
+    def shown() -> set[str]:
+        return {name for name in OPTIONS if page.locator(f"#{PREFIX}{name}").is_visible()}
+
+    page.click(f"#{PREFIX}advanced > .label-wrap, #{PREFIX}advanced > button")
+    page.wait_for_selector(f"#{PREFIX}jitter", state="visible")
+    page.shot("advanced")
+    assert shown() == set(names("accdiffusion-v2"))
+    fill(page, f"{PREFIX}stride", 32)
+    page.wait_for_selector(f"#{PREFIX}overlap", state="hidden")
+    assert shown() == set(names("accdiffusion-v2")) - {"overlap"}
+    page.shot("stride")
+    fill(page, f"{PREFIX}stride", 0)
+    page.wait_for_selector(f"#{PREFIX}overlap", state="visible")
+
+    pick(page, "method", "toy")
+    page.wait_for_selector(f"#{PREFIX}toy_share", state="visible")
+    page.wait_for_function(f"document.querySelector('#{PREFIX}toy_share input[type=number]').value === '0.7'")
+    wait_for_cost(page, "2048x2048: 1 whole picture per step")
+    assert shown() == set(names("toy"))
+    page.shot("toy")
+    asked = arguments.parse([True, *list(generate(page).values())[1:]])
+    assert asked == Enlargement(make({"method": "toy"}))
+    pick(page, "method", "accdiffusion-v2")
+    page.wait_for_selector(f"#{PREFIX}toy_share", state="hidden")
+    page.wait_for_timeout(1000)
+    assert shown() == set(names("accdiffusion-v2"))
+    assert generate(page)["toy_share"] == 0.7  # it stays as it was, and counts for nothing
+    paste(page, arguments.infotext(Enlargement(make({"method": "toy", "toy_share": 0.2}))))
+    page.wait_for_selector(f"#{PREFIX}toy_share", state="visible")
+    assert arguments.parse(list(generate(page).values())) == Enlargement(make({"method": "toy", "toy_share": 0.2}))
+    paste(page, arguments.infotext(Enlargement(make({"method": "toy"}))))
+    paste(page, arguments.infotext(Enlargement(make())))
 
 
 def test_a_preset_and_a_method_set_their_controls(page):
@@ -150,33 +195,34 @@ def test_a_preset_and_a_method_set_their_controls(page):
     page.wait_for_timeout(1000)
     sent = generate(page)
     wanted = make({"method": "demofusion", "preset": "fast"})
-    assert arguments.parse([True, *list(sent.values())[1:]]) == Job(wanted)
+    assert arguments.parse([True, *list(sent.values())[1:]]) == Enlargement(wanted)
     pick(page, "method", "accdiffusion-v2")
     pick(page, "preset", "paper")
     page.wait_for_function(f"document.querySelector('#{PREFIX}stage_steps input[type=number]').value === '0'")
 
 
 def test_parameters_restore_the_whole_panel(page):
-    job = Job(make({"method": "accdiffusion-v1", "preset": "fast", "scale": 3.5, "c": 0.42, "stage_sampler": "Heun",
-                    "window_prompts": False, "controlnet": True, "tolerance": 0.0005, "vae_tile": 64, "start": 0.25,
-                    "gaussian_sigma": 0.83, "membership": "paper"}), "xl canny.safetensors")
-    paste(page, arguments.infotext(job))
+    asked = Enlargement(make({
+        "method": "accdiffusion-v1", "preset": "fast", "scale": 3.5, "c": 0.42, "stage_sampler": "Heun",
+        "window_prompts": False, "controlnet": True, "tolerance": 0.0005, "vae_tile": 64, "start": 0.25,
+        "gaussian_sigma": 0.83, "membership": "paper"}), "xl canny.safetensors")
+    paste(page, arguments.infotext(asked))
     sent = generate(page)
     assert sent["enabled"] is True
-    assert arguments.parse(list(sent.values())) == job
+    assert arguments.parse(list(sent.values())) == asked
 
     paste(page, {})  # a picture made without
     after = generate(page)
     assert after == {**sent, "enabled": False}
 
-    paste(page, arguments.infotext(Job(make())))
-    assert arguments.parse(list(generate(page).values())) == Job(make())
+    paste(page, arguments.infotext(Enlargement(make())))
+    assert arguments.parse(list(generate(page).values())) == Enlargement(make())
 
 
 def test_a_model_that_is_not_here_stays_visible(page):
-    paste(page, arguments.infotext(Job(make(), "gone.safetensors")))
+    paste(page, arguments.infotext(Enlargement(make(), "gone.safetensors")))
     assert generate(page)["controlnet_model"] == "gone.safetensors"
-    paste(page, arguments.infotext(Job(make())))
+    paste(page, arguments.infotext(Enlargement(make())))
 
 
 def test_new_models_are_found(page):
@@ -199,7 +245,7 @@ def test_the_api_of_this_fastapi(page):
         except urllib.error.HTTPError as error:
             return error.code, json.load(error)
 
-    assert set(answer("options")[1]["properties"]) == set(POSITIONAL)
+    assert set(answer("options")[1]["properties"]) == set(arguments.POSITIONAL)
     assert answer("model")[1] == {"native": 0, "multiple": 0}
     status, error = answer("plan", '{"scale": 9}')
     assert status == 422 and error["detail"].startswith("scale: 9 is not allowed; it takes a number from 1 to 8")

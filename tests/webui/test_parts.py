@@ -12,9 +12,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from accdiff_lib.engine.schedule import rehearse
 from accdiff_lib.errors import InputError
 from accdiff_lib.methods import METHODS, OPTIONS, make
-from accdiff_lib.webui import arguments, controlnets, hires, model
+from accdiff_lib.parts.noise_levels import NoiseLevels, alphas_cumprod
+from accdiff_lib.standalone.samplers import SAMPLERS, SCHEDULERS, solver
+from accdiff_lib.webui import arguments, controlnets, hires, model, outline
 from accdiff_lib.webui.arguments import EXTRA, POSITIONAL
 from accdiff_lib.webui.ui import api, callbacks, options_page, panel, xyz
 from tests.webui_stand_in import stood_in, webui  # noqa: F401 (a fixture)
@@ -50,20 +53,84 @@ def test_plan(client):
                                                         "controlnet_model": "canny.safetensors"}).json()
     assert answer["base"] == {"width": 1024, "height": 1024} and answer["target"] == {"width": 2048, "height": 2048}
     base, stage = answer["parts"]
-    assert (base["name"], base["model_calls"], base["unet"]) == ("base", 20, 40)
-    assert (stage["name"], stage["windows"], stage["views"]) == ("2x", 9, 4)
-    assert stage["controlnet"] > 0
-    assert answer["model_calls"] == 3 * (base["model_calls"] + stage["model_calls"])
-    assert stage["model_calls"] == stage["window_calls"] + stage["view_calls"]
-    assert answer["unet"] == 3 * (base["unet"] + stage["unet"])
-    assert 10 < answer["relative_cost"] < 20 and answer["native"] == 128
+    assert (base["name"], base["latents"], base["unet"]) == ("base", 20, 40)
+    windows, views = stage["work"]
+    assert (stage["name"], windows["name"], views["name"]) == ("2x", "window", "dilated view")
+    assert (windows["count"], views["count"], windows["width"]) == (9, 4, 1024)
+    assert stage["controlnet"] == windows["controlnet"] == windows["unet"] > 0 == views["controlnet"]
+    for name in ("latents", "unet", "controlnet"):
+        assert stage[name] == windows[name] + views[name]
+        assert answer[name] == 3 * (base[name] + stage[name])
+    assert 10 < answer["relative_cost"] < 20 and answer["native"] == 128 and answer["notes"] == []
+    assert answer["size"] == "2048x2048"
+    assert answer["text"] == ("9 windows + 4 dilated views per step, 237 latents evaluated, about 15 x a base image")
     assert client.post("/accdiffusion/v1/plan").json()["target"] == {"width": 2048, "height": 2048}
     small = client.post("/accdiffusion/v1/plan", json={"width": 512, "height": 512, "from_image": True}).json()
     assert small["native"] == 64 and small["parts"][0]["steps"] == 1
 
 
+def planned(client, **body):
+    answer = client.post("/accdiffusion/v1/plan", json=body)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def test_the_lines_text_reads_well(client):
+    text = planned(client, scale=3)["text"]
+    assert text.startswith("2 stages, the last with 25 windows + 9 dilated views per step, ")
+    assert "nothing to enlarge" in planned(client, scale=1)["text"]
+    assert planned(client, method="multidiffusion")["text"].startswith("9 windows per step, ")
+
+
+def test_a_plan_takes_the_panels_values_too(client):
+    sent = {"enabled": False, "controlnet_model": "canny", **{name: row.default for name, row in OPTIONS.items()}}
+    by_position = [{**sent, "scale": 3}[name] for name in POSITIONAL]
+    assert planned(client, args=by_position) == planned(client, scale=3, controlnet_model="canny")
+    assert planned(client, args=[{"scale": 3}], steps=None) == planned(client, scale=3)
+
+
+def test_hires_fix_and_img2img_in_a_plan_are_as_when_generating(client):
+    given = {"enable_hr": True, "hr_scale": 3, "hr_second_pass_steps": 12, "denoising_strength": 0.5, "scale": 8}
+    answer = planned(client, **given, hr_sampler_name="Heun", tolerance=0)
+    assert answer["size"] == "3072x3072" and "those of Hires. fix" in answer["text"]
+    assert [(part["steps"], part["calls"]) for part in answer["parts"]] == [(20, 20), (12, 23), (12, 23)]
+    same = planned(client, **given, hr_sampler_name="Use same sampler", tolerance=0)
+    assert [part["calls"] for part in same["parts"]] == [20, 12, 12]
+    assert planned(client, **{**given, "enable_hr": False}, tolerance=0)["size"] == "8192x8192"
+    image = planned(client, from_image=True, denoising_strength=0.4, tolerance=0)
+    assert image["parts"][1]["steps"] == 8
+    assert planned(client, from_image=True, denoising_strength=0.4, tolerance=0, start=0.2)["parts"][1]["steps"] == 16
+    assert planned(client, **given, from_image=True)["size"] == "8192x8192"
+
+
+def test_a_plan_has_the_notes(client):
+    assert [note.partition(":")[0] for note in planned(client, preset="low-vram")["notes"]] == ["preset"]
+    assert [note.partition(":")[0] for note in planned(client, doubling=True, progressive=False)["notes"]] == [
+        "doubling"]
+
+
+@pytest.mark.parametrize("steps", [20, 1000])
+def test_the_largest_plan_rehearses_once(client, monkeypatch, steps):
+    """Its seven stages share what the sampler does, and nothing is integrated."""
+    rehearsed = []
+    calls = outline.Outline.calls
+    monkeypatch.setattr(outline.Outline, "calls", lambda self, sigmas: rehearsed.append(1) or calls(self, sigmas))
+    answer = planned(client, width=2048, height=2048, steps=steps, scale=8, sampler_name="Heun", tolerance=0,
+                     controlnet_model="canny")
+    assert len(answer["parts"]) == 8
+    assert all(part["calls"] == 2 * part["steps"] - 1 for part in answer["parts"])
+    assert len(rehearsed) <= 3  # the base pass, the stages, and the base pass that the cost is compared with
+
+
+def test_what_is_too_large_is_refused_before_it_is_counted(client, monkeypatch):
+    monkeypatch.setattr(outline, "estimate", None)
+    for body in ({"width": 16384, "height": 16384, "scale": 8}, {"scale": 8, "width": 64, "height": 16384}):
+        assert client.post("/accdiffusion/v1/plan", json=body).status_code == 422
+
+
 @pytest.mark.parametrize(("body", "what"), [
     ({"sclae": 2}, "sclae: there is no such option"),
+    ({"args": {"scale": 2}}, "args: takes a list"), ({"args": [{}], "scale": 2}, "args: takes a list"),
     ({"scale": 9}, "scale: 9 is not allowed; it takes a number from 1"),
     ({"width": 1001}, "width: 1001 is not allowed; it takes a multiple of 8"), ({"steps": "many"}, "steps: 'many'"),
     ({"target_width": 256, "target_height": 256}, "target: 256x256 is 0.25 times"), ([], "must be a JSON object"),
@@ -82,6 +149,20 @@ def test_the_loaded_models_size(client):
     assert model.for_size(512, 512) == (128, 4)
     sd_models.model_data.sd_model = SimpleNamespace(is_sdxl=False)
     assert client.get("/accdiffusion/v1/model").json() == {"native": 64, "multiple": 8}
+
+
+def test_the_outline_counts_as_the_samplers_do():
+    """Noise levels and model calls by formula are those of k-diffusion's functions."""
+    levels = NoiseLevels(alphas_cumprod({}))
+    for sampler in SAMPLERS:
+        for scheduler in SCHEDULERS:
+            real, guessed = solver(sampler, scheduler, 9, levels), outline.Outline(sampler, scheduler, 9)
+            assert guessed.sigmas.tolist() == pytest.approx(real.sigmas.tolist(), rel=1e-6)
+            real_calls, calls = rehearse(real, real.sigmas), rehearse(guessed, guessed.sigmas)
+            assert [(call.step, call.first) for call in calls] == [(call.step, call.first) for call in real_calls]
+            assert [call.sigma for call in calls] == pytest.approx([call.sigma for call in real_calls], rel=1e-4)
+    for sigma in (0.01, 0.0291675, 0.5, 3.7, 14.6, 20):
+        assert outline.timestep(sigma) == pytest.approx(levels.timestep(sigma))
 
 
 # --- X/Y/Z -----------------------------------------------------------------------------------------------------
@@ -244,8 +325,8 @@ def test_the_table_on_the_page_is_readable():
 
     written = panel._live_line(lambda name: f"script_txt2img_accdiffusion_{name}")
     table = json.loads(html.unescape(written.partition("data-table='")[2].partition("'></div>")[0]))
-    assert table["prefix"] == "script_txt2img_accdiffusion_" and set(table["options"]) == set(OPTIONS)
-    assert table["options"]["c"]["help"] == OPTIONS["c"].help
+    assert table["prefix"] == "script_txt2img_accdiffusion_" and table["positional"] == list(POSITIONAL)
+    assert table["help"]["c"] == OPTIONS["c"].help and table["hideable"] == {"overlap": "stride"}
 
 
 # --- schedules -------------------------------------------------------------------------------------------------

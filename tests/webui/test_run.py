@@ -127,6 +127,21 @@ def test_ticked_gives_the_target_size_again_and_again(webui, large):
     assert np.array_equal(webui.generate(OPTIONS).picture, large)
 
 
+def test_notes_reach_the_user_once(webui, large):
+    answer = webui.generate({**OPTIONS, "preset": "low-vram"}, n_iter=2)
+    assert np.array_equal(answer.picture, large)
+    assert len(answer.p.comments) == 1 and answer.comments.startswith("AccDiffusion: preset: low-vram is paper now")
+
+
+def test_a_bar_has_jobs_for_the_work_of_the_stages(webui, controlnet):
+    """In base passes of as many steps: 9 windows in each of 3 steps, 4 dilated views in all but the last."""
+    webui.generate(OPTIONS)
+    alone = webui.state.job_count
+    webui.generate(CANNY)
+    windows, views = 3 * 9, 2 * 4
+    assert (alone, webui.state.job_count) == (1 + round((windows + views) / 3), 1 + round((1.4 * windows + views) / 3))
+
+
 def test_hires_fix_takes_over(webui):
     given = {**OPTIONS, "scale": 4, "stage_steps": 0}
     hires = {"enable_hr": True, "hr_scale": 2.0, "denoising_strength": 0.75}

@@ -48,10 +48,10 @@ class Checkpoint(nn.Module):
 
     is_sdxl, is_sd2, is_sd3, is_sdxl_inpaint = True, False, False, False
     parameterization = "eps"
-    applied_token_merged_ratio = 0.0
 
     def __init__(self, models: Any) -> None:
         super().__init__()
+        self.applied_token_merged_ratio = 0.0
         self.model: Any = nn.Module()
         unet: Any = ldm_unet.from_diffusers(models.unet)
         unet.in_channels = unet.out_channels = 4

@@ -48,16 +48,22 @@ def register() -> None:
 def registered() -> Iterator[None]:
     """Within it the toy is in the tables, and its options are among the panel's values."""
     from accdiff_lib.webui import arguments
+    from accdiff_lib.webui.ui import api, panel
 
     before = arguments.POSITIONAL
     register()
-    arguments.POSITIONAL = (*before, *(name for name in methods.OPTIONS if name not in before))
+    _order((*before, *(name for name in methods.OPTIONS if name not in before)), arguments, api, panel)
     try:
         yield
     finally:
         del methods.METHODS[TOY.name]
         _read_again()
-        arguments.POSITIONAL = before
+        _order(before, arguments, api, panel)
+
+
+def _order(names: tuple[str, ...], *modules: Any) -> None:
+    for module in modules:
+        module.POSITIONAL = names
 
 
 def _read_again() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,30 +95,41 @@ def _choices(option: Option) -> list[str]:
     return list(option.choices)
 
 
-def _row(row: Iterable[str], made: dict[str, Any], elem_id: Callable[[str], str]) -> None:
+def _row(row: Sequence[str], made: dict[str, Any], elem_id: Callable[[str], str]) -> None:
     import gradio as gr
 
-    with gr.Row():
+    with gr.Row(elem_id=elem_id(_row_name(row))):
         for name in row:
             _control(OPTIONS[name], made, elem_id)
 
 
+def _row_name(row: Sequence[str]) -> str:
+    return f"row_{row[0]}"
+
+
 def _advanced(made: dict[str, Any], elem_id: Callable[[str], str]) -> None:
-    """Every option that is not in sight: for each group its switches in a row, then lists and sliders in pairs."""
+    """Every option that is not in sight, under a heading for each group."""
     import gradio as gr
 
+    for number, (group, rows) in enumerate(groups().items()):
+        gr.HTML(f"<div class='accdiff-group'>{html.escape(group[0].upper() + group[1:])}</div>",
+                elem_id=elem_id(f"group_{number}"))
+        for row in rows:
+            _row(row, made, elem_id)
+
+
+def groups() -> dict[str, list[list[str]]]:
+    """The rows under "Advanced" by groups: of each its switches in a row, then lists and sliders in pairs."""
+    found: dict[str, list[list[str]]] = {}
     for group in dict.fromkeys(option.group for option in OPTIONS.values()):
         options = [option for option in OPTIONS.values() if option.group == group and option.name not in _PLACED]
-        if not options:
-            continue
-        gr.HTML(f"<div class='accdiff-group' data-options='{_attribute([option.name for option in options])}'>"
-                f"{html.escape(group[0].upper() + group[1:])}</div>")
         switches = [option.name for option in options if option.kind is bool]
         lists = [option.name for option in options if option.kind is str]
         sliders = [option.name for option in options if option.kind in (int, float)]
-        for row in [switches, *_pairs(lists), *_pairs(sliders)]:
-            if row:
-                _row(row, made, elem_id)
+        rows = [row for row in (switches, *_pairs(lists), *_pairs(sliders)) if row]
+        if rows:
+            found[group] = rows
+    return found
 
 
 def _pairs(row: list[str]) -> list[list[str]]:
@@ -143,19 +154,19 @@ def _controlnet_model(elem_id: Callable[[str], str]) -> Any:
 def _live_line(elem_id: Callable[[str], str]) -> str:
     """The place of the line that javascript/accdiff.js writes, and what that has to know.
 
-    "options" are those that may be hidden: where the method "lacks" them, or unless the named other one is 0.
+    "hideable" are options that may be hidden, with the one that stands in for them where it is not 0; "lacks" are those
+    that a method does not have. "boxes" are the rows and headings that are hidden with all of their options.
     """
     lacks = {method: sorted(set(OPTIONS) - set(names(method))) for method in METHODS}
-    hidden = {name: option.unless for name, option in OPTIONS.items()
-              if option.unless or any(name in each for each in lacks.values())}
-    help = {option.name: option.help for option in (EXTRA["controlnet_model"], *OPTIONS.values())}
-    table = {"prefix": elem_id(""), "positional": POSITIONAL, "options": hidden, "lacks": lacks, "help": help}
-    return f"<div class='accdiff-cost'></div><div class='accdiff-data' hidden data-table='{_attribute(table)}'></div>"
-
-
-def _attribute(value: Any) -> str:
-    """A value as JSON in an attribute of HTML."""
-    return html.escape(json.dumps(value))
+    hideable = {name: option.unless for name, option in OPTIONS.items()
+                if option.unless or any(name in each for each in lacks.values())}
+    boxes = {_row_name(row): list(row) for rows in (IN_SIGHT, *groups().values()) for row in rows}
+    boxes |= {f"group_{number}": [name for row in rows for name in row] for number, rows in enumerate(groups().values())}
+    table = {"prefix": elem_id(""), "positional": POSITIONAL, "hideable": hideable, "lacks": lacks,
+             "boxes": {name: inside for name, inside in boxes.items() if set(inside) <= set(hideable)},
+             "help": {option.name: option.help for option in (EXTRA["controlnet_model"], *OPTIONS.values())}}
+    return ("<div class='accdiff-cost'></div>"
+            f"<div class='accdiff-data' hidden data-table='{html.escape(json.dumps(table))}'></div>")
 
 
 # --- a method or a preset is a starting point ------------------------------------------------------------------
@@ -164,7 +175,8 @@ def _starting_point(which: str, made: dict[str, Any]) -> None:
     """Picking a method or preset sets the controls it is about; only the user's own pick does, not a paste."""
     import gradio as gr
 
-    about = [name for name in OPTIONS if any(name in picked(which, method, OPTIONS["preset"].default) for method in METHODS)]
+    plain = OPTIONS["preset"].default
+    about = [name for name in OPTIONS if any(name in picked(which, method, plain) for method in METHODS)]
 
     def pick(method: str, preset: str) -> list[Any]:
         values = picked(which, method, preset)
