@@ -119,10 +119,11 @@ def redilated(convolutions: Iterable[tuple[Convolution, nn.Module]], factors: Ma
             if stretch.plain and not isinstance(conv, _Stretched):
                 continue
             own = vars(conv)
-            before.append((conv, type(conv), {name: own[name] for name in _ATTRIBUTES if name in own}))
+            kind: Any = type(conv)
+            before.append((conv, kind, {name: own[name] for name in _ATTRIBUTES if name in own}))
             own.pop("_conv_forward", None)
             own["_accdiff_stretch"] = stretch
-            conv.__class__ = _class_of(type(conv))
+            conv.__class__ = _class_of(kind)
         yield
     finally:
         for conv, kind, attributes in reversed(before):

@@ -184,15 +184,16 @@ def _laws(places: str, ratio: float, deepest: int, dilate: int, skip: int) -> tu
     def inside(convolution: Convolution) -> float:
         return dilate if convolution.side == "middle" or convolution.block >= skip else 1.0
 
-    def weak_four(convolution: Convolution) -> float:
-        return four_levels(convolution) if above(convolution) < 2 else 1.0
+    def damped(convolution: Convolution) -> float:
+        """Less than the strong law, and nearer to the deepest level."""
+        if deepest > 2:
+            return strong(convolution) if above(convolution) < 2 else 1.0
+        inner = above(convolution) == 0 and convolution.side != "down"
+        return min(strong(convolution), max(1.0, ratio / 2)) if inner else 1.0
 
-    def weak_three(convolution: Convolution) -> float:
-        return max(1.0, ratio / 2) if above(convolution) == 0 and convolution.side != "down" else 1.0
-
-    scalecrafter, weak = (three_levels, weak_three) if deepest <= 2 else (four_levels, weak_four)
+    scalecrafter = three_levels if deepest <= 2 else four_levels
     strong = {"scalecrafter": scalecrafter, "freescale": encoder, "all": graded, "skip": inside}[places]
-    return strong, weak
+    return strong, damped
 
 
 def _factors(convolutions: Sequence[Convolution], law: Law) -> dict[str, float]:

@@ -58,7 +58,8 @@ def damp_coarse(x: Tensor, factor: float) -> Tensor:
 
     Equal to filtering the spectrum, without it: seven waves.
     """
-    waves = _coarse_waves(*x.shape[-2:], x.device)
+    height, width = x.shape[-2:]
+    waves = _coarse_waves(height, width, x.device)
     with torch.autocast(x.device.type, enabled=False):  # in which WebUIs sample; it would round these
         flat = x.flatten(2).float()
         return (flat + (factor - 1) * (flat @ waves.T) @ waves).view(x.shape).to(x.dtype)
@@ -69,4 +70,5 @@ def _coarse_waves(height: int, width: int, device: torch.device) -> Tensor:
     down, across = (torch.arange(side, device=device) * (2 * math.pi / side) for side in (height, width))
     angles = torch.broadcast_tensors(down[:, None], across, down[:, None] + across)
     mean = torch.ones(height, width, device=device)
-    return torch.stack([mean, *(wave for angle in angles for wave in (angle.cos(), angle.sin()))]).flatten(1) / math.sqrt(height * width)
+    waves = torch.stack([mean, *(wave for angle in angles for wave in (angle.cos(), angle.sin()))])
+    return waves.flatten(1) / math.sqrt(height * width)
