@@ -141,7 +141,7 @@ def make_dilation_plan(convolutions: Sequence[Convolution], ratio: float, *, pla
     if part is None:
         part = 0.4 if places == "skip" else 0.7 if places == "freescale" else 0.6 + 0.1 * _ramp(ratio, 2, FLAT)
     large = ratio > LARGE and places in ("scalecrafter", "all")
-    damped_part = (part if large else 0.0) if damped_part is None else damped_part
+    damped_part = (part if large else 0.0) if damped_part is None else min(damped_part, part)
     strong = _factors(convolutions, strong_factor)
     middle = frozenset(convolution.name for convolution in convolutions if convolution.side == "middle")
     return DilationPlan(
