@@ -58,7 +58,8 @@ def test_opacity():
 
 
 @pytest.mark.parametrize("source", [
-    "no such file.png", "data:image/png;base64,!!!", "A" * 400, b"no picture", 0, None, np.zeros((4, 4)), np.zeros((4, 4, 3)),
+    "no such file.png", "data:image/png;base64,!!!", "A" * 400, b"no picture", 0, None, np.zeros((4, 4)),
+    np.zeros((4, 4, 3)),
     np.full((4, 4), 2.0), np.full((4, 4), np.nan), np.zeros((0, 4)), Image.new("L", (8, 8)), "x" * 9000, "a\0b",
 ], ids=range(14))
 def test_bad_masks_name_the_option(source):
