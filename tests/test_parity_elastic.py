@@ -23,8 +23,8 @@ from torch import Tensor
 
 from accdiff_lib.methods.elastic import ElasticCall, ElasticOptions, rrg_weight, work
 from accdiff_lib.methods.elastic_canvas import ElasticCanvas, Estimate, Halves
+from accdiff_lib.parts.local_views import local_views, reduced_size, slots_for
 from accdiff_lib.parts.resampling import Border, Reduction
-from accdiff_lib.parts.views import local_views, reduced_size, slots_for
 from tests.golden import Case, case_folders, models, weights_folder
 
 #: Relative to the largest magnitude.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -13,9 +14,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from accdiff_lib.engine.plan import Window
 from accdiff_lib.errors import InputError
 from accdiff_lib.parts import regions as r
+
+
+class Window(NamedTuple):
+    """A rectangle of the canvas."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+    @property
+    def area(self) -> tuple[slice, slice, slice]:
+        return slice(None), slice(self.top, self.top + self.height), slice(self.left, self.left + self.width)
 
 
 def left_half(height: int = 64, width: int = 64) -> np.ndarray:
@@ -198,8 +211,8 @@ def test_fusion_is_the_weighted_mean(seed, soft, least):
     for window, numbers in zip(GRID, r.window_regions(weights, GRID, least=least), strict=True):
         predictions = torch.stack([torch.full((4, 32, 32), float(number)) for number in numbers])
         value, part = r.fused(predictions, r.fusion_weights(weights, window, numbers))
-        total[:, window.rows, window.columns] += value
-        count[:, window.rows, window.columns] += part
+        total[window.area] += value
+        count[window.area] += part
     assert count.min() > 0
     mean = total / count
     wanted = (weights * torch.arange(3.0)[:, None, None]).sum(0)

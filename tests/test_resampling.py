@@ -17,8 +17,8 @@ from accdiff_lib.methods import elastic
 from accdiff_lib.methods.elastic import ElasticCall, ElasticOptions, resolved, work
 from accdiff_lib.methods.elastic_canvas import ElasticCanvas, Hints, seeded
 from accdiff_lib.parts import resampling as r
+from accdiff_lib.parts.local_views import enlargement, local_views, reduced_size, slots_for
 from accdiff_lib.parts.noise_levels import NoiseLevels
-from accdiff_lib.parts.views import enlargement, local_views, reduced_size, slots_for
 from accdiff_lib.standalone.samplers import SAMPLERS, KSolver, schedule
 
 NATIVE = 16

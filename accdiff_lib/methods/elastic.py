@@ -11,7 +11,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from accdiff_lib.errors import InputError
-from accdiff_lib.parts.views import JOINS, REDUCTIONS, enlargement, evaluated_size, fits, local_views, reduced_size
+from accdiff_lib.parts.local_views import (
+    JOINS,
+    REDUCTIONS,
+    enlargement,
+    evaluated_size,
+    fits,
+    local_views,
+    reduced_size,
+)
 
 #: The published schedule: so many steps, as far apart in training timesteps.
 _STEPS, _APART = 50, 20

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from accdiff_lib import seeds
 from accdiff_lib.methods.elastic import ElasticCall, ElasticOptions
+from accdiff_lib.parts.local_views import evaluated_size, fits, local_views, reduced_size
 from accdiff_lib.parts.resampling import (
     Border,
     Reduction,
@@ -32,7 +33,6 @@ from accdiff_lib.parts.resampling import (
     see,
     surround,
 )
-from accdiff_lib.parts.views import evaluated_size, fits, local_views, reduced_size
 
 #: Pixels of a latent cell, along each axis.
 _CELL = 8

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from accdiff_lib.parts.views import View, slots_for
+from accdiff_lib.parts.local_views import View, slots_for
 
 #: A border of a padded latent: (side, height, width) -> [1, C, height, width], noised to the latent's level.
 Border = Callable[[str, int, int], Tensor]
