@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from accdiff_lib.engine.plan import Stage
+from accdiff_lib.parts.dilation_plan import Convolution
 from accdiff_lib.parts.prompts import Word
 from accdiff_lib.parts.windows import Window
 
@@ -197,6 +198,18 @@ class Host(Protocol):
         Each has `to_q`, `to_k` and `heads`, and is called with the image tokens first and the text tokens second
         or under a name that contains "context" or "encoder_hidden_states".
         """
+        ...
+
+    def convolutions(self) -> Sequence[tuple[Convolution, nn.Module]]:
+        """The UNet's 3x3 convolutions in residual blocks and samplers, from its input to its output."""
+        ...
+
+    def joints(self) -> Sequence[tuple[nn.Module, int]]:
+        """The decoder's residual blocks, each with the channels of its input that are not the skip connection's."""
+        ...
+
+    def unconditional(self, text: Text) -> Text:
+        """The negative prompt of a text as a text of its own, which at guidance 1 is evaluated alone."""
         ...
 
     def conditional(self, batch: int) -> slice:

@@ -61,6 +61,8 @@ class Call:
     control: bool = False
     #: With CFG.
     guided: bool = True
+    #: The training timestep 0..999 of its noise level, with fractions.
+    timestep: float = 0.0
     #: What the method has decided for it: its own weights and switches.
     method: Any = None
     #: What the method evaluates for it.
@@ -90,6 +92,9 @@ class Outlook:
     tolerance: float
     #: CFG scale of the base pass.
     guidance: float
+    #: How far a shift of the prediction moves the next latent of each step [N] (docs/methods.md, 10); None where the
+    #: solver is there only to be counted.
+    gains: Callable[[], Sequence[float]] | None = None
 
     def within(self, step: int, start: float, end: float) -> bool:
         """Whether a step lies in a part of the steps, by both its edges."""

@@ -112,12 +112,13 @@ def rehearsal(solver: Solver | Foreseen, settings: Settings, timestep: Callable[
     count, tolerance = len(solver.sigmas) - 1, settings.tolerance / stages
 
     @cache
-    def weights(sigma: float) -> tuple[float, float]:
-        k = cosine_factor(timestep(sigma))
-        return k, k ** settings.cosine_scale_1 if settings.skip_residual else 0.0
+    def weights(sigma: float) -> tuple[float, float, float]:
+        t = timestep(sigma)
+        k = cosine_factor(t)
+        return t, k, k ** settings.cosine_scale_1 if settings.skip_residual else 0.0
 
     levels = solver.sigmas.tolist()
-    remains = carried([weights(sigma)[1] for sigma in levels[:-1]])
+    remains = carried([weights(sigma)[2] for sigma in levels[:-1]])
     start = max(round(settings.start * count), _erased_steps(remains, tolerance / 3))
     start = 0 if from_noise else min(start, count - 1)
     outlook = Outlook(stage, settings, levels, remains, tolerance, guidance)
@@ -125,8 +126,8 @@ def rehearsal(solver: Solver | Foreseen, settings: Settings, timestep: Callable[
     calls = []
     for call in rehearse(solver, solver.sigmas[start:]):
         step = call.step + start
-        k, c1 = weights(call.sigma)
-        calls.append(Call(step, call.trial, call.sigma, k, c1,
+        t, k, c1 = weights(call.sigma)
+        calls.append(Call(step, call.trial, call.sigma, k, c1, timestep=t,
                           control=steers and outlook.within(step, settings.control_start, settings.control_end),
                           guided=outlook.within(step, settings.guidance_start, settings.guidance_end)))
     return Rehearsal(start, solver.sigmas[start:], outlook, calls)

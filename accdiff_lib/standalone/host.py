@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -13,11 +14,13 @@ from accdiff_lib.engine import memory
 from accdiff_lib.engine.host import Conditioning, Progress, Solver
 from accdiff_lib.engine.vae_runner import VaeRunner
 from accdiff_lib.errors import InputError, is_out_of_memory
+from accdiff_lib.parts.dilation_plan import Convolution
 from accdiff_lib.parts.guidance import guided
 from accdiff_lib.parts.noise_levels import NoiseLevels
 from accdiff_lib.parts.prediction import denoised
 from accdiff_lib.parts.prompts import Word
 from accdiff_lib.standalone import flops
+from accdiff_lib.standalone.convolutions import joints_of_diffusers, structure_of_diffusers
 from accdiff_lib.standalone.hints import HintEmbeddings
 from accdiff_lib.standalone.residency import Residency
 from accdiff_lib.standalone.samplers import solver
@@ -166,6 +169,18 @@ class StandaloneHost:
         """See engine.host.Host."""
         return [(name, module) for name, module in self._unet.named_modules()
                 if name.endswith(".attn2") and name.startswith(("down_blocks.", "up_blocks."))]
+
+    def convolutions(self) -> list[tuple[Convolution, nn.Module]]:
+        """See engine.host.Host."""
+        return structure_of_diffusers(self._unet)
+
+    def joints(self) -> list[tuple[nn.Module, int]]:
+        """See engine.host.Host."""
+        return joints_of_diffusers(self._unet)
+
+    def unconditional(self, text: TextEmbedding) -> TextEmbedding:
+        """See engine.host.Host."""
+        return replace(text, cond=text.uncond, pooled=text.pooled_uncond)
 
     def conditional(self, batch: int) -> slice:
         """See engine.host.Host."""
