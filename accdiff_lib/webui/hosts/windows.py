@@ -21,11 +21,13 @@ from accdiff_lib.engine.host import Conditioning, Progress, Solver
 from accdiff_lib.engine.vae_runner import VaeRunner
 from accdiff_lib.errors import InputError, Interrupted, Skipped
 from accdiff_lib.parts.attention import AttentionRecorder
+from accdiff_lib.parts.dilation_plan import Convolution
 from accdiff_lib.parts.guidance import guided
 from accdiff_lib.parts.prediction import denoised, output_of
 from accdiff_lib.parts.prompts import Word
 from accdiff_lib.webui.hosts.halves import Halves
 from accdiff_lib.webui.hosts.ldm import unet as ldm_unet
+from accdiff_lib.webui.hosts.ldm.convolutions import joints_of_ldm, structure_of_ldm
 from accdiff_lib.webui.hosts.samplers import own_view
 from accdiff_lib.webui.hosts.text import WebUIText
 from accdiff_lib.webui.hosts.webui import WebUI, loaded_once
@@ -210,6 +212,18 @@ class WindowHost(ABC):
     def cross_attention(self) -> list[tuple[str, nn.Module]]:
         """See engine.host.Host."""
         return ldm_unet.cross_attention(self._unet)
+
+    def convolutions(self) -> list[tuple[Convolution, nn.Module]]:
+        """See engine.host.Host."""
+        return structure_of_ldm(self._unet)
+
+    def joints(self) -> list[tuple[nn.Module, int]]:
+        """See engine.host.Host."""
+        return joints_of_ldm(self._unet)
+
+    def unconditional(self, text: WebUIText) -> WebUIText:
+        """See engine.host.Host."""
+        return WebUIText([(text.uncond, 1.0)], text.uncond)
 
     def conditional(self, batch: int) -> slice:
         """See engine.host.Host."""
