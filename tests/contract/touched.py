@@ -202,8 +202,8 @@ class Touched:
                 check.find(str(self._name(owner, written.path[-1])))
             except LookupError:
                 return False
-            optional = written.optional or written.function not in self._entered
-            self._touch(owner, written.path[-1], optional, written.call)
+            ran = written.function in self._entered
+            self._touch(owner, written.path[-1], written.optional or not ran, written.call if ran else None)
         return True
 
     # --- the order of callbacks --------------------------------------------------------------------------------

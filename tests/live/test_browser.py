@@ -59,9 +59,6 @@ class Page:
                 "([id, on]) => document.querySelector(`${id}-checkbox input`).checked === on", arg=[accordion, on])
         self.page.wait_for_timeout(300)
 
-    def cost(self) -> str:
-        return self.page.text_content(f"{PANEL}enabled .accdiff-cost")
-
     def until_cost(self, beginning: str) -> None:
         """Waits until the line, which the server writes, begins so."""
         self.page.wait_for_function(
