@@ -157,7 +157,7 @@ def line(result: Cost) -> str:
     at_once = " + ".join(f"{work.count} {work.name}{'' if work.count == 1 else 's'}" for work in stages[-1].at_most)
     way = f"{len(stages)} stages, the last with " if len(stages) > 1 else ""
     relative = f"{result.relative:.1f}" if result.relative < 10 else f"{result.relative:.0f}"
-    return f"{way}{at_once} per step, {result.latents} latents evaluated, about {relative} x a base image"
+    return f"{way}{at_once} per step, {result.latents} latents evaluated, about {relative} x a base picture"
 
 
 def as_json(result: Cost, batch: int = 1) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def test_plan(client):
         assert answer[name] == 3 * (base[name] + stage[name])
     assert 10 < answer["relative_cost"] < 20 and answer["native"] == 128 and answer["notes"] == []
     assert answer["size"] == "2048x2048"
-    assert answer["text"] == ("9 windows + 4 dilated views per step, 237 latents evaluated, about 15 x a base image")
+    assert answer["text"] == ("9 windows + 4 dilated views per step, 237 latents evaluated, about 15 x a base picture")
     assert client.post("/accdiffusion/v1/plan").json()["target"] == {"width": 2048, "height": 2048}
     small = client.post("/accdiffusion/v1/plan", json={"width": 512, "height": 512, "from_image": True}).json()
     assert small["native"] == 64 and small["parts"][0]["steps"] == 1
