@@ -197,7 +197,8 @@ class Settings:
         0.0, "guidance rescale", "Pulls the contrast of the guided prediction back to that of the unguided one; 0 is "
         "off.", group="memory and guidance", minimum=0, maximum=1, step=0.05)
     window_batch: int = option(
-        0, "window batch", "Latents evaluated at once: windows, dilated views, ...; 0 chooses by free memory. Never changes the picture.",
+        0, "window batch", "Latents evaluated at once: windows, dilated views, ...; 0 chooses by free memory. Never "
+        "changes the picture.",
         group="memory and guidance", minimum=0, maximum=256, step=1)
     vae_tile: int = option(
         0, "VAE tile", "Side of a VAE tile in latent cells; 0 chooses by free memory. Never changes the picture.",
@@ -210,6 +211,10 @@ class Settings:
     def records_attention(self) -> bool:
         """Whether the method wants the attention maps of the base pass."""
         return False
+
+    def without_attention(self) -> Settings:
+        """The same without what needs those maps."""
+        return self
 
     @property
     def uses_controlnet(self) -> bool:

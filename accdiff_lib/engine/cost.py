@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 
 from accdiff_lib.engine.host import Solver
-from accdiff_lib.engine.method import Call, Method, Work
+from accdiff_lib.engine.method import Method, Work
 from accdiff_lib.engine.plan import CELL, Plan, Stage
-from accdiff_lib.engine.schedule import Foreseen, rehearsal, rehearse
+from accdiff_lib.engine.schedule import Foreseen, rehearsal, trace
 from accdiff_lib.settings import Settings
 
 
@@ -67,7 +67,7 @@ def estimate(method: Method, plan: Plan, settings: Settings, *, base_solver: Sol
             steps = calls = int(settings.records_attention and bool(plan.stages))
             size = plan.recorded
         else:
-            steps, calls = len(base_solver.sigmas) - 1, len(rehearse(base_solver, base_solver.sigmas))
+            steps, calls = len(base_solver.sigmas) - 1, len(trace(base_solver, base_solver.sigmas))
             size = plan.base
         once = Work("picture", 1, *size, guided=guidance != 1)
         parts.append(Part(None, (plan.crop.height * CELL, plan.crop.width * CELL), steps, calls,
@@ -76,17 +76,16 @@ def estimate(method: Method, plan: Plan, settings: Settings, *, base_solver: Sol
         stage_solver, settings, timestep, plan.stages[0], guidance=guidance, has_control=has_control and has_base,
         stages=len(plan.stages), from_noise=from_noise))
     for stage in plan.stages:
-        script = rehearsed(not has_base and stage is plan.stages[0]).script(method, stage)
-        at_most, work = _summed(script.calls)
-        parts.append(Part(stage, stage.pixels, len(script.sigmas) - 1, len(script.calls), at_most, work))
+        stage_rehearsal = rehearsed(not has_base and stage is plan.stages[0])
+        tally = stage_rehearsal.tally(method, stage)
+        parts.append(Part(stage, stage.pixels, len(stage_rehearsal.sigmas) - 1, sum(tally.values()), *_summed(tally)))
     return parts
 
 
-def _summed(calls: Iterable[Call]) -> tuple[tuple[Work, ...], tuple[Work, ...]]:
-    """What the calls evaluate: at most at once by name, and together by kind."""
+def _summed(kinds: Counter[tuple[Work, ...]]) -> tuple[tuple[Work, ...], tuple[Work, ...]]:
+    """What calls evaluate, by how many have which work: at most at once by name, and together by kind."""
     at_most: dict[str, Work] = {}
     together: Counter[Work] = Counter()
-    kinds = Counter(call.work for call in calls)
     for kind in sorted(kinds, key=len, reverse=True):  # in the method's own order
         for work in kind:
             if work.name not in at_most or at_most[work.name].count < work.count:

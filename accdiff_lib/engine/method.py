@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from accdiff_lib.engine.plan import Stage
 from accdiff_lib.settings import Settings
 
 if TYPE_CHECKING:  # with torch
+    import numpy as np
     from torch import Tensor
 
     from accdiff_lib.engine.canvas import Predictor, StageInputs
@@ -79,6 +81,29 @@ class Call:
 
 
 @dataclass(frozen=True)
+class Columns:
+    """N calls as arrays [N], before the method is asked: what a `Call` has under the same names, in its order."""
+
+    step: np.ndarray
+    trial: np.ndarray
+    sigma: np.ndarray
+    k: np.ndarray
+    c1: np.ndarray
+    control: np.ndarray
+    guided: np.ndarray
+    timestep: np.ndarray
+
+    @classmethod
+    def of(cls, calls: Sequence[Call]) -> Columns:
+        import numpy as np
+
+        return cls(**{row.name: np.array([getattr(call, row.name) for call in calls]) for row in fields(cls)})
+
+    def calls(self) -> list[Call]:
+        return [Call(*row) for row in zip(*(getattr(self, row.name).tolist() for row in fields(self)), strict=True)]
+
+
+@dataclass(frozen=True)
 class Outlook:
     """What is known of a stage's sampling before it begins, for a method to decide what each call computes."""
 
@@ -96,10 +121,10 @@ class Outlook:
     #: solver is there only to be counted.
     gains: Callable[[], Sequence[float]] | None = None
 
-    def within(self, step: int, start: float, end: float) -> bool:
-        """Whether a step lies in a part of the steps, by both its edges."""
+    def within(self, step: np.ndarray, start: float, end: float) -> np.ndarray:
+        """Whether steps lie in a part of the steps, by both their edges."""
         count = len(self.sigmas) - 1
-        return step / count >= start and (step + 1) / count <= end
+        return (step / count >= start) & ((step + 1) / count <= end)
 
 
 @dataclass(frozen=True)
@@ -118,3 +143,5 @@ class Method:
     #: Where the words of a prompt are, from the base pass's attention maps [rows, columns, tokens]; only for methods
     #: whose settings can record them.
     locate: Callable[[Tensor, Sequence[Word], Settings], list[WordMask]] | None = None
+    #: How many of a stage's calls have which work; without, `calls` is counted, which takes longer.
+    tally: Callable[[Columns, Outlook], Counter[tuple[Work, ...]]] | None = None

@@ -9,15 +9,17 @@ applies), and what is computed for it.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from accdiff_lib.engine.host import Solver
-from accdiff_lib.engine.method import Call, Method, Outlook
+from accdiff_lib.engine.method import Call, Columns, Method, Outlook, Work
 from accdiff_lib.engine.plan import Stage
 from accdiff_lib.parts.noise_levels import TRAINING_STEPS
 from accdiff_lib.settings import Settings
@@ -50,8 +52,8 @@ class Foreseen(Protocol):
     #: As a Solver's.
     sigmas: torch.Tensor
 
-    def calls(self, sigmas: torch.Tensor) -> list[Call]:
-        """See `rehearse`."""
+    def trace(self, sigmas: torch.Tensor) -> list[tuple[int, int, float]]:
+        """See `trace`."""
         ...
 
 
@@ -60,8 +62,13 @@ def rehearse(solver: Solver | Foreseen, sigmas: torch.Tensor) -> list[Call]:
 
     Raises RuntimeError for a sampler that doesn't report its steps through the callback.
     """
+    return [Call(*each) for each in trace(solver, sigmas)]
+
+
+def trace(solver: Solver | Foreseen, sigmas: torch.Tensor) -> list[tuple[int, int, float]]:
+    """The same as plain numbers: step, trial and noise level of each call."""
     if not hasattr(solver, "integrate"):
-        return solver.calls(sigmas)
+        return solver.trace(sigmas)
     levels: list[float] = []
     firsts: dict[int, int] = {}  # step -> number of its first call
 
@@ -79,7 +86,7 @@ def rehearse(solver: Solver | Foreseen, sigmas: torch.Tensor) -> list[Call]:
     for number, sigma in enumerate(levels):
         if firsts.get(step + 1) == number:
             step += 1
-        calls.append(Call(step, number - firsts[step], sigma))
+        calls.append((step, number - firsts[step], sigma))
     return calls
 
 
@@ -92,12 +99,18 @@ class Rehearsal:
     sigmas: torch.Tensor
     #: What the method decides by, for one of the stages.
     outlook: Outlook
-    calls: Sequence[Call]
+    columns: Columns
 
     def script(self, method: Method, stage: Stage) -> Script:
         """The script of one of the stages."""
-        calls = method.calls(self.calls, replace(self.outlook, stage=stage))
+        calls = method.calls(self.columns.calls(), replace(self.outlook, stage=stage))
         return Script(self.start, self.sigmas, tuple(calls))
+
+    def tally(self, method: Method, stage: Stage) -> Counter[tuple[Work, ...]]:
+        """How many calls of that script have which work."""
+        if method.tally is not None:
+            return method.tally(self.columns, replace(self.outlook, stage=stage))
+        return Counter(call.work for call in self.script(method, stage).calls)
 
 
 def rehearsal(solver: Solver | Foreseen, settings: Settings, timestep: Callable[[float], float], stage: Stage, *,
@@ -123,14 +136,14 @@ def rehearsal(solver: Solver | Foreseen, settings: Settings, timestep: Callable[
     start = 0 if from_noise else min(start, count - 1)
     outlook = Outlook(stage, settings, levels, remains, tolerance, guidance)
     steers = has_control and settings.uses_controlnet and settings.control_strength > 0
-    calls = []
-    for call in rehearse(solver, solver.sigmas[start:]):
-        step = call.step + start
-        t, k, c1 = weights(call.sigma)
-        calls.append(Call(step, call.trial, call.sigma, k, c1, timestep=t,
-                          control=steers and outlook.within(step, settings.control_start, settings.control_end),
-                          guided=outlook.within(step, settings.guidance_start, settings.guidance_end)))
-    return Rehearsal(start, solver.sigmas[start:], outlook, calls)
+    steps, trials, sigmas = map(np.array, zip(*trace(solver, solver.sigmas[start:]), strict=True))
+    timesteps, k, c1 = map(np.array, zip(*map(weights, sigmas.tolist()), strict=True))
+    steps += start
+    columns = Columns(steps, trials, sigmas, k, c1,
+                      control=steers & outlook.within(steps, settings.control_start, settings.control_end),
+                      guided=outlook.within(steps, settings.guidance_start, settings.guidance_end),
+                      timestep=timesteps)
+    return Rehearsal(start, solver.sigmas[start:], outlook, columns)
 
 
 def make_script(method: Method, solver: Solver | Foreseen, settings: Settings, timestep: Callable[[float], float],

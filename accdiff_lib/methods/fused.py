@@ -6,13 +6,15 @@ are switched on.
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from accdiff_lib.engine.method import Call, Method, Outlook, Work
+from accdiff_lib.engine.method import Call, Columns, Method, Outlook, Work
 from accdiff_lib.engine.plan import Stage
 from accdiff_lib.errors import InputError
 from accdiff_lib.parts.windows import Window, count_starts, grid
@@ -107,6 +109,10 @@ class FusedSettings(Settings):
         """Window prompts are on, and there are windows to have them."""
         return self.window_prompts and self.windows
 
+    def without_attention(self) -> FusedSettings:
+        """Every window has the whole prompt."""
+        return replace(self, window_prompts=False)
+
     @property
     def uses_controlnet(self) -> bool:
         """The ControlNet is on, and there are windows to guide."""
@@ -186,62 +192,79 @@ class Passes:
 
 
 def calls(plain: Sequence[Call], outlook: Outlook) -> list[Call]:
-    """Gives every call of a stage its passes and its work.
-
-    With a tolerance, windows are left out where hardly anything of them would remain, and the dilated pass where its
-    weight is negligible (docs/methods.md, 7).
-    """
+    """Gives every call of a stage its passes and its work."""
     settings = outlook.settings
     assert isinstance(settings, FusedSettings)
-    own = grid_of(outlook.stage, settings)
-    passes = [_passes(call, outlook, settings) for call in plain]
-    if settings.windows and settings.dilated and own.views > 1:
-        passes = _without_negligible(passes, plain, outlook)
-    # The calls of a stage have but a few kinds of work.
-    kinds: dict[tuple[bool, ...], tuple[Work, ...]] = {}
-    result = []
-    for call, each in zip(plain, passes, strict=True):
-        kind = (each.local, each.dilated, call.guided, call.control and each.local)
-        if kind not in kinds:
-            kinds[kind] = _work(own, call, each, settings, outlook.guidance)
-        result.append(replace(call, control=kind[-1], method=each, work=kinds[kind]))
-    return result
+    kinds = _kinds(Columns.of(plain), outlook)
+    works = {kind: _work(kind, outlook) for kind in set(kinds)}
+    return [replace(call, control=kind.control, work=works[kind], method=Passes(
+        kind.local, kind.dilated, _c2(call.k, settings), 0.99 * call.k ** settings.cosine_scale_3 + 0.01))
+        for call, kind in zip(plain, kinds, strict=True)]
 
 
-def _passes(call: Call, outlook: Outlook, settings: FusedSettings) -> Passes:
-    k = call.k
-    c2 = k ** settings.cosine_scale_2 if settings.windows and settings.dilated else float(settings.dilated)
-    dilated = settings.dilated and (not settings.windows or outlook.within(call.step, 0, settings.dilated_end))
-    return Passes(settings.windows, dilated, c2, 0.99 * k ** settings.cosine_scale_3 + 0.01)
+def tally(columns: Columns, outlook: Outlook) -> Counter[tuple[Work, ...]]:
+    """How many calls have which work."""
+    found: Counter[tuple[Work, ...]] = Counter()
+    for kind, count in Counter(_kinds(columns, outlook)).items():
+        found[_work(kind, outlook)] += count  # without CFG several kinds have the same
+    return found
 
 
-def _without_negligible(passes: list[Passes], plain: Sequence[Call], outlook: Outlook) -> list[Passes]:
-    """Leaves out windows at the beginning and dilated passes at the end, for a part of the tolerance each.
+class _Kind(NamedTuple):
+    """What decides a call's work."""
 
-    The effect of a step's windows is predicted as the step's length times their weight times what later steps let
-    remain; summed up it may be a tenth of the tolerance. For the dilated pass no such formula exists, as nothing erases
-    what it does. But its weight falls to 0, and leaving it out from where that is 1 % moves the result by 5e-4
-    (measured, docs/methods.md, 7): so from ten times the tolerance's 1e-3.
+    local: bool
+    dilated: bool
+    control: bool
+    guided: bool
+
+
+_KINDS = tuple(_Kind(*map(bool, flags)) for flags in itertools.product((0, 1), repeat=4))
+
+
+def _kinds(columns: Columns, outlook: Outlook) -> list[_Kind]:
+    """The kind of every call.
+
+    With a tolerance, windows are left out where hardly anything of them would remain, and the dilated pass where its
+    weight is negligible (docs/methods.md, 7). The effect of a step's windows is predicted as the step's length times
+    their weight times what later steps let remain; summed up it may be a tenth of the tolerance. For the dilated pass
+    no such formula exists, as nothing erases what it does. But its weight falls to 0, and leaving it out from where
+    that is 1 % moves the result by 5e-4 (measured): so from ten times the tolerance's 1e-3.
     """
-    effect = 0.0
-    kept = []
-    for call, each in zip(plain, passes, strict=True):
-        moved = 1 - outlook.sigmas[call.step + 1] / outlook.sigmas[call.step]
-        effect += moved * (1 - each.c2) * outlook.remains[call.step + 1]
-        local = not each.dilated or effect > outlook.tolerance / 10
-        kept.append(replace(each, local=local,
-                            dilated=each.dilated and (not local or each.c2 > 10 * outlook.tolerance)))
-    return kept
+    import numpy as np
+
+    settings, step = outlook.settings, columns.step
+    assert isinstance(settings, FusedSettings)
+    local, dilated = np.full(step.shape, settings.windows), np.full(step.shape, settings.dilated)
+    if settings.windows and settings.dilated:
+        dilated = outlook.within(step, 0, settings.dilated_end)
+        if grid_of(outlook.stage, settings).views > 1:
+            c2 = np.array([_c2(k, settings) for k in columns.k.tolist()])
+            sigmas, remains = np.array(outlook.sigmas), np.array(outlook.remains)
+            effect = np.cumsum((1 - sigmas[step + 1] / sigmas[step]) * (1 - c2) * remains[step + 1])
+            local = ~dilated | (effect > outlook.tolerance / 10)
+            dilated = dilated & (~local | (c2 > 10 * outlook.tolerance))
+    flags = 8 * local + 4 * dilated + 2 * (columns.control & local) + columns.guided
+    return [_KINDS[number] for number in flags.tolist()]
 
 
-def _work(own: Grid, call: Call, passes: Passes, settings: FusedSettings, guidance: float) -> tuple[Work, ...]:
-    found = []
-    if passes.local:
-        found.append(Work("window", own.window_count, *own.window, guided=call.scale(
-            settings.local_guidance, guidance) != 1, control=call.control))
-    if passes.dilated:
-        found.append(Work("dilated view", own.views, *own.view_size, guided=call.scale(
-            settings.dilated_guidance, guidance) != 1))
+def _c2(k: float, settings: FusedSettings) -> float:
+    """Weight of the dilated pass."""
+    return k ** settings.cosine_scale_2 if settings.windows and settings.dilated else float(settings.dilated)
+
+
+def _work(kind: _Kind, outlook: Outlook) -> tuple[Work, ...]:
+    settings = outlook.settings
+    assert isinstance(settings, FusedSettings)
+    own, found = grid_of(outlook.stage, settings), []
+
+    def guided(scale: float) -> bool:
+        return kind.guided and (scale or outlook.guidance) != 1
+
+    if kind.local:
+        found.append(Work("window", own.window_count, *own.window, guided(settings.local_guidance), kind.control))
+    if kind.dilated:
+        found.append(Work("dilated view", own.views, *own.view_size, guided(settings.dilated_guidance)))
     return tuple(found)
 
 
@@ -261,7 +284,7 @@ def locate(maps: Tensor, words: Sequence[Word], settings: Settings) -> list[Word
     return word_masks(maps, words, settings.membership)
 
 
-METHODS = tuple(Method(name, FusedSettings, values, calls, canvas, locate) for name, values in {
+METHODS = tuple(Method(name, FusedSettings, values, calls, canvas, locate, tally) for name, values in {
     "accdiffusion-v2": {},
     "accdiffusion-v1": {"controlnet": False},
     "demofusion": {"controlnet": False, "window_prompts": False, "interaction": False},

@@ -66,12 +66,14 @@ class NoiseLevels:
         return np.exp(np.interp(timestep, self._timesteps, self._log_sigmas))
 
     def timestep(self, sigma: float) -> float:
-        """The (fractional) timestep 0..T-1 of a noise level.
+        """The (fractional) timestep 0..T-1 of a noise level."""
+        return float(self.timesteps(np.array([sigma]))[0])
 
-        Within 1e-3 of an integer it is that integer: what a float32 sigma loses is no fraction of a timestep.
+    def timesteps(self, sigmas: np.ndarray) -> np.ndarray:
+        """The (fractional) timesteps 0..T-1 of noise levels.
+
+        Within 1e-3 of an integer they are that integer: what a float32 sigma loses is no fraction of a timestep.
         """
-        if sigma <= self.sigma_min:
-            return 0.0
-        timestep = float(np.interp(np.log(sigma), self._log_sigmas, self._timesteps))
-        nearest = round(timestep)
-        return float(nearest) if abs(timestep - nearest) < 1e-3 else timestep
+        found = np.interp(np.log(np.maximum(sigmas, self.sigma_min)), self._log_sigmas, self._timesteps)
+        nearest = np.rint(found)
+        return np.where(np.abs(found - nearest) < 1e-3, nearest, found)

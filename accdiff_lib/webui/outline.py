@@ -1,7 +1,7 @@
 """What a generation will cost, from names and numbers alone: no model, no sampler, nothing loaded.
 
-The counts come from the engine's own plan and script (plan.py, cost.py). They need the noise levels and the model calls
-of a sampler, which are formulas for the usual ones; others count as one call a step on the "Normal" schedule, so for
+The counts come from the engine's own plan and script (plan.py, cost.py). They need the noise levels and the calls of
+a sampler, which are formulas for the usual ones; others count as one call a step on the "Normal" schedule, so for
 those the numbers are estimates.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from accdiff_lib.engine.cost import Part, estimate
-from accdiff_lib.engine.method import Call, Work
+from accdiff_lib.engine.method import Work
 from accdiff_lib.engine.plan import CELL, Plan, make_plan
 from accdiff_lib.methods import of
 from accdiff_lib.parts.noise_levels import NoiseLevels, alphas_cumprod
@@ -27,11 +28,6 @@ from accdiff_lib.settings import Settings
 CONTROLNET_COST = 0.4
 
 _LEVELS = NoiseLevels(alphas_cumprod({}))
-
-
-def timestep(sigma: float) -> float:
-    """The training timestep 0..999 of a noise level of SD1.5 and SDXL."""
-    return _LEVELS.timestep(sigma)
 
 
 def noise_levels(scheduler: str, steps: int) -> Tensor:
@@ -55,37 +51,46 @@ def noise_levels(scheduler: str, steps: int) -> Tensor:
 
 
 class Outline:
-    """A sampler without the sampler: for counting its model calls (engine.schedule.Foreseen)."""
+    """A sampler without the sampler: for counting its calls (engine.schedule.Foreseen)."""
 
     def __init__(self, sampler: str, scheduler: str, steps: int) -> None:
         self.name = sampler
         self.sigmas = noise_levels(scheduler, steps)
         self._trial = _TRIALS.get(sampler.lower())
 
-    def calls(self, sigmas: Tensor) -> list[Call]:
-        """The calls that the sampler makes along `sigmas`."""
-        levels, found = sigmas.tolist(), []
-        for step, (sigma, following) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
-            found.append(Call(step, 0, sigma))
-            if self._trial and following > 0:
-                found.append(Call(step, 1, float(np.float32(self._trial(sigma, following)))))
-        return found
+    def trace(self, sigmas: Tensor) -> list[tuple[int, int, float]]:
+        """Step, trial and noise level of each call along `sigmas`."""
+        levels = sigmas.double().numpy()
+        calls = [(step, 0, sigma) for step, sigma in enumerate(levels[:-1].tolist())]
+        if self._trial:  # all steps but the last, which goes to 0, have a second call
+            trials = self._trial(levels[:-2], levels[1:-1]).astype(np.float32).tolist()
+            calls += [(step, 1, sigma) for step, sigma in enumerate(trials)]
+        return sorted(calls, key=lambda call: call[:2])
+
+    def timestep(self, sigma: float) -> float:
+        """The training timestep 0..999 of a noise level of SD1.5 and SDXL; quick for those of the calls."""
+        return self._timesteps[sigma] if sigma in self._timesteps else _LEVELS.timestep(sigma)
+
+    @cached_property
+    def _timesteps(self) -> dict[float, float]:
+        levels = [sigma for _, _, sigma in self.trace(self.sigmas)]
+        return dict(zip(levels, _LEVELS.timesteps(np.array(levels)).tolist(), strict=True))
 
 
-def _ancestral(sigma: float, following: float) -> float:
+def _ancestral(sigma: np.ndarray, following: np.ndarray) -> np.ndarray:
     """The noise level an ancestral step goes down to before it adds noise (k-diffusion, eta = 1)."""
-    up = min(following, math.sqrt(following**2 * (sigma**2 - following**2) / sigma**2))
-    return math.sqrt(following**2 - up**2)
+    up = np.minimum(following, np.sqrt(following**2 * (sigma**2 - following**2) / sigma**2))
+    return np.sqrt(following**2 - up**2)
 
 
 #: Where the samplers with two calls a step make the second one.
-_TRIALS: dict[str, Callable[[float, float], float]] = {
+_TRIALS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "heun": lambda sigma, following: following,
     "restart": lambda sigma, following: following,
-    "dpm2": lambda sigma, following: math.sqrt(sigma * following),
-    "dpm++ sde": lambda sigma, following: math.sqrt(sigma * following),
-    "dpm2 a": lambda sigma, following: math.sqrt(sigma * _ancestral(sigma, following)),
-    "dpm++ 2s a": lambda sigma, following: math.sqrt(sigma * _ancestral(sigma, following)),
+    "dpm2": lambda sigma, following: np.sqrt(sigma * following),
+    "dpm++ sde": lambda sigma, following: np.sqrt(sigma * following),
+    "dpm2 a": lambda sigma, following: np.sqrt(sigma * _ancestral(sigma, following)),
+    "dpm++ 2s a": lambda sigma, following: np.sqrt(sigma * _ancestral(sigma, following)),
 }
 
 
@@ -129,9 +134,10 @@ def cost(settings: Settings, given: Generation) -> Cost:
     plan = make_plan(given.base, settings, native=given.native, multiple=given.multiple)
     solver = Outline(given.sampler, "Normal", given.steps)  # of the base pass, only the number of its calls counts
     stage_solver = Outline(given.stage_sampler, given.stage_scheduler, settings.stage_steps or given.steps)
-    parts = estimate(of(settings), plan, settings, base_solver=solver, stage_solver=stage_solver, timestep=timestep,
-                     guidance=given.cfg, has_control=given.has_control, from_image=given.from_image)
-    whole = len(solver.calls(solver.sigmas)) * (1 if given.cfg == 1 else 2) * plan.base[0] * plan.base[1]
+    parts = estimate(of(settings), plan, settings, base_solver=solver, stage_solver=stage_solver,
+                     timestep=stage_solver.timestep, guidance=given.cfg, has_control=given.has_control,
+                     from_image=given.from_image)
+    whole = len(solver.trace(solver.sigmas)) * (1 if given.cfg == 1 else 2) * plan.base[0] * plan.base[1]
     return Cost(plan, tuple(parts), sum(map(cells, parts)) / whole)
 
 
@@ -151,7 +157,7 @@ def line(result: Cost) -> str:
     at_once = " + ".join(f"{work.count} {work.name}{'' if work.count == 1 else 's'}" for work in stages[-1].at_most)
     way = f"{len(stages)} stages, the last with " if len(stages) > 1 else ""
     relative = f"{result.relative:.1f}" if result.relative < 10 else f"{result.relative:.0f}"
-    return f"{way}{at_once} per step, {result.latents} latents evaluated, about {relative} x a base image"
+    return f"{way}{at_once} per step, {result.latents} latents evaluated, about {relative} x a base picture"
 
 
 def as_json(result: Cost, batch: int = 1) -> dict[str, Any]:

@@ -8,7 +8,6 @@ wrong is found out there and before the base pass: errors of the WebUI's callbac
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -38,9 +37,6 @@ from accdiff_lib.webui.ui import options_page, xyz
 from accdiff_lib.webui.ui.progress import WebUIProgress
 
 RUN_ATTRIBUTE = "_accdiffusion_run"
-
-#: The settings that give every part of the picture the whole prompt, for a method that records attention.
-WHOLE_PROMPT: dict[str, Any] = {"window_prompts": False}
 
 
 def process(_script: Any, p: Any, args: Sequence[Any]) -> None:
@@ -220,7 +216,7 @@ class Batch:
         prompt, negative = self._prompts[index]
         if is_composed(prompt) and settings.records_attention:
             p.comment("AccDiffusion: the prompt has parts joined by AND, so all windows get the whole of it")
-            settings = replace(settings, **WHOLE_PROMPT)
+            settings = settings.without_attention()
         shared.state.job_no = first_job + index * sum(self._jobs)
         progress = WebUIProgress(p, self._jobs, lambda picture: self._extras.keep(index, picture, plan))
         host = self._session.host(prompt=prompt, negative=negative, size=plan.pixels, solver=self._solver,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import pytest
 import torch
 
 from accdiff_lib.engine.plan import Stage
-from accdiff_lib.engine.schedule import carried, make_script, rehearse
+from accdiff_lib.engine.schedule import carried, make_script, rehearsal, rehearse
 from accdiff_lib.methods import METHODS, make
 from accdiff_lib.parts.noise_levels import NoiseLevels
 from accdiff_lib.standalone.samplers import SAMPLERS, SCHEDULERS, solver
@@ -127,3 +128,17 @@ def test_the_dilated_pass_and_cfg_have_their_parts_of_the_steps():
     assert all(call.method.local for call in script(steps=10, dilated_end=0).calls)  # windows are not negligible then
     alone = script(steps=10, windows=False, window_prompts=False, controlnet=False, dilated_end=0).calls
     assert all(call.method.dilated for call in alone)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("guidance", [1.0, 7.5])
+@pytest.mark.parametrize("values", [
+    {}, {"tolerance": 0}, {"tolerance": 0.01, "guidance_end": 0.7, "control_start": 0.3},
+    {"start": 0.5, "dilated_end": 0.6, "local_guidance": 1.0}])
+def test_a_tally_is_the_count_of_the_calls(method, values, guidance):
+    """Of its works, in the order in which they come first."""
+    settings = make({**values, "method": method})
+    rehearsed = rehearsal(solver("Heun", "Karras", 30, LEVELS), settings, LEVELS.timestep, STAGE, guidance=guidance,
+                          has_control=True)
+    counted = Counter(call.work for call in rehearsed.script(METHODS[method], STAGE).calls)
+    assert list(rehearsed.tally(METHODS[method], STAGE).items()) == list(counted.items())

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from accdiff_lib.parts.infotext import parse
+from accdiff_lib.settings import values
 from accdiff_lib.webui import arguments
 from tests.live.client import BASE, SOON, URL, WINDOW, Refused, alike, encoded, size, stage
 
@@ -58,8 +59,11 @@ class Page:
                 "([id, on]) => document.querySelector(`${id}-checkbox input`).checked === on", arg=[accordion, on])
         self.page.wait_for_timeout(300)
 
-    def cost(self) -> str:
-        return self.page.text_content(f"{PANEL}enabled .accdiff-cost")
+    def until_cost(self, beginning: str) -> None:
+        """Waits until the line, which the server writes, begins so."""
+        self.page.wait_for_function(
+            "([place, beginning]) => document.querySelector(place).textContent.startsWith(beginning)",
+            arg=[f"{PANEL}enabled .accdiff-cost", beginning], timeout=SOON * 1000)
 
     def shown(self) -> list[str]:
         """The addresses of the gallery's pictures."""
@@ -140,7 +144,7 @@ def from_text(webui, text: str) -> np.ndarray:
     found = parse(text)
     job = arguments.restored(found.values)
     options = None if job is None else {
-        **{name: getattr(job.settings, name) for name in arguments.OPTIONS}, "controlnet_model": job.controlnet}
+        **values(job.settings), "controlnet_model": job.controlnet}
     width, height = map(int, found.values["Size"].split("x"))
     return webui.generate(
         options, prompt=found.prompt, negative_prompt=found.negative, seed=int(found.values["Seed"]), width=width,
@@ -152,9 +156,8 @@ def test_the_panel_generates_what_the_api_does(txt2img, webui):
     txt2img.number(f"{PANEL}scale", 1.5)
     txt2img.pick("method", "accdiffusion-v1")
     txt2img.number(f"{PANEL}c", 0.4)
-    txt2img.page.wait_for_timeout(500)
     side = BASE * 3 // 2
-    assert txt2img.cost().startswith(f"{side}x{side}: ")
+    txt2img.until_cost(f"{side}x{side}: ")
     picture, text = txt2img.generate()
     txt2img.shot("generated")
     assert picture.shape == size(side)

@@ -1,105 +1,89 @@
-"""Our code and the stand-in against what the WebUIs really have (tests/contract), without a WebUI.
+"""Our code and the stand-in against what the WebUIs really have (tests/contract/*.json), without a WebUI.
 
-A new use of a WebUI's name needs a new record: `python -m tests.contract.record --webui FOLDER --name a1111`.
+A new use of a WebUI's name needs a new record: tests/contract/__init__.py says how to make one.
 """
 
 from __future__ import annotations
 
 import ast
+import builtins
+import importlib
 import inspect
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.contract import order, stand_in
-from tests.contract.record import ABSENT, entry, path_of
-from tests.contract.source import VALUE, Checkout, signature
-from tests.contract.uses import HOSTS, ROOT, uses
+from tests.contract import check
+from tests.contract.touched import LIBRARY, METHODS, ROOT, SCRIPT, Touched, instrumented
 
-RECORDS: dict[str, Any] = {host: json.loads(path_of(host).read_text()) for host in HOSTS}
-NAMES: dict[str, dict[str, str]] = {host: record["names"] for host, record in RECORDS.items()}
-
-
-def described(host: str, name: str) -> str:
-    """A name's entry, or that of the value behind which it could not be followed; empty if there is neither."""
-    parts = name.split(".")
-    for length in range(len(parts), 0, -1):
-        found = NAMES[host].get(".".join(parts[:length]), "")
-        if found:
-            return found if length == len(parts) or found.startswith(VALUE) else ""
-    return ""
-
-
-def parameters(description: str) -> list[inspect.Parameter]:
-    """Those of an entry like "def (self, a, b=, *, c=)", without self."""
-    kind: Any = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    found: list[inspect.Parameter] = []
-    for text in filter(None, description.partition("(")[2].rstrip(")").split(", ")):
-        name = text.rstrip("=").lstrip("*")
-        default = None if text.endswith("=") else inspect.Parameter.empty
-        if text.startswith("**"):
-            found.append(inspect.Parameter(name, inspect.Parameter.VAR_KEYWORD))
-        elif text.startswith("*"):
-            kind = inspect.Parameter.KEYWORD_ONLY
-            found += [inspect.Parameter(name, inspect.Parameter.VAR_POSITIONAL)] if name else []
-        else:
-            found.append(inspect.Parameter(name, kind, default=default))
-    return found[1:] if found and found[0].name == "self" else found
+HOSTS = ("a1111", "forge", "reforge")
+RECORDS: dict[str, Any] = {host: json.loads((ROOT / "tests" / "contract" / f"{host}.json").read_text())
+                           for host in HOSTS}
+NAMES: dict[str, dict[str, dict[str, Any]]] = {host: record["names"] for host, record in RECORDS.items()}
 
 
 # --- our code --------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("host", HOSTS)
-def test_every_name_that_we_use_is_recorded(host):
-    ours = uses(host)
-    assert len(ours.names) > 150
-    assert [name for name in sorted(ours.names) if described(host, name) in ("", ABSENT)] == []
-    assert [name for name in sorted(ours.optional) if not described(host, name)] == []
+def is_recorded(name: str, names: Any) -> bool:
+    """Whether a name that stands in a file was found in the WebUI, or was not needed there.
+
+    A module is there if anything of it is; below a value of Python's own kinds nothing is recorded.
+    """
+    module, _, attribute = name.partition(":")
+    owner = name.rpartition(".")[0]
+    return name in names or any(each.startswith(f"{module}.{attribute}:") for each in names) or (
+        owner in names and not any(each.startswith(f"{owner}.") for each in names))
 
 
 @pytest.mark.parametrize("host", HOSTS)
-def test_our_calls_fit_the_recorded_parameters(host):
-    wrong, checked = [], 0
-    for call in uses(host).calls:
-        description = described(host, call.name)
-        if not description.startswith(("def ", "class ")):
-            continue
-        checked += 1
-        try:
-            inspect.Signature(parameters(description)).bind(*[None] * call.positional,
-                                                            **dict.fromkeys(call.keywords))
-        except TypeError as error:
-            wrong.append(f"{call.where}: {call.name}: {error}")
-    assert wrong == [] and checked > 50
+def test_every_name_that_stands_in_our_files_is_recorded(host):
+    written = {each.name for file in RECORDS[host]["files"] for each in instrumented(ROOT / file)[1]}
+    assert len(written) > 80 and [name for name in sorted(written) if not is_recorded(name, NAMES[host])] == []
 
+
+def test_every_file_has_run_in_a_webui():
+    naming = {path.relative_to(ROOT).as_posix() for path in [SCRIPT, *LIBRARY.rglob("*.py")] if instrumented(path)[1]}
+    assert naming == {file for record in RECORDS.values() for file in record["files"]}
+
+
+@pytest.mark.parametrize(("name", "recorded"), [
+    ("modules.shared:state.job", True), ("modules.shared:state.jobs", False), ("modules.shared:states", False),
+    ("modules.shared:data.get", True), ("modules:shared", True), ("modules:devices", False)])
+def test_a_name_without_a_record_is_found(name, recorded):
+    assert is_recorded(name, ["modules.shared:state", "modules.shared:state.job", "modules.shared:data"]) == recorded
+
+
+# --- callbacks -------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("host", HOSTS)
 def test_our_callbacks_have_the_parameters_of_the_webuis(host):
-    ours = uses(host).overridden
-    assert {"script.process", "script.process_batch", "script.postprocess", "script.ui"} <= set(ours)
-    for name, args in ours.items():
-        assert f"def {signature(args)}" == NAMES[host][name], name
+    script = next(node for node in ast.walk(ast.parse(SCRIPT.read_text())) if isinstance(node, ast.ClassDef))
+    ours = {node.name: ast.unparse(node.args) for node in script.body if isinstance(node, ast.FunctionDef)}
+    assert {"title", "show", "ui", "process", "process_batch", "postprocess"} <= set(ours)
+    for name, parameters in ours.items():
+        entry = NAMES[host][f"modules.scripts:Script.{name}"]
+        assert entry["overridden"] and entry["is"] == f"def ({parameters})".replace("self, ", "").replace("self", "")
 
 
 @pytest.mark.parametrize("host", HOSTS)
 def test_the_keywords_of_sample(host):
     """`given` are the keywords that the WebUI calls `p.sample` with: its parameters' names."""
-    used: set[str] = set()
-    for name in ("webui/run", "webui/hosts/a1111", "webui/hosts/forge_base"):
-        path = ROOT / "accdiff_lib" / f"{name}.py"
-        for node in ast.walk(ast.parse(path.read_text())):
-            text = ast.unparse(node) if isinstance(node, (ast.Subscript, ast.Call)) else ""
-            if text.startswith(("given['", "given.get('")):
-                used.add(text.split("'")[1])
-    assert {"prompts", "seeds"} <= used <= {parameter.name for parameter in parameters(NAMES[host]["p.sample"])}
+    used = {node.args[0].value if isinstance(node, ast.Call) else node.slice.value
+            for file in RECORDS[host]["files"] for node in ast.walk(ast.parse((ROOT / file).read_text()))
+            if isinstance(node, (ast.Subscript, ast.Call)) and ast.unparse(node).startswith(("given['", "given.get('"))}
+    sample = NAMES[host]["modules.processing:StableDiffusionProcessingTxt2Img.sample"]["is"]
+    assert {"prompts", "seeds"} <= used <= set(parts(sample))
 
 
-def test_callbacks_come_in_the_same_order_everywhere():
+def test_callbacks_come_in_the_same_order_everywhere(stand_in):
     """And ours in the order that run.py counts on."""
-    orders = [record["order"] for record in RECORDS.values()]
-    assert orders[0] == orders[1] == orders[2]
+    orders = [record["order"] for record in (*RECORDS.values(), stand_in)]
+    assert all(order == orders[0] for order in orders)
+    assert {f"p.{name}" for name in METHODS} < set(orders[0])
     places = [orders[0].index(name) for name in ("process", "process_batch", "p.setup_conds", "p.sample", "post_sample",
                                                  "postprocess")]
     assert places == sorted(places)
@@ -107,89 +91,186 @@ def test_callbacks_come_in_the_same_order_everywhere():
 
 # --- the stand-in ----------------------------------------------------------------------------------------------
 
-#: What the stand-in has as Forge has it, since gradio 4 asks for it: it makes components anew without their values.
-AS_FORGE = {"modules.ui_components.InputAccordion": "(value=, **kwargs)"}
-
-
-def differences(folder: Path) -> list[str]:
-    """What the stand-in claims and A1111 has not, or has otherwise."""
-    ours, found = Checkout(folder), []
-    for name in sorted(stand_in.claimed(folder) - set(AS_FORGE)):
-        made, real = entry(ours, "a1111", name), NAMES["a1111"].get(name)
-        assert made is not None
-        reason = "A1111 has no such name" if real is None else _difference(made[1], real)
-        if reason:
-            found.append(f"{name}: {reason}")
+@pytest.fixture(scope="module")
+def stand_in(tmp_path_factory) -> dict[str, Any]:
+    """What generations in the stand-in touch."""
+    pytest.importorskip("torch")
+    code = """
+from pathlib import Path
+from tests.contract.touched import PACKAGES, save, switch_on
+touched = switch_on(PACKAGES | {"tests"})
+import torch
+from tests.webui_stand_in.generation import OPTIONS, started
+with started() as webui, torch.no_grad():
+    webui.generate({**OPTIONS, "guidance_rescale": 0.5}, steps=2)
+    webui.generate(OPTIONS, steps=2, enable_hr=True)
+    save(touched.record(), Path(FILE))
+"""
+    file = tmp_path_factory.mktemp("contract") / "stand_in.json"
+    subprocess.run([sys.executable, "-c", code.replace("FILE", repr(str(file)))], check=True, cwd=ROOT)
+    found: dict[str, Any] = json.loads(file.read_text())
     return found
 
 
-def _difference(made: str, real: str) -> str:
-    if made.partition(" ")[0] != real.partition(" ")[0]:
-        return f"{made} is {real}"
-    if made == real or "(" not in made:
-        return ""
-    ours, theirs = parameters(made), parameters(real)
-    if any(parameter.kind == inspect.Parameter.VAR_POSITIONAL for parameter in theirs):
-        return "" if made == real else f"{made} is {real}"
-    positional = [each for each in ours if each.kind == inspect.Parameter.POSITIONAL_OR_KEYWORD]
-    if [each.name for each in positional] != [each.name for each in theirs[:len(positional)]]:
-        return f"{made} is {real}"
-    by_name = {each.name: each for each in theirs}
-    for parameter in ours:
-        other = by_name.get(parameter.name)
-        if other is None:
-            return f"{parameter.name} is no parameter of {real}"
-        if parameter.default is None and other.default is inspect.Parameter.empty and other.kind == parameter.kind:
-            return f"{parameter.name} has no default in {real}"
-    needed = {each.name for each in theirs if each.default is inspect.Parameter.empty
-              and each.kind != inspect.Parameter.VAR_KEYWORD}
-    missing = needed - {parameter.name for parameter in ours}
-    return f"it lacks {', '.join(sorted(missing))}" if missing else ""
+def parts(described: str) -> list[str]:
+    """Those of "def (a, b=, *, c=)"."""
+    return [part for part in described.partition("(")[2].rstrip(")").split(", ") if part]
 
 
-def test_the_stand_in_has_the_webuis_parameters():
-    assert len(stand_in.claimed()) > 80
-    assert differences(stand_in.FOLDER) == []
-    assert all(NAMES["forge"][name].endswith(parameters) for name, parameters in AS_FORGE.items())
+def differs(made: dict[str, Any], real: dict[str, Any]) -> str:
+    """Why what the stand-in has cannot stand for what the WebUI has; it may leave out what has a default."""
+    ours, theirs = parts(made["is"]), parts(real["is"])
+    before = ours[:ours.index("*") if "*" in ours else None]
+    needed = {part for part in theirs if part[-1] != "=" and part[0] != "*"}
+    fits = before == theirs[:len(before)] and set(ours) - {"*"} <= set(theirs) and needed <= set(ours)
+    if "(" in made["is"] and "(" in real["is"] and not (fits and made["is"].split()[0] == real["is"].split()[0]):
+        return f"{made['is']} is {real['is']}"
+    return ""
 
 
-@pytest.mark.parametrize(("code", "reason"), [
-    ("def torch_gc(device): ...", "modules.devices.torch_gc: def (device) is def ()"),
-    ("def autocast(enabled=True): ...", "modules.devices.autocast: def (enabled=) is def (disable=)"),
-    ("def autocast(): ...", ""), ("def free(): ...", "modules.devices.free: A1111 has no such name"),
-    ("class torch_gc: ...", "modules.devices.torch_gc: class (self) is def ()")])
-def test_a_stand_in_that_differs_is_found(tmp_path, code, reason):
-    (tmp_path / "modules").mkdir()
-    (tmp_path / "modules" / "devices.py").write_text(code)
-    found = differences(tmp_path)
-    assert [line[:len(reason)] for line in found] == ([reason] if reason else [])
+def test_the_stand_in_has_what_the_webui_has(stand_in):
+    """Of its networks only the names: they are classes of other modules."""
+    names, found = NAMES["a1111"], []
+    for name, made in stand_in["names"].items():
+        head, _, attribute = name.rpartition("." if "." in name.partition(":")[2] else ":")
+        module = head.partition(":")[0]
+        alike = [real for other, real in names.items() if other.rpartition(".")[2].rpartition(":")[2] == attribute
+                 and (module.startswith("tests.") or other.startswith(f"{module}:"))]
+        exact = names.get(name) or (alike[0] if alike and ":" in head else None)
+        if made["is"] == "absent":
+            continue
+        reason = "A1111 has no such name" if exact is None else differs(made, exact)
+        if reason:
+            found.append(f"{name}: {reason}")
+    assert len(stand_in["names"]) > 100 and found == []
 
 
-def test_the_stand_in_calls_back_in_the_recorded_order():
-    torch = pytest.importorskip("torch")
-    from tests.webui_stand_in.generation import started
+@pytest.mark.parametrize(("made", "real", "same"), [
+    ("def ()", "def (device=)", True), ("def (device)", "def ()", False), ("def (enabled=)", "def (disable=)", False),
+    ("class ()", "def ()", False), ("def (p)", "def (p, x)", False), ("def (x, p)", "def (p, x)", False),
+    ("class (a=, b=, *, d=)", "class (a=, b=, c=, d=)", True), ("class (a=, c=)", "class (a=, b=, c=)", False),
+    ("value", "value", True), ("value", "set by others", True)])
+def test_a_stand_in_that_differs_is_found(made, real, same):
+    assert (differs({"is": made}, {"is": real}) == "") == same
 
-    seen: list[str] = []
 
-    class Listener:
-        """A script that has every callback."""
+# --- what a fork lacks -----------------------------------------------------------------------------------------
 
-        args_from = args_to = 0
-        filename = "listener.py"
+HOST = """
+from argparse import Namespace
+options = Namespace(lowvram=False)
+class Vae:
+    def __init__(self):
+        self.scaling_factor = 0.5
+class Engine:
+    is_sdxl: bool
+    def __init__(self):
+        self.is_sdxl, self.vae = True, Vae()
+        self.register_buffer("alphas", 1)
+    def register_buffer(self, name, value):
+        setattr(self, name, value)
+    def sample(self, x, *, seed=0):
+        pass
+class Script:
+    def process(self, p, *args):
+        pass
+def load():
+    engine = Engine()
+    engine.flavour = engine.old = "plain"
+    return engine
+def change(name, save=True, refresh=True):
+    return name
+class Skip:
+    def __enter__(self):
+        pass
+    def __exit__(self, *error):
+        pass
+"""
+OURS = """
+from fork import host
+class Script(host.Script):
+    def process(self, p, *args):
+        engine = host.load()
+        with host.Skip():
+            host.change("name", save=False)
+        if hasattr(engine, "old"):
+            engine.old.upper()
+        if host.options.lowvram:
+            host.send_away()
+        sample, engine.sample = engine.sample, None
+        sample(1, seed=2)
+        return engine.vae.scaling_factor, engine.is_sdxl, engine.alphas, engine.flavour, getattr(engine, "none", 0)
+def never():
+    host.change(nothing=1)
+"""
 
-        def __getattr__(self, name: str) -> Any:
-            return lambda *_, **__: seen.append(name)
 
-    def noted(name: str, method: Any) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            seen.append(f"p.{name}")
-            return method(*args, **kwargs)
-        return call
+@pytest.fixture
+def fork(tmp_path, monkeypatch):
+    """Imports a host's source; and the record that was made of the host above."""
+    def loaded(source: str) -> None:
+        folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        (folder / "fork").mkdir(parents=True)
+        (folder / "fork" / "host.py").write_text(source)
+        for name in ("fork", "fork.host"):
+            sys.modules.pop(name, None)
+        monkeypatch.syspath_prepend(folder)
+        importlib.import_module("fork.host")
+        check._code.cache_clear()
+        check._set_in.cache_clear()
 
-    with started() as webui, torch.no_grad():
-        webui.scripts.append(Listener())
-        p = webui.generation(steps=1)
-        for name in order.METHODS:
-            setattr(p, name, noted(name, getattr(p, name)))
-        webui.run(p)
-    assert list(dict.fromkeys(seen)) == RECORDS["a1111"]["order"]
+    loaded(HOST)
+    touched, file = Touched(frozenset({"fork"})), tmp_path / "ours.py"
+    file.write_text(OURS)
+    monkeypatch.setattr(builtins, "__touched__", touched, raising=False)
+    space: dict[str, Any] = {"__name__": "ours"}
+    exec(touched.compile(file), space)
+    assert space["Script"]().process(None) == (0.5, True, 1, "plain", 0)
+    yield loaded, json.loads(json.dumps(touched.record()))
+    for name in ("fork", "fork.host"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize(("old", "new", "lacks"), [
+    ("", "", ""),
+    ("self.scaling_factor", "self.latent_format", "fork.host.Vae has no scaling_factor"),
+    ("change(name,", "change(name, preset,", "cannot be called with _, save=: missing a required argument: 'preset'"),
+    ("save=True", "store=True", "cannot be called with _, save=: got an unexpected keyword argument 'save'"),
+    ("save=True, refresh=True", "**more", ""), ("(name, save", "(file, extra=0, save", ""),
+    ("class Skip:", "class SkipWriting:", "fork.host has no Skip"),
+    ("lowvram=False", "vram=False", "fork.host.options has no lowvram"),
+    ('"alphas"', '"betas"', "fork.host.Engine has no alphas"),
+    ("engine.flavour =", "engine.taste =", "fork.host.Engine has no flavour"),
+    ("= engine.old", "= engine.new", ""), ("    is_sdxl: bool\n    def", "    def", ""),
+    ("seed=0", "seed=0, step=1", "fork.host:Engine.sample(x, *, seed=, step=) is overridden as def (x, *, seed=)"),
+    ("process(self, p,", "process(self, p, pp,", "fork.host:Script.process(p, pp, *args) is overridden"),
+    ("class Vae:", "class Vae(list):", ""), ("setattr(self", "super().__setattr__(self", "")])
+def test_what_a_fork_lacks(fork, old, new, lacks):
+    loaded, record = fork
+    assert old in HOST
+    loaded(HOST.replace(old, new))
+    lines = check.lacking(record)
+    assert len(lines) == bool(lacks) and lacks in "".join(lines)
+
+
+def test_what_is_recorded(fork):
+    names = fork[1]["names"]
+    assert names["fork.host:change"] == {"is": "def (name, save=, refresh=)", "called": ["_, save="]}
+    assert names["fork.host:Engine.old"] == {"is": "set by others", "optional": True}
+    assert names["fork.host:send_away"] == {"is": "absent", "optional": True}
+    assert names["fork.host:Script.process"] == {"is": "def (p, *args)", "overridden": True}
+    assert not any("none" in name or "upper" in name for name in names)
+
+
+def test_the_named_changes_of_forge_neo_would_be_found():
+    """Of its record's names those that Forge Neo has no more, or calls otherwise."""
+    names = NAMES["forge"]
+    assert not names["backend.nn.vae:IntegratedAutoencoderKL.scaling_factor"].get("optional")
+    assert not names["modules.sd_models:SkipWritingToConfig"].get("optional")
+    entry = names["modules_forge.main_entry:checkpoint_change"]
+
+    def checkpoint_change(ckpt_name, preset, save=True, refresh=True):
+        pass
+
+    assert [check.unfit(inspect.signature(checkpoint_change), call) for call in entry["called"]] == [
+        "missing a required argument: 'preset'"]

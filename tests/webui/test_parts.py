@@ -63,7 +63,7 @@ def test_plan(client):
         assert answer[name] == 3 * (base[name] + stage[name])
     assert 10 < answer["relative_cost"] < 20 and answer["native"] == 128 and answer["notes"] == []
     assert answer["size"] == "2048x2048"
-    assert answer["text"] == ("9 windows + 4 dilated views per step, 237 latents evaluated, about 15 x a base image")
+    assert answer["text"] == ("9 windows + 4 dilated views per step, 237 latents evaluated, about 15 x a base picture")
     assert client.post("/accdiffusion/v1/plan").json()["target"] == {"width": 2048, "height": 2048}
     small = client.post("/accdiffusion/v1/plan", json={"width": 512, "height": 512, "from_image": True}).json()
     assert small["native"] == 64 and small["parts"][0]["steps"] == 1
@@ -113,13 +113,14 @@ def test_a_plan_has_the_notes(client):
 def test_the_largest_plan_rehearses_once(client, monkeypatch, steps):
     """Its seven stages share what the sampler does, and nothing is integrated."""
     rehearsed = []
-    calls = outline.Outline.calls
-    monkeypatch.setattr(outline.Outline, "calls", lambda self, sigmas: rehearsed.append(1) or calls(self, sigmas))
+    trace = outline.Outline.trace
+    monkeypatch.setattr(outline.Outline, "trace", lambda self, sigmas: rehearsed.append(1) or trace(self, sigmas))
     answer = planned(client, width=2048, height=2048, steps=steps, scale=8, sampler_name="Heun", tolerance=0,
                      controlnet_model="canny")
     assert len(answer["parts"]) == 8
     assert all(part["calls"] == 2 * part["steps"] - 1 for part in answer["parts"])
-    assert len(rehearsed) <= 3  # the base pass, the stages, and the base pass that the cost is compared with
+    # The base pass, the stages and their timesteps, and the base pass that the cost is compared with.
+    assert len(rehearsed) <= 4
 
 
 def test_what_is_too_large_is_refused_before_it_is_counted(client, monkeypatch):
@@ -161,8 +162,8 @@ def test_the_outline_counts_as_the_samplers_do():
             real_calls, calls = rehearse(real, real.sigmas), rehearse(guessed, guessed.sigmas)
             assert [(call.step, call.first) for call in calls] == [(call.step, call.first) for call in real_calls]
             assert [call.sigma for call in calls] == pytest.approx([call.sigma for call in real_calls], rel=1e-4)
-    for sigma in (0.01, 0.0291675, 0.5, 3.7, 14.6, 20):
-        assert outline.timestep(sigma) == pytest.approx(levels.timestep(sigma))
+    for sigma in (0.01, 0.0291675, 0.5, 3.7, 14.6, 20, *guessed.sigmas.tolist()):
+        assert guessed.timestep(sigma) == levels.timestep(sigma)
 
 
 # --- X/Y/Z -----------------------------------------------------------------------------------------------------

@@ -1,4 +1,8 @@
-"""A tiny SDXL checkpoint in A1111's form: a real UNet, VAE and text encoders with ldm's and sgm's names."""
+"""A tiny SDXL checkpoint in A1111's form: a real UNet, VAE and text encoders with ldm's and sgm's names.
+
+The texts are encoded by the project's own encoder. So nothing here can show that a WebUI's emphasis, chunks, embeddings
+or clip skip are met: tests/live/test_hosts_agree.py does, in the real ones.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from tests import ldm_unet, ldm_vae, tiny
 
 
 class TextTower(nn.Module):
-    """The first of the embedders: it tokenizes. Both towers' outputs come from the project's own encoder."""
+    """The first of the embedders: it tokenizes, and has both towers' outputs."""
 
     input_key = "txt"
 

@@ -161,7 +161,8 @@ def _live_line(elem_id: Callable[[str], str]) -> str:
     hideable = {name: option.unless for name, option in OPTIONS.items()
                 if option.unless or any(name in each for each in lacks.values())}
     boxes = {_row_name(row): list(row) for rows in (IN_SIGHT, *groups().values()) for row in rows}
-    boxes |= {f"group_{number}": [name for row in rows for name in row] for number, rows in enumerate(groups().values())}
+    for number, rows in enumerate(groups().values()):
+        boxes[f"group_{number}"] = [name for row in rows for name in row]
     table = {"prefix": elem_id(""), "positional": POSITIONAL, "hideable": hideable, "lacks": lacks,
              "boxes": {name: inside for name, inside in boxes.items() if set(inside) <= set(hideable)},
              "help": {option.name: option.help for option in (EXTRA["controlnet_model"], *OPTIONS.values())}}

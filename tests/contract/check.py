@@ -1,0 +1,212 @@
+"""What of a record a running WebUI lacks, found without generating anything: names, and calls that it would not take.
+
+`from tests.contract.check import lacking` in the WebUI's own process; it imports nothing that the WebUI has not.
+
+A name is "modules.shared:state.job_no": a module, and what is in it; an attribute of an object that only a generation
+has goes by its class, "modules.processing:StableDiffusionProcessing.width". Such an attribute is looked for in the
+class's code, as the WebUI has compiled it: declared there, or set by a method.
+"""
+
+from __future__ import annotations
+
+import dis
+import importlib
+import inspect
+import sys
+from collections.abc import Iterator, Mapping
+from functools import cache
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+
+#: In place of a value that only an object of a class has.
+VALUE = object()
+#: What an attribute is that others set on the objects of a class, which says nothing of it.
+SET_BY_OTHERS = "set by others"
+#: By these, a method sets an attribute whose name is a string.
+_SETTERS = {"setattr", "__setattr__", "register_buffer", "register_parameter", "add_module"}
+
+
+def lacking(record: Mapping[str, Any]) -> list[str]:
+    """A line for each thing in which this WebUI is not as the record says; none if our code can run in it."""
+    names: Mapping[str, Mapping[str, Any]] = record["names"]
+    lines: list[str] = []
+    for name, entry in names.items():
+        if entry.get("optional"):
+            continue
+        try:
+            found = find(name)
+        except LookupError as error:
+            if entry["is"] != SET_BY_OTHERS or name.rpartition(".")[2] not in _set_in(frozenset(map(_root, names))):
+                lines.append(str(error.args[0]))
+            continue
+        lines += misfits(name, found, entry)
+    return list(dict.fromkeys(lines))
+
+
+def misfits(name: str, found: Any, entry: Mapping[str, Any]) -> Iterator[str]:
+    """How the calls of an entry, and what overrides it, do not fit to what has its name now."""
+    own = signature(found)
+    if own is None:
+        return
+    for call in entry.get("called", ()):
+        reason = unfit(own, call)
+        if reason:
+            yield f"{name}{text(own)} cannot be called with {call}: {reason}"
+    if entry.get("overridden") and entry["is"] != f"def {text(own)}":
+        yield f"{name}{text(own)} is overridden as {entry['is']}"
+
+
+# --- names -----------------------------------------------------------------------------------------------------
+
+def find(name: str) -> Any:
+    """What has this name; VALUE if only an object can tell. Raises LookupError, saying what is not there."""
+    place, _, path = name.partition(":")
+    found: Any = _module(place)
+    for number, attribute in enumerate(parts := path.split(".")):
+        try:
+            found = _below(found, attribute)
+        except LookupError:
+            owner = ".".join([place, *parts[:number]])
+            raise LookupError(f"{owner} has no {attribute}") from None
+    return found
+
+
+def _module(name: str) -> ModuleType:
+    if name.endswith(".py"):  # a script, which is in no package
+        from modules import script_loading
+
+        for module in script_loading.loaded_scripts.values():
+            if module.__name__ == name:
+                return module
+        raise LookupError(f"there is no script {name}")
+    try:
+        return sys.modules.get(name) or importlib.import_module(name)
+    except Exception as error:  # whatever it does when it is imported
+        raise LookupError(f"there is no module {name}") from error
+
+
+def _below(owner: Any, attribute: str) -> Any:
+    if owner is VALUE or owner is None:  # a variable that is set later
+        return VALUE
+    if isinstance(owner, type):
+        return declared(owner, attribute)
+    if isinstance(owner, ModuleType):
+        return vars(owner)[attribute] if attribute in vars(owner) else _module(f"{owner.__name__}.{attribute}")
+    try:  # of the class first: properties may load a checkpoint
+        return declared(type(owner), attribute)
+    except LookupError:
+        if not hasattr(owner, attribute):
+            raise
+        return VALUE
+
+
+def declared(kind: type, attribute: str) -> Any:
+    """What a class or its bases have under a name; VALUE for what their objects have. Raises LookupError."""
+    owner = declaring(kind, attribute)
+    if owner is None:
+        raise LookupError(attribute)
+    found = vars(owner).get(attribute, VALUE)
+    is_method = isinstance(found, (FunctionType, classmethod, staticmethod))
+    return found.__get__(VALUE, kind) if is_method else found  # so that its parameters are those of a call
+
+
+def declaring(kind: type, attribute: str) -> type | None:
+    """Which of a class and its bases declares an attribute, or else has a method that sets it."""
+    bases: list[Any] = list(kind.__mro__)
+    of_class = [base for base in bases if attribute in vars(base) or attribute in _annotated(base)]
+    return next(iter(of_class or (base for base in bases if attribute in _set_by(base))), None)
+
+
+def _annotated(kind: type) -> Mapping[str, Any]:
+    found = vars(kind).get("__annotations__")
+    return found if isinstance(found, dict) else {}
+
+
+@cache
+def _set_by(kind: type) -> frozenset[str]:
+    """The attributes that a class's methods set, whatever was done to it since it was compiled."""
+    code = _code(kind.__module__)
+    for part in kind.__qualname__.split("."):
+        code = next((each for each in _inner(code) if each.co_name == part), None)
+    return frozenset(_stored(code))
+
+
+@cache
+def _set_in(roots: frozenset[str]) -> frozenset[str]:
+    """The attributes that anything in the loaded modules of these packages sets."""
+    found: set[str] = set()
+    for name in list(sys.modules):
+        if _root(name) in roots:
+            found.update(_stored(_code(name)))
+    return frozenset(found)
+
+
+def _root(name: str) -> str:
+    return name.partition(":")[0].partition(".")[0]
+
+
+@cache
+def _code(module: str) -> CodeType | None:
+    """A module's code, from Python's own cache where it is there."""
+    try:
+        loader = getattr(_module(module).__spec__, "loader", None)
+    except LookupError:
+        return None
+    return loader.get_code(module) if hasattr(loader, "get_code") else None
+
+
+def _inner(code: CodeType | None) -> Iterator[CodeType]:
+    """The code of the classes and functions that stand in some code."""
+    for constant in code.co_consts if code is not None else ():
+        if isinstance(constant, CodeType):
+            yield constant
+
+
+def _stored(code: CodeType | None) -> Iterator[str]:
+    if code is None:
+        return
+    if _SETTERS & set(code.co_names):
+        yield from (constant for constant in code.co_consts if isinstance(constant, str))
+    operation, extended = dis.opmap["STORE_ATTR"], 0
+    for operator, argument in zip(code.co_code[::2], code.co_code[1::2], strict=True):
+        argument |= extended
+        if operator == operation:
+            yield code.co_names[argument]
+        extended = argument << 8 if operator == dis.EXTENDED_ARG else 0
+    for each in _inner(code):
+        yield from _stored(each)
+
+
+# --- calls -----------------------------------------------------------------------------------------------------
+
+def signature(found: Any) -> inspect.Signature | None:
+    """Of a function, method or class; None for what has none."""
+    if not callable(found):
+        return None
+    try:
+        return inspect.signature(found)
+    except (TypeError, ValueError):
+        return None
+
+
+def text(given: inspect.Signature) -> str:
+    """As one writes it, without annotations and values: "(x, *, y=)"."""
+    plain = [each.replace(annotation=each.empty, default=each.default if each.default is each.empty else _Nothing())
+             for each in given.parameters.values()]
+    return str(inspect.Signature(plain))
+
+
+class _Nothing:
+    def __repr__(self) -> str:
+        return ""
+
+
+def unfit(given: inspect.Signature, call: str) -> str:
+    """Why a call ("_, _, name=", with "*" and "**" for what is not known) does not fit; empty if it does."""
+    parts = [part for part in call.split(", ") if part]
+    known = [None for part in parts if part == "_"], {part[:-1]: None for part in parts if part.endswith("=")}
+    try:
+        (given.bind_partial if {"*", "**"} & set(parts) else given.bind)(*known[0], **known[1])
+    except TypeError as error:
+        return str(error)
+    return ""
