@@ -26,7 +26,7 @@ from accdiff_lib.engine.plan import make_plan
 from accdiff_lib.errors import InputError
 from accdiff_lib.methods import of
 from accdiff_lib.parts.attention import map_size
-from accdiff_lib.settings import SAME
+from accdiff_lib.settings import SAME, Settings
 from accdiff_lib.webui import controlnets, hires
 from accdiff_lib.webui.arguments import Enlargement, parse, stamped
 from accdiff_lib.webui.extras import Extras
@@ -72,6 +72,11 @@ def postprocess(_script: Any, p: Any, processed: Any, _args: Sequence[Any]) -> N
         run.extras.show(processed)
         delattr(p, RUN_ATTRIBUTE)
         webui_host.forget_controlnet(p)
+
+
+def _with_whole_prompt(settings: Settings) -> Settings:
+    first = None if settings.first is None else _with_whole_prompt(settings.first)
+    return replace(settings, first=first, **(WHOLE_PROMPT if settings.records_attention else {}))
 
 
 def _is_inner(p: Any) -> bool:
@@ -149,7 +154,7 @@ class Batch:
         self._solver = stage_solver(p, name, scheduler, self._settings.stage_steps or p.steps,
                                     chosen=self._settings.stage_sampler != SAME)
         self._map_size = map_size(*self._plan.base, deepest)
-        path = find(asked.controlnet) if self._settings.uses_controlnet else None
+        path = find(asked.controlnet) if self._settings.wants_control else None
         if path is not None:
             self._session.load_controlnet(path)
         self._prompts: list[tuple[str, str]] = []
@@ -185,7 +190,7 @@ class Batch:
         settings = self._settings
         if not settings.base_pass:
             return None
-        record = settings.records_attention and bool(self._plan.stages) and self._same_prompts()
+        record = settings.wants_attention and bool(self._plan.stages) and self._same_prompts()
         before = getattr(p, "enable_hr", None)
         with self._session.base(self._map_size, record=record) as recorder:
             try:
@@ -218,9 +223,9 @@ class Batch:
 
         p, plan, settings = self._p, self._plan, self._settings
         prompt, negative = self._prompts[index]
-        if is_composed(prompt) and settings.records_attention:
+        if is_composed(prompt) and settings.wants_attention:
             p.comment("AccDiffusion: the prompt has parts joined by AND, so all windows get the whole of it")
-            settings = replace(settings, **WHOLE_PROMPT)
+            settings = _with_whole_prompt(settings)
         shared.state.job_no = first_job + index * sum(self._jobs)
         progress = WebUIProgress(p, self._jobs, lambda picture: self._extras.keep(index, picture, plan))
         host = self._session.host(prompt=prompt, negative=negative, size=plan.pixels, solver=self._solver,

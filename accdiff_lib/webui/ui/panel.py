@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from accdiff_lib.methods import METHODS, OPTIONS, names
-from accdiff_lib.settings import SAME, Option
+from accdiff_lib.settings import SAME, Option, values
 from accdiff_lib.webui import controlnets
 from accdiff_lib.webui.arguments import CONTROLNET_KEY, EXTRA, NONE, POSITIONAL, VERSION_KEY, picked, restored
 from accdiff_lib.webui.ui import options_page
@@ -161,7 +161,8 @@ def _live_line(elem_id: Callable[[str], str]) -> str:
     hideable = {name: option.unless for name, option in OPTIONS.items()
                 if option.unless or any(name in each for each in lacks.values())}
     boxes = {_row_name(row): list(row) for rows in (IN_SIGHT, *groups().values()) for row in rows}
-    boxes |= {f"group_{number}": [name for row in rows for name in row] for number, rows in enumerate(groups().values())}
+    boxes |= {f"group_{number}": [name for row in rows for name in row]
+              for number, rows in enumerate(groups().values())}
     table = {"prefix": elem_id(""), "positional": POSITIONAL, "hideable": hideable, "lacks": lacks,
              "boxes": {name: inside for name, inside in boxes.items() if set(inside) <= set(hideable)},
              "help": {option.name: option.help for option in (EXTRA["controlnet_model"], *OPTIONS.values())}}
@@ -202,7 +203,7 @@ def _paste_fields(made: Mapping[str, Any], is_img2img: bool) -> list[Any]:
 def _pasted(name: str) -> Callable[[Mapping[str, str]], Any]:
     def value(parameters: Mapping[str, str]) -> Any:
         found = restored(parameters)
-        return None if found is None else getattr(found.settings, name, None)  # None leaves a control as it is
+        return None if found is None else values(found.settings).get(name)  # None leaves a control as it is
     return value
 
 
