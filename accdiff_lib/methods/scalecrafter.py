@@ -19,6 +19,7 @@ from accdiff_lib.parts.dilation_plan import (
     RATIOS,
     Convolution,
     Timing,
+    enough,
     levels,
     make_dilation_plan,
     size_ratio,
@@ -165,7 +166,7 @@ def remarks(stage: Stage, settings: Settings, convolutions: Sequence[Convolution
     assert isinstance(settings, ScaleCrafterSettings)
     plan, times = dilation_of(stage, settings, convolutions), times_of(stage, settings)
     size = f"{stage.name}: at {plan.ratio:.2f} times the model's own size"
-    if plan.ratio <= ENOUGH:
+    if enough(plan.ratio):
         return [f"{size} its convolutions see enough, so nothing is stretched (up to {ENOUGH} times)"]
     if not plan.strong or not times.part:
         return [f"{size} nothing is stretched, by these settings"]

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 TRAINING_STEPS = 1000
 STEPS = 50
 
-#: Up to this size ratio the network sees enough.
-ENOUGH = 1.1
+#: Up to this size ratio the network sees enough; and somewhat more, as sizes are rounded to cells.
+ENOUGH, ROUNDED = 1.1, 0.01
 #: From `FLAT` to `GRADED` the factors go over from one law to the other.
 FLAT, GRADED = 2.5, 4.0
 #: Above it noise-damped guidance and progressive dilation.
@@ -118,6 +118,11 @@ def size_ratio(width: int, height: int, native: int, by: str = "area") -> float:
     return (math.sqrt(width * height) if by == "area" else max(width, height)) / native
 
 
+def enough(ratio: float) -> bool:
+    """Whether the network sees enough of a picture of this size ratio, so that nothing is done."""
+    return ratio <= ENOUGH + ROUNDED
+
+
 @dataclass(frozen=True)
 class Timing:
     """How long what is done, known without the network: shares of the papers' 50 steps; 0 is never."""
@@ -143,7 +148,7 @@ def timing(ratio: float, *, places: str = "scalecrafter", part: float | None = N
     """The times of `make_dilation_plan`, by the same arguments. Raises ValueError for unknown `places`."""
     if places not in PLACES:
         raise ValueError(f"places are {', '.join(PLACES)}, not {places!r}")
-    if ratio <= ENOUGH:
+    if enough(ratio):
         return Timing()
     if part is None:
         part = 0.4 if places == "skip" else 0.7 if places == "freescale" else 0.6 + 0.1 * _ramp(ratio, 2, FLAT)
@@ -167,7 +172,7 @@ def make_dilation_plan(convolutions: Sequence[Convolution], ratio: float, *, pla
     times = timing(ratio, places=places, part=part, damped_part=damped_part, progressive=progressive)
     if not convolutions:
         raise ValueError("the network has no 3x3 convolutions in residual blocks")
-    if ratio <= ENOUGH:
+    if enough(ratio):
         return DilationPlan(ratio)
     deepest = max(convolution.home for convolution in convolutions)
     strong_factor, weak_factor = _laws(places, ratio, deepest, dilate or math.ceil(ratio - NEAR), dilate_skip)
