@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from accdiff_lib.errors import InputError
@@ -161,6 +161,9 @@ class Settings:
     tolerance: float = option(
         1e-3, "tolerance", "Leaves out steps and passes that change the result by less than this (relative); 0 "
         "computes everything.", group="stages", minimum=0, maximum=0.1, step=1e-4)
+    first_method: str = option(  # its choices are Same and the table of methods
+        SAME, "first method", "Method of the first stage: ScaleCrafter to 2x, say, and windows to 4x. Same "
+        "takes that of all stages.", group="stages")
     base_pass: bool = option(
         True, "base pass", "Make a base picture first and enlarge it; off samples the full size from noise.",
         group="stages")
@@ -206,6 +209,23 @@ class Settings:
 
     #: What the user should know of these values; no option.
     notes: tuple[str, ...] = field(default=(), compare=False)
+    #: Those of the first stage, where another method makes it; no option.
+    first: Settings | None = None
+
+    @property
+    def each(self) -> tuple[Settings, ...]:
+        """These and those of the first stage."""
+        return (self,) if self.first is None else (self, self.first)
+
+    @property
+    def wants_attention(self) -> bool:
+        """Whether the method of any stage wants the attention maps of the base pass."""
+        return any(each.records_attention for each in self.each)
+
+    @property
+    def wants_control(self) -> bool:
+        """Whether the method of any stage has what the ControlNet could guide."""
+        return any(each.uses_controlnet for each in self.each)
 
     @property
     def records_attention(self) -> bool:
@@ -214,7 +234,7 @@ class Settings:
 
     def without_attention(self) -> Settings:
         """The same without what needs those maps."""
-        return self
+        return replace(self, first=None if self.first is None else self.first.without_attention())
 
     @property
     def uses_controlnet(self) -> bool:
@@ -248,8 +268,9 @@ def table(settings: type[Settings]) -> dict[str, Option]:
 
 
 def values(settings: Settings) -> dict[str, Any]:
-    """All values by the options' names."""
-    return {row.name: getattr(settings, row.name) for row in fields(settings) if row.metadata}
+    """All values by the options' names; of the first stage's settings those that only they have."""
+    return {row.name: getattr(each, row.name) for each in reversed(settings.each) for row in fields(each)
+            if row.metadata}
 
 
 def text(value: Any) -> str:

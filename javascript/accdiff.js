@@ -75,8 +75,9 @@
 
     /** Shows the controls of the options that count: the method has them, and no other option stands in for them. */
     function select(table) {
-        const lacks = table.lacks[value(table.prefix + "method")] || [];
-        const hides = name => name in table.hideable && (lacks.includes(name) ||
+        const used = ["method", "first_method"].map(name => table.lacks[value(table.prefix + name)]).filter(Boolean);
+        const lacks = name => used.length > 0 && used.every(each => each.includes(name));
+        const hides = name => name in table.hideable && (lacks(name) ||
             Boolean(table.hideable[name] && value(table.prefix + table.hideable[name])));
         const hide = (name, hidden) => element(table.prefix + name)?.classList.toggle("accdiff-hidden", hidden);
         for (const name of Object.keys(table.hideable)) hide(name, hides(name));

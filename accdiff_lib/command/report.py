@@ -128,8 +128,9 @@ def as_json(part: Part) -> dict[str, Any]:
 def table(parts: Sequence[Part], teraflop: Sequence[float], images: int) -> str:
     """The dry run's table: a row for each part, the sum, and the sum for all images."""
     kinds = list(dict.fromkeys(work.name for part in parts if part.stage for work in part.at_most))
-    lines: list[tuple[str, ...]] = [("part", "size", *(f"{kind}s" for kind in kinds), "steps", "UNet", "ControlNet",
-                                     "TFLOP")]
+    several = {work.name for part in parts for work in part.at_most if work.count > 1}
+    lines: list[tuple[str, ...]] = [("part", "size", *(kind + "s" * (kind in several) for kind in kinds), "steps",
+                                     "UNet", "ControlNet", "TFLOP")]
     for part, cost in zip(parts, teraflop, strict=True):
         at_most = {work.name: work.count for work in part.at_most}
         lines.append((part.name, _size(part), *(f"{at_most.get(kind, '-')}" for kind in kinds), f"{part.steps or '-'}",

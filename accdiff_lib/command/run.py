@@ -65,14 +65,14 @@ def dry_run(job: Job) -> int:
         parts = [{**report.as_json(part), "tflop": round(cost, 6)} for part, cost in zip(job.parts, costs, strict=True)]
         total = {key: sum(part[key] for part in parts) for key in ("unet", "controlnet", "tflop")}
         memory = {"resident": job.need.resident, "offloaded": job.need.offloaded, "main": job.need.main}
-        _print_json({**_described(job), "dry_run": True, "comments": _notes(job), "parts": parts, "total": total,
-                     "memory": memory})
+        _print_json({**_described(job), "dry_run": True, "comments": [*_notes(job), *_remarks(job)], "parts": parts,
+                     "total": total, "memory": memory})
         return DONE
     (base_height, base_width), (height, width) = (tuple(CELL * side for side in job.plan.base), job.plan.pixels)
     print(f"model {job.model.name}: {base_width}x{base_height} to {width}x{height}, {job.general['sampler']}, "
           f"{job.general['scheduler']}, {job.settings.method}\n")
     print(report.table(job.parts, costs, job.general["batch"]))
-    for note in _notes(job):
+    for note in [*_notes(job), *_remarks(job)]:
         print(f"note: {note}")
     print("\nUNet and ControlNet: evaluations, with the unconditional ones. TFLOP: those and the VAE's decodes.")
     print(f"Device memory, estimated: at least {_gib(job.need.resident)}, with --offload on "
@@ -83,6 +83,13 @@ def dry_run(job: Job) -> int:
 def _notes(job: Job) -> list[str]:
     """What the user should know of the settings, in the words of the command line."""
     return [arguments.in_flags(note) for note in job.settings.notes]
+
+
+def _remarks(job: Job) -> list[str]:
+    """What the methods say of their stages, by the structure that the UNet's config describes."""
+    from accdiff_lib.standalone.convolutions import structure_of_config
+
+    return of(job.settings).said(job.plan.stages, job.settings, lambda: structure_of_config(job.model.unet))
 
 
 def _gib(size: int) -> str:
@@ -123,7 +130,7 @@ def run(job: Job) -> int:
         for note in _notes(job):
             terminal.comment(note)
         host = _host(job, models, terminal, offload)
-        if job.settings.uses_controlnet and job.plan.stages and not host.has_control:
+        if job.settings.wants_control and job.plan.stages and not host.has_control:
             terminal.comment("no ControlNet is loaded, so edges do not guide the windows (give --controlnet PATH, or "
                              "--no-use-controlnet)")
         extrapolation = Extrapolation(host, job.settings.window_batch)

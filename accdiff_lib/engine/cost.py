@@ -64,7 +64,7 @@ def estimate(method: Method, plan: Plan, settings: Settings, *, base_solver: Sol
     has_base = settings.base_pass or not plan.stages or from_image
     if has_base:
         if from_image:
-            steps = calls = int(settings.records_attention and bool(plan.stages))
+            steps = calls = int(settings.wants_attention and bool(plan.stages))
             size = plan.recorded
         else:
             steps, calls = len(base_solver.sigmas) - 1, len(trace(base_solver, base_solver.sigmas))
@@ -72,12 +72,13 @@ def estimate(method: Method, plan: Plan, settings: Settings, *, base_solver: Sol
         once = Work("picture", 1, *size, guided=guidance != 1)
         parts.append(Part(None, (plan.crop.height * CELL, plan.crop.width * CELL), steps, calls,
                           (once,), (replace(once, count=calls),)))
-    rehearsed = cache(lambda from_noise: rehearsal(
+    rehearsed = cache(lambda settings, from_noise: rehearsal(
         stage_solver, settings, timestep, plan.stages[0], guidance=guidance, has_control=has_control and has_base,
         stages=len(plan.stages), from_noise=from_noise))
     for stage in plan.stages:
-        stage_rehearsal = rehearsed(not has_base and stage is plan.stages[0])
-        tally = stage_rehearsal.tally(method, stage)
+        made_by, own = method.of_stage(stage, settings)
+        stage_rehearsal = rehearsed(own, not has_base and stage is plan.stages[0])
+        tally = stage_rehearsal.tally(made_by, stage)
         parts.append(Part(stage, stage.pixels, len(stage_rehearsal.sigmas) - 1, sum(tally.values()), *_summed(tally)))
     return parts
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import cv2
@@ -22,6 +22,7 @@ from accdiff_lib.engine.schedule import make_script, rehearse
 from accdiff_lib.engine.spread import Batcher, check_stop
 from accdiff_lib.errors import Interrupted, OutOfMemory, Skipped, is_out_of_memory
 from accdiff_lib.parts.attention import AttentionRecorder, map_size
+from accdiff_lib.parts.dilation_plan import Convolution
 from accdiff_lib.parts.noise_levels import TRAINING_STEPS
 from accdiff_lib.parts.structure import canny, hint
 from accdiff_lib.parts.window_prompts import WordMask
@@ -59,6 +60,7 @@ class Request:
     seed: int
     #: CFG scale of the base pass.
     guidance: float
+    #: Of all stages, or of all but the first (Method.of_stage).
     method: Method
     settings: Settings
     plan: Plan
@@ -114,20 +116,34 @@ class Extrapolation:
 
     def _run(self, request: Request, result: Result) -> None:
         plan, settings = request.plan, request.settings
-        wants_all = request.intermediate or (self.host.has_control and settings.uses_controlnet)
-        base = None
-        words: list[WordMask] = []
+        for remark in request.method.said(plan.stages, settings, self._structure):
+            self.host.progress.comment(remark)
+        wants_all = request.intermediate or (self.host.has_control and settings.wants_control)
+        base = maps = None
+        own = dict(zip(plan.stages, self._by_stage(request), strict=True))
         if request.given is not None or settings.base_pass or not plan.stages:
             base, maps = self._base(request, result)
             self._finish(result, base, decode=wants_all or bool(result.stopped) or not plan.stages)
-            if maps is not None:
-                words = result.explanation.words = self.locate(request, maps)
+        words = {each.settings: self.locate(each, maps) for each in own.values()
+                 if maps is not None and each.settings.records_attention}
+        if words:
+            result.explanation.words = list(words.values())[-1]
         last = base
         for stage in plan.stages:
             if result.stopped:
                 break
-            last = self._stage(request, result, stage, base, last, words)
+            each = own[stage]
+            last = self._stage(each, result, stage, base, last, words.get(each.settings, ()))
             self._finish(result, last, decode=wants_all or bool(result.stopped) or stage is plan.stages[-1])
+
+    def _structure(self) -> list[Convolution]:
+        return [record for record, _ in self.host.convolutions()]
+
+    @staticmethod
+    def _by_stage(request: Request) -> list[Request]:
+        """The request with the method and the settings of each stage."""
+        made_by = (request.method.of_stage(stage, request.settings) for stage in request.plan.stages)
+        return [replace(request, method=method, settings=settings) for method, settings in made_by]
 
     def _finish(self, result: Result, picture: Picture, *, decode: bool) -> None:
         if decode:
@@ -153,7 +169,7 @@ class Extrapolation:
     def _base(self, request: Request, result: Result) -> tuple[Picture, Tensor | None]:
         """The base picture, cropped to the target's shape, and its attention maps [rows, columns, tokens]."""
         host, begin = self.host, time.perf_counter()
-        record = request.settings.records_attention and bool(request.plan.stages)
+        record = request.settings.wants_attention and bool(request.plan.stages)
         given, latents = request.given, 0
         if given is None:
             latent, maps, latents = self._sample_base(request, result, record)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from accdiff_lib.engine.plan import Stage
+from accdiff_lib.parts.dilation_plan import Convolution
 from accdiff_lib.settings import Settings
 
 if TYPE_CHECKING:  # with torch
@@ -145,3 +146,24 @@ class Method:
     locate: Callable[[Tensor, Sequence[Word], Settings], list[WordMask]] | None = None
     #: How many of a stage's calls have which work; without, `calls` is counted, which takes longer.
     tally: Callable[[Columns, Outlook], Counter[tuple[Work, ...]]] | None = None
+    #: What a user should know of how a stage is computed, a sentence each; by the UNet's convolutions. Raises
+    #: InputError where the method cannot do it with this UNet.
+    remarks: Callable[[Stage, Settings, Sequence[Convolution]], list[str]] | None = None
+    #: The method of the first stage, where it is another; it has `Settings.first`.
+    first: Method | None = None
+
+    def of_stage(self, stage: Stage, settings: Settings) -> tuple[Method, Settings]:
+        """The method and settings by which a stage is made."""
+        if stage.number == 1 and self.first is not None and settings.first is not None:
+            return self.first, settings.first
+        return self, settings
+
+    def said(self, stages: Sequence[Stage], settings: Settings,
+             convolutions: Callable[[], Sequence[Convolution]]) -> list[str]:
+        """The remarks on all stages."""
+        found: list[str] = []
+        for stage in stages:
+            method, own = self.of_stage(stage, settings)
+            if method.remarks is not None:
+                found += method.remarks(stage, own, convolutions())
+        return found

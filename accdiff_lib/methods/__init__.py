@@ -12,12 +12,13 @@ from typing import Any
 
 from accdiff_lib.engine.method import Method
 from accdiff_lib.errors import InputError
-from accdiff_lib.methods import fused
-from accdiff_lib.settings import PRESETS, Option, Settings, table, text
+from accdiff_lib.methods import fused, scalecrafter
+from accdiff_lib.settings import PRESETS, SAME, Option, Settings, table, text
 from accdiff_lib.settings import values as values_of
 
 METHODS: dict[str, Method] = {method.name: method for method in (
     *fused.METHODS,
+    *scalecrafter.METHODS,
 )}
 
 #: The groups of the table, in the order in which users see them; those of other names come before the last.
@@ -33,6 +34,7 @@ def _all_options() -> dict[str, Option]:
             if found.setdefault(name, row) != row:
                 raise ValueError(f"{method.name} has another option {name} than the methods before it")
     found["method"] = replace(found["method"], choices=tuple(METHODS))
+    found["first_method"] = replace(found["first_method"], choices=(SAME, *METHODS))
 
     def place(row: Option) -> int:
         if row.group in _LAST_GROUPS:
@@ -46,13 +48,14 @@ OPTIONS: dict[str, Option] = _all_options()
 
 
 def of(settings: Settings) -> Method:
-    """The method that settings are for."""
-    return METHODS[settings.method]
+    """The method that settings are for, with that of their first stage."""
+    method = METHODS[settings.method]
+    return method if settings.first is None else replace(method, first=METHODS[settings.first_method])
 
 
-def names(method: str) -> list[str]:
-    """The options that a method has, in the table's order."""
-    own = table(METHODS[method].settings)
+def names(method: str, first: str = SAME) -> list[str]:
+    """The options that a method has, and the method of the first stage, in the table's order."""
+    own = {name for each in (method, first) if each != SAME for name in table(METHODS[each].settings)}
     return [name for name in OPTIONS if name in own]
 
 
@@ -74,26 +77,54 @@ def make(given: Mapping[str, Any] | None = None) -> Settings:
             if value == former:
                 parsed[name] = now
                 notes.append(f"{name}: {former} is {now} now, since {why}")
-    method = METHODS[parsed.get("method", OPTIONS["method"].default)]
-    own = table(method.settings)
+    method, first = (parsed.get(name, OPTIONS[name].default) for name in ("method", "first_method"))
+    known = names(method, first)
     for name in parsed:
-        if name not in own:
-            raise InputError(f"{name}: {method.name} has no such option; it has {', '.join(names(method.name))}")
-    preset = PRESETS[parsed.get("preset", OPTIONS["preset"].default)]
-    chosen = {**preset, **method.values, **parsed}
-    parsed = {name: value for name, value in parsed.items() if not chosen.get(own[name].unless)}
-    settings = method.settings(**{name: value for name, value in {**preset, **method.values, **parsed}.items()
-                                  if name in own})
+        if name not in known:
+            raise InputError(f"{name}: {method} has no such option; it has {', '.join(known)}")
+    starting = {**PRESETS[parsed.get("preset", OPTIONS["preset"].default)],
+                **_values(METHODS[method], parsed.get("base_pass", False))}
+    chosen = {**starting, **parsed}
+    parsed = {name: value for name, value in parsed.items() if not chosen.get(OPTIONS[name].unless)}
+    settings = _made(METHODS[method], {**starting, **parsed})
+    if first not in (SAME, method):
+        settings = replace(settings, first=_first(METHODS[first], settings, {**starting, **parsed}))
+    remarks = (remark for each in settings.each for remark in each.remarks())
+    return replace(settings, notes=tuple(dict.fromkeys((*notes, *remarks))))
+
+
+def _made(method: Method, values: Mapping[str, Any]) -> Settings:
+    """The method's settings, of those values that are its own. Raises InputError where they contradict each other."""
+    own = table(method.settings)
+    settings = method.settings(**{name: value for name, value in values.items() if name in own})
     settings.check()
-    return replace(settings, notes=(*notes, *settings.remarks()))
+    return settings
+
+
+def _values(method: Method, base_pass: bool) -> Mapping[str, Any]:
+    """A method's values. One that begins from noise has no use for the skip residual; where it is asked to begin from
+    a base picture it does."""
+    if base_pass and not method.values.get("base_pass", True):
+        return {name: value for name, value in method.values.items() if name != "skip_residual"}
+    return method.values
+
+
+def _first(method: Method, settings: Settings, values: Mapping[str, Any]) -> Settings:
+    """The settings of a run's first stage: of what makes the run a run, and of options that both methods have, the
+    run's, unless the method has a value of its own; its own options by `values`."""
+    of_the_run = {name for name, row in OPTIONS.items() if row.group in ("main", "stages", "skip residual")}
+    given = {name: value for name, value in method.values.items() if name not in of_the_run}
+    return _made(method, {**values, **values_of(settings), **given, "method": method.name})
 
 
 def changed(settings: Settings) -> dict[str, Any]:
     """The options that differ from what the settings' own method and preset give: what an infotext has to keep."""
-    plain = values_of(make({"method": settings.method, "preset": settings.preset}))
-    now = values_of(settings)
+    starting = {"method": settings.method, "preset": settings.preset, "first_method": settings.first_method}
+    plain, now = values_of(make({**starting, "base_pass": settings.base_pass})), values_of(settings)
     keep = {name for name, value in now.items() if value != plain[name]}
-    keep |= {name for name in ("method", "preset") if now[name] != OPTIONS[name].default}
+    keep |= {name for name in ("method", "preset", "first_method") if now[name] != OPTIONS[name].default}
+    if settings.base_pass != make(starting).base_pass:
+        keep.add("base_pass")
     return {name: now[name] for name in OPTIONS if name in keep and not now.get(OPTIONS[name].unless)}
 
 

@@ -111,7 +111,8 @@ class FusedSettings(Settings):
 
     def without_attention(self) -> FusedSettings:
         """Every window has the whole prompt."""
-        return replace(self, window_prompts=False)
+        first = None if self.first is None else self.first.without_attention()
+        return replace(self, window_prompts=False, first=first)
 
     @property
     def uses_controlnet(self) -> bool:

@@ -1,13 +1,27 @@
-"""The whole canvas in one call of a network whose convolutions see further (ScaleCrafter, He et al. 2024)."""
+"""The whole canvas in one call of a network whose convolutions see further (ScaleCrafter, He et al. 2024).
+
+What `scalecrafter` says, computed (docs/methods.md, 9); first the prediction itself, without an engine.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
+import torch
 from torch import Tensor, nn
 
+from accdiff_lib.engine.canvas import StageInputs
+from accdiff_lib.engine.host import Conditioning, Host, Text
+from accdiff_lib.engine.method import Call
+from accdiff_lib.engine.plan import CELL
+from accdiff_lib.engine.spread import Batcher
+from accdiff_lib.methods.scalecrafter import ScaleCrafterSettings, dilation_of, padded_size
 from accdiff_lib.parts.dilation import redilated
 from accdiff_lib.parts.dilation_plan import Convolution, DilationPlan
+from accdiff_lib.parts.freeu import STRENGTHS, FreeU, freeu
+from accdiff_lib.parts.guidance import rescaled
+from accdiff_lib.parts.windows import Window
 
 Halves = tuple[str, ...]
 #: `predict(x, sigma, halves)`: the predictions (x0, or all in terms of the noise) of x [B, C, h, w] for each of
@@ -40,16 +54,87 @@ def guided(base: Tensor, uncond: Tensor, cond: Tensor, guidance: float) -> Tenso
     return base + guidance * (cond - uncond)
 
 
-def whole_canvas(x: Tensor, sigma: Tensor, timestep: float, plan: DilationPlan,
-                 convolutions: Sequence[tuple[Convolution, nn.Module]], predict: Predict, guidance: float) -> Tensor:
-    """The guided prediction of the whole canvas x [B, C, h, w]; without guidance (1) the conditional one alone."""
-    if guidance == 1:
-        with redilated(convolutions, plan.strong_at(timestep), dispersed=plan.dispersed_at(timestep),
-                       lowpass=plan.lowpass):
-            return predict(x, sigma, ("cond",))
-    return guided(*evaluate(x, sigma, timestep, plan, convolutions, predict), guidance)
+class ScaleCrafterPredictor:
+    """Implements engine.canvas.Predictor."""
+
+    explanation = None
+
+    def __init__(self, host: Host, inputs: StageInputs, settings: ScaleCrafterSettings, batcher: Batcher):
+        """Raises InputError for a UNet without convolutions to stretch."""
+        self.host = host
+        self.inputs = inputs
+        self.settings = settings
+        self.batcher = batcher
+        self.size = padded_size(inputs.stage)
+        self.text: Text = inputs.encode([inputs.prompt])[0]
+        self.convolutions = list(host.convolutions())
+        self.plan = dilation_of(inputs.stage, settings, [record for record, _ in self.convolutions])
+        self._hint = None if inputs.hint is None else _mirrored(inputs.hint, CELL, self.size)
+
+    def __call__(self, x: Tensor, sigma: Tensor, call: Call) -> Tensor:
+        """See engine.canvas.Predictor."""
+        height, width = x.shape[-2:]
+        padded = _mirrored(x, 1, self.size)
+        predicted = self._damped(padded, sigma, call) if call.method else self._plain(padded, sigma, call)
+        return predicted[..., :height, :width]
+
+    def _plain(self, x: Tensor, sigma: Tensor, call: Call) -> Tensor:
+        """Guided by the host, whose own features count."""
+        guidance = call.scale(self.settings.canvas_guidance, self.inputs.guidance)
+        with redilated(self.convolutions, self.plan.strong_at(call.timestep), lowpass=self.plan.lowpass,
+                       dispersed=self.plan.dispersed_at(call.timestep)):
+            return self._once(lambda: self._denoise(x, sigma, call, self.text, guidance,
+                                                    self.settings.guidance_rescale))
+
+    def _damped(self, x: Tensor, sigma: Tensor, call: Call) -> Tensor:
+        """Noise-damped guidance: three evaluations, one after the other, as the canvas may be all that fits."""
+        texts = {"uncond": self.host.unconditional(self.text), "cond": self.text}
+
+        def predict(x: Tensor, sigma: Tensor, halves: Halves) -> Tensor:
+            return self._once(lambda: torch.cat([self._denoise(x, sigma, call, texts[half]) for half in halves]))
+
+        base, uncond, cond = evaluate(x, sigma, call.timestep, self.plan, self.convolutions, predict)
+        found = guided(base, uncond, cond, call.scale(self.settings.canvas_guidance, self.inputs.guidance))
+        if not self.settings.guidance_rescale:
+            return found
+        # In terms of the noise, which is x - x0 but for a factor that is the same in both.
+        return x - rescaled(x - found, x - cond, self.settings.guidance_rescale)
+
+    def _once(self, evaluate: Callable[[], Tensor]) -> Tensor:
+        """A batch of one canvas: counted, stoppable, and an OutOfMemory where it does not fit."""
+        (_, found), = self.batcher.run(1, *self.size, lambda _: evaluate())
+        return found
+
+    def _denoise(self, x: Tensor, sigma: Tensor, call: Call, text: Text, guidance: float = 1.0,
+                 rescale: float = 0.0) -> Tensor:
+        """The x0 prediction of the canvas [1, C, h, w], which may be elsewhere than the model."""
+        device, steered = self.host.device, call.control and self._hint is not None
+        given = Conditioning([text], [(0, 0)], self.inputs.stage.pixels, guidance, rescale,
+                             hints=self._hints if steered else None,
+                             hint_names=[(self, Window(0, 0, *self.size))] if steered else (),
+                             strength=self.settings.control_strength)
+        with freeu(self.host.joints(), self._strength()) if self.settings.freeu else nullcontext():
+            return self.host.denoise(x.to(device), sigma.to(device), given).to(x.device)
+
+    def _strength(self) -> FreeU:
+        """FreeU's factors for the model's family, told by its structure: SDXL has three levels, SD2 wider texts."""
+        if max(record.home for record, _ in self.convolutions) <= 2:
+            return STRENGTHS["sdxl"]
+        texts = {getattr(getattr(layer, "to_k", None), "in_features", 0) for _, layer in self.host.cross_attention()}
+        return STRENGTHS["sd2" if max(texts, default=0) >= 1024 else "sd15"]
+
+    def _hints(self, numbers: Sequence[int]) -> Tensor:
+        """The hint of the whole canvas in three equal channels [1, 3, 8h, 8w]."""
+        assert self._hint is not None and list(numbers) == [0]
+        return self._hint.to(self.host.device).expand(-1, 3, -1, -1)
 
 
-def evaluations(timestep: float, plan: DilationPlan, guidance: float) -> int:
-    """How many evaluations of the network a row of the canvas takes at a timestep."""
-    return 1 if guidance == 1 else 2 if plan.weak_at(timestep) is None else 3
+def _mirrored(x: Tensor, cell: int, size: tuple[int, int]) -> Tensor:
+    """`x` [..., h, w] of cells of `cell` numbers a side, mirrored at its last row and column of cells up to `size` in
+    cells."""
+    for dim, side in zip((-2, -1), size, strict=True):
+        more = cell * side - x.shape[dim]
+        if more:
+            mirror = x.narrow(dim, x.shape[dim] - cell - more, more).flip(dim)
+            x = torch.cat([x, mirror], dim)
+    return x

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 TRAINING_STEPS = 1000
 STEPS = 50
 
-#: Up to this size ratio the network sees enough.
-ENOUGH = 1.1
+#: Up to this size ratio the network sees enough; and somewhat more, as sizes are rounded to cells.
+ENOUGH, ROUNDED = 1.1, 0.01
 #: From `FLAT` to `GRADED` the factors go over from one law to the other.
 FLAT, GRADED = 2.5, 4.0
 #: Above it noise-damped guidance and progressive dilation.
@@ -118,6 +118,45 @@ def size_ratio(width: int, height: int, native: int, by: str = "area") -> float:
     return (math.sqrt(width * height) if by == "area" else max(width, height)) / native
 
 
+def enough(ratio: float) -> bool:
+    """Whether the network sees enough of a picture of this size ratio, so that nothing is done."""
+    return ratio <= ENOUGH + ROUNDED
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long what is done, known without the network: shares of the papers' 50 steps; 0 is never."""
+
+    #: Of the dilation, and within it of noise-damped guidance.
+    part: float = 0.0
+    damped_part: float = 0.0
+    progressive: bool = False
+
+    @property
+    def until(self) -> float:
+        """The timestep down to which convolutions are dilated."""
+        return step_timestep(STEPS * self.part)
+
+    @property
+    def damped_until(self) -> float:
+        """The timestep down to which guidance is noise-damped."""
+        return step_timestep(STEPS * self.damped_part)
+
+
+def timing(ratio: float, *, places: str = "scalecrafter", part: float | None = None, damped_part: float | None = None,
+           progressive: bool | None = None) -> Timing:
+    """The times of `make_dilation_plan`, by the same arguments. Raises ValueError for unknown `places`."""
+    if places not in PLACES:
+        raise ValueError(f"places are {', '.join(PLACES)}, not {places!r}")
+    if enough(ratio):
+        return Timing()
+    if part is None:
+        part = 0.4 if places == "skip" else 0.7 if places == "freescale" else 0.6 + 0.1 * _ramp(ratio, 2, FLAT)
+    large = ratio > LARGE and places in ("scalecrafter", "all")
+    damped_part = (part if large else 0.0) if damped_part is None else min(damped_part, part)
+    return Timing(part, damped_part, large if progressive is None else progressive)
+
+
 def make_dilation_plan(convolutions: Sequence[Convolution], ratio: float, *, places: str = "scalecrafter",
                        part: float | None = None, damped_part: float | None = None, progressive: bool | None = None,
                        dispersed_part: float = 0.0, lowpass: float = 1.0, dilate: int = 0,
@@ -130,24 +169,18 @@ def make_dilation_plan(convolutions: Sequence[Convolution], ratio: float, *, pla
     Parts are shares of the 50 steps of the papers: of the dilation, of noise-damped guidance, and of the 5x5 kernels in
     the middle; None is the rule's. Raises ValueError for unknown `places` and for a UNet without such convolutions.
     """
-    if places not in PLACES:
-        raise ValueError(f"places are {', '.join(PLACES)}, not {places!r}")
+    times = timing(ratio, places=places, part=part, damped_part=damped_part, progressive=progressive)
     if not convolutions:
         raise ValueError("the network has no 3x3 convolutions in residual blocks")
-    if ratio <= ENOUGH:
+    if enough(ratio):
         return DilationPlan(ratio)
     deepest = max(convolution.home for convolution in convolutions)
     strong_factor, weak_factor = _laws(places, ratio, deepest, dilate or math.ceil(ratio - NEAR), dilate_skip)
-    if part is None:
-        part = 0.4 if places == "skip" else 0.7 if places == "freescale" else 0.6 + 0.1 * _ramp(ratio, 2, FLAT)
-    large = ratio > LARGE and places in ("scalecrafter", "all")
-    damped_part = (part if large else 0.0) if damped_part is None else min(damped_part, part)
     strong = _factors(convolutions, strong_factor)
     middle = frozenset(convolution.name for convolution in convolutions if convolution.side == "middle")
     return DilationPlan(
-        ratio, strong, _factors(convolutions, weak_factor), step_timestep(STEPS * part),
-        step_timestep(STEPS * damped_part), large if progressive is None else progressive,
-        dispersed=middle & strong.keys(), dispersed_until=step_timestep(STEPS * min(dispersed_part, part)),
+        ratio, strong, _factors(convolutions, weak_factor), times.until, times.damped_until, times.progressive,
+        dispersed=middle & strong.keys(), dispersed_until=step_timestep(STEPS * min(dispersed_part, times.part)),
         lowpass=lowpass)
 
 
@@ -216,4 +249,32 @@ def levels(convolutions: Sequence[Convolution], factors: Mapping[str, float]) ->
     for convolution in convolutions:
         place = convolution.side, convolution.home
         found[place] = max(found.get(place, 1.0), factors.get(convolution.name, 1.0))
+    return found
+
+
+def structure(levels: int, layers: int = 2) -> list[Convolution]:
+    """The convolutions of a UNet of so many levels, with `layers` residual blocks in each: SDXL has 3 levels, SD1.5 and
+    SD2 have 4. In diffusers' names, from input to output."""
+    found: list[Convolution] = []
+
+    def resnet(name: str, side: str, level: int, block: int) -> None:
+        found.extend(Convolution(f"{name}.conv{part}", side, level, "resnet", block) for part in (1, 2))
+
+    block, deepest = 0, levels - 1
+    for level in range(levels):
+        for index in range(layers):
+            block += 1
+            resnet(f"down_blocks.{level}.resnets.{index}", "down", level, block)
+        if level < deepest:
+            block += 1
+            found.append(Convolution(f"down_blocks.{level}.downsamplers.0.conv", "down", level, "sampler", block))
+    for index in range(2):
+        resnet(f"mid_block.resnets.{index}", "middle", deepest, 0)
+    block = levels * (layers + 1)
+    for number, level in enumerate(reversed(range(levels))):
+        for index in range(layers + 1):
+            block -= 1
+            resnet(f"up_blocks.{number}.resnets.{index}", "up", level, block)
+        if level:
+            found.append(Convolution(f"up_blocks.{number}.upsamplers.0.conv", "up", level - 1, "sampler", block))
     return found

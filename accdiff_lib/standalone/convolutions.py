@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
 from accdiff_lib.parts.dilation import is_3x3
-from accdiff_lib.parts.dilation_plan import Convolution
+from accdiff_lib.parts.dilation_plan import Convolution, structure
 
 
 def structure_of_diffusers(unet: Any) -> list[tuple[Convolution, nn.Module]]:
     """The 3x3 convolutions of the residual blocks and samplers of a UNet2DConditionModel, from input to output."""
     return [(record, conv) for record, conv in _walk(unet) if is_3x3(conv)]
+
+
+def structure_of_config(config: Mapping[str, Any]) -> list[Convolution]:
+    """The same without the network, from its config."""
+    return structure(len(config["block_out_channels"]), config.get("layers_per_block", 2))
 
 
 def _walk(unet: Any) -> Iterator[tuple[Convolution, Any]]:

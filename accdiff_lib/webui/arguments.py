@@ -22,7 +22,7 @@ from accdiff_lib import __version__
 from accdiff_lib.errors import InputError
 from accdiff_lib.methods import METHODS, OPTIONS, from_infotext, make, names
 from accdiff_lib.methods import infotext as settings_infotext
-from accdiff_lib.settings import PRESETS, Option, Settings
+from accdiff_lib.settings import PRESETS, SAME, Option, Settings
 
 #: The ControlNet model that stands for none.
 NONE = "None"
@@ -80,7 +80,7 @@ def parse(args: Sequence[Any], *, overrides: Mapping[str, Any] | None = None,
     asked = set(values) if by_name and "method" not in overrides else set()
     values = {**_page(values, defaults or {}), **_overridden(values, overrides)}
     model = EXTRA["controlnet_model"].parse(values.pop("controlnet_model", NONE)).strip() or NONE
-    own = names(_method(values))
+    own = names(_method(values), str(OPTIONS["first_method"].parse(values.get("first_method", SAME))))
     return Enlargement(make({name: exact(OPTIONS[name].parse(value)) for name, value in values.items()
                              if name in OPTIONS and (name in own or name in asked)}), model)
 
@@ -137,7 +137,7 @@ def exact(value: Any) -> Any:
 def infotext(asked: Enlargement) -> dict[str, str]:
     """Keys and values for the generation parameters of a picture; `restored` reads them back."""
     values = {VERSION_KEY: __version__, **settings_infotext(asked.settings)}
-    if asked.settings.uses_controlnet and asked.controlnet != NONE:
+    if asked.settings.wants_control and asked.controlnet != NONE:
         values[CONTROLNET_KEY] = asked.controlnet
     return values
 

@@ -21,6 +21,7 @@ from accdiff_lib.engine.cost import Part, estimate
 from accdiff_lib.engine.method import Work
 from accdiff_lib.engine.plan import CELL, Plan, make_plan
 from accdiff_lib.methods import of
+from accdiff_lib.parts.dilation_plan import structure
 from accdiff_lib.parts.noise_levels import NoiseLevels, alphas_cumprod
 from accdiff_lib.settings import Settings
 
@@ -122,6 +123,8 @@ class Cost:
     parts: tuple[Part, ...]
     #: In base pictures of the same steps and CFG scale.
     relative: float
+    #: What the methods say of their stages.
+    remarks: tuple[str, ...] = ()
 
     @property
     def latents(self) -> int:
@@ -138,7 +141,9 @@ def cost(settings: Settings, given: Generation) -> Cost:
                      timestep=stage_solver.timestep, guidance=given.cfg, has_control=given.has_control,
                      from_image=given.from_image)
     whole = len(solver.trace(solver.sigmas)) * (1 if given.cfg == 1 else 2) * plan.base[0] * plan.base[1]
-    return Cost(plan, tuple(parts), sum(map(cells, parts)) / whole)
+    # SDXL has three levels, SD1.5 and SD2 four: one more than the halvings that make the multiple.
+    said = of(settings).said(plan.stages, settings, lambda: structure(max(3, given.multiple.bit_length())))
+    return Cost(plan, tuple(parts), sum(map(cells, parts)) / whole, tuple(said))
 
 
 def cells(part: Part) -> float:
@@ -157,7 +162,8 @@ def line(result: Cost) -> str:
     at_once = " + ".join(f"{work.count} {work.name}{'' if work.count == 1 else 's'}" for work in stages[-1].at_most)
     way = f"{len(stages)} stages, the last with " if len(stages) > 1 else ""
     relative = f"{result.relative:.1f}" if result.relative < 10 else f"{result.relative:.0f}"
-    return f"{way}{at_once} per step, {result.latents} latents evaluated, about {relative} x a base picture"
+    return f"{way}{at_once} per step, {result.latents} latents evaluated, about {relative} x a base picture" \
+        + "".join(f"; {remark}" for remark in result.remarks)
 
 
 def as_json(result: Cost, batch: int = 1) -> dict[str, Any]:
@@ -170,7 +176,7 @@ def as_json(result: Cost, batch: int = 1) -> dict[str, Any]:
         "batch": batch, "parts": [_part(part) for part in result.parts], "latents": batch * result.latents,
         "unet": batch * sum(part.unet for part in result.parts),
         "controlnet": batch * sum(part.controlnet for part in result.parts),
-        "relative_cost": round(result.relative, 2)}
+        "relative_cost": round(result.relative, 2), "remarks": list(result.remarks)}
 
 
 def _part(part: Part) -> dict[str, Any]:

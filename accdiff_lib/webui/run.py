@@ -145,7 +145,7 @@ class Batch:
         self._solver = stage_solver(p, name, scheduler, self._settings.stage_steps or p.steps,
                                     chosen=self._settings.stage_sampler != SAME)
         self._map_size = map_size(*self._plan.base, deepest)
-        path = find(asked.controlnet) if self._settings.uses_controlnet else None
+        path = find(asked.controlnet) if self._settings.wants_control else None
         if path is not None:
             self._session.load_controlnet(path)
         self._prompts: list[tuple[str, str]] = []
@@ -181,7 +181,7 @@ class Batch:
         settings = self._settings
         if not settings.base_pass:
             return None
-        record = settings.records_attention and bool(self._plan.stages) and self._same_prompts()
+        record = settings.wants_attention and bool(self._plan.stages) and self._same_prompts()
         before = getattr(p, "enable_hr", None)
         with self._session.base(self._map_size, record=record) as recorder:
             try:
@@ -214,7 +214,7 @@ class Batch:
 
         p, plan, settings = self._p, self._plan, self._settings
         prompt, negative = self._prompts[index]
-        if is_composed(prompt) and settings.records_attention:
+        if is_composed(prompt) and settings.wants_attention:
             p.comment("AccDiffusion: the prompt has parts joined by AND, so all windows get the whole of it")
             settings = settings.without_attention()
         shared.state.job_no = first_job + index * sum(self._jobs)

@@ -18,7 +18,7 @@ from accdiff_lib.engine.host import GivenImage
 from accdiff_lib.engine.plan import make_plan
 from accdiff_lib.engine.schedule import make_script
 from accdiff_lib.errors import Interrupted, OutOfMemory
-from accdiff_lib.methods import METHODS, OPTIONS, make, of
+from accdiff_lib.methods import METHODS, OPTIONS, make, names, of
 from accdiff_lib.standalone.host import StandaloneHost
 from accdiff_lib.standalone.loading import Models, load
 from accdiff_lib.standalone.samplers import SAMPLERS, SCHEDULERS
@@ -55,7 +55,10 @@ def make_host(models, *, sampler="Euler", scheduler="Leading", steps=3, prompt=P
 
 def request(host, values=None, *, seed=5, base=(128, 128), guidance=5.0, prompt=PROMPT, **kwargs) -> Request:
     # Windows of half the native size make a stage of nine windows from a small, fast base picture.
-    settings = make({"scale": 2, "tolerance": 0, "window": 16, **(values or {})})
+    values = {"scale": 2, "tolerance": 0, **(values or {})}
+    if "window" in names(values.get("method", "accdiffusion-v2")):
+        values = {"window": 16, **values}
+    settings = make(values)
     plan = make_plan(base, settings, native=host.native, multiple=host.multiple)
     return Request(prompt, seed, guidance, of(settings), settings, plan, **kwargs)
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from accdiff_lib.errors import InputError
 from accdiff_lib.methods import METHODS, OPTIONS, changed, from_infotext, infotext, make, names
 from accdiff_lib.parts import infotext as parameters
-from accdiff_lib.settings import PRESETS, values
+from accdiff_lib.settings import PRESETS, SAME, values
 
 
 def some_value(option):
@@ -26,8 +26,12 @@ def some_value(option):
         lambda value: option.minimum <= value <= option.maximum)
 
 
-given_options = st.lists(st.sampled_from(list(OPTIONS)), unique=True).flatmap(
-    lambda names: st.fixed_dictionaries({name: some_value(OPTIONS[name]) for name in names}))
+#: Options of a method and of the first stage's.
+given_options = st.tuples(st.sampled_from(list(METHODS)), st.sampled_from([SAME, *METHODS])).flatmap(
+    lambda chosen: st.lists(st.sampled_from(names(*chosen)), unique=True).flatmap(
+        lambda names: st.fixed_dictionaries({
+            **{name: some_value(OPTIONS[name]) for name in names}, **dict(zip(("method", "first_method"), map(
+                st.just, chosen), strict=True))})))
 
 
 def test_the_table_is_consistent():
@@ -50,6 +54,8 @@ def test_the_table_is_consistent():
 def test_every_method_and_preset_is_valid(method, preset):
     settings = make({"method": method, "preset": preset})
     for name, value in {**PRESETS[preset], **METHODS[method].values}.items():
+        if name not in names(method):
+            continue
         assert getattr(settings, name) == OPTIONS[name].parse(value)
     assert not set(changed(settings)) - {"method", "preset"}
     assert from_infotext(infotext(settings)) == settings

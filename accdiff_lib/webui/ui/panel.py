@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from accdiff_lib.methods import METHODS, OPTIONS, names
-from accdiff_lib.settings import SAME, Option
+from accdiff_lib.settings import SAME, Option, values
 from accdiff_lib.webui import controlnets
 from accdiff_lib.webui.arguments import CONTROLNET_KEY, EXTRA, NONE, POSITIONAL, VERSION_KEY, picked, restored
 from accdiff_lib.webui.ui import options_page
@@ -203,7 +203,7 @@ def _paste_fields(made: Mapping[str, Any], is_img2img: bool) -> list[Any]:
 def _pasted(name: str) -> Callable[[Mapping[str, str]], Any]:
     def value(parameters: Mapping[str, str]) -> Any:
         found = restored(parameters)
-        return None if found is None else getattr(found.settings, name, None)  # None leaves a control as it is
+        return None if found is None else values(found.settings).get(name)  # None leaves a control as it is
     return value
 
 

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import accdiff_lib
-from accdiff_lib.methods.scalecrafter_canvas import evaluations, guided, whole_canvas
+from accdiff_lib.methods.scalecrafter_canvas import evaluate, guided
+from accdiff_lib.parts import dilation_plan
 from accdiff_lib.parts.dilation import Stretch, disperse, dispersion, low_pass, redilated, stretched
 from accdiff_lib.parts.dilation_plan import (
     PLACES,
@@ -31,6 +32,7 @@ from accdiff_lib.parts.dilation_plan import (
     make_dilation_plan,
     size_ratio,
     step_timestep,
+    timing,
 )
 from accdiff_lib.parts.freeu import STRENGTHS, FreeU, damp_coarse, freeu
 from accdiff_lib.standalone.convolutions import joints_of_diffusers, structure_of_diffusers
@@ -328,10 +330,10 @@ def test_both_layouts_are_one(pair):
     assert [replace(record, name="") for record, _ in first] == [replace(record, name="") for record, _ in second]
     x = picture(16, 24, 4)[:1]
     ours = []
-    for structure, evaluate in ((first, call), (second, call_ldm)):
-        plan = make_dilation_plan([record for record, _ in structure], 3.6)
-        with redilated(structure, plan.strong_at(900), lowpass=0.8):
-            ours.append(evaluate(x))
+    for layout, predict in ((first, call), (second, call_ldm)):
+        plan = make_dilation_plan([record for record, _ in layout], 3.6)
+        with redilated(layout, plan.strong_at(900), lowpass=0.8):
+            ours.append(predict(x))
     torch.testing.assert_close(*ours, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(ours[0], call(x), atol=1e-2)
 
@@ -365,6 +367,11 @@ def test_real_networks():
     assert [record.name for record in sdxl if record.kind == "sampler"] == [
         "down_blocks.0.downsamplers.0.conv", "down_blocks.1.downsamplers.0.conv", "up_blocks.0.upsamplers.0.conv",
         "up_blocks.1.upsamplers.0.conv"]
+
+
+@pytest.mark.parametrize("family, levels", [("sdxl", 3), ("sd15", 4)])
+def test_the_structure_without_a_network(family, levels):
+    assert dilation_plan.structure(levels) == convolutions(family)
 
 
 @dataclass(frozen=True)
@@ -456,7 +463,7 @@ families = st.sampled_from(["sdxl", "sd15"])
 def test_up_to_a_tenth_larger_nothing_is_done(family, places, ratio):
     plan = make_dilation_plan(convolutions(family), ratio, places=places, dispersed_part=0.5)
     assert not plan.strong_at(999) and plan.weak_at(999) is None and not plan.dispersed_at(999)
-    assert evaluations(999, plan, 5) == 2
+    assert timing(ratio, places=places, part=1, damped_part=1).damped_until == TRAINING_STEPS
 
 
 @given(families, st.sampled_from(PLACES), st.floats(1.15, 9), st.floats(0, 999))
@@ -576,33 +583,28 @@ class Network:
 
 
 @settings(max_examples=10)
-@given(st.floats(0, 999), st.sampled_from([1.0, 5.0]))
-def test_without_factors_the_canvas_is_the_plain_prediction(timestep, guidance):
+@given(st.floats(0, 999))
+def test_without_factors_the_canvas_is_the_plain_prediction(timestep):
     network, x, sigma = Network(), picture(16, 16, 4)[:1], torch.tensor(3.0)
-    plan = make_dilation_plan(network.records, 1.0)
-    ours = whole_canvas(x, sigma, timestep, plan, network.structure, network, guidance)
-    plain = network(x, sigma, ("cond",))
-    if guidance != 1:
-        uncond = network(x, sigma, ("uncond",))
-        plain = uncond + guidance * (plain - uncond)
-    assert ours.equal(plain)
+    base, uncond, cond = evaluate(x, sigma, timestep, make_dilation_plan(network.records, 1.0), network.structure,
+                                  network)
+    assert base is uncond and uncond.equal(network(x, sigma, ("uncond",))) and cond.equal(network(x, sigma, ("cond",)))
 
 
 def test_noise_damped_guidance_takes_three_evaluations():
     network, x, sigma = Network(), picture(16, 16, 4)[:1], torch.tensor(3.0)
     plan = make_dilation_plan(network.records, 4)
-    ours = whole_canvas(x, sigma, 900, plan, network.structure, network, 5)
+    ours = evaluate(x, sigma, 900, plan, network.structure, network)
     assert network.evaluated == [("uncond", "cond"), ("uncond",)]
-    assert sum(map(len, network.evaluated)) == evaluations(900, plan, 5) == 3
     with redilated(network.structure, plan.strong_at(900)):
         uncond, cond = network(x, sigma, ("uncond", "cond")).chunk(2)
     with redilated(network.structure, plan.weak_at(900)):
         weak = network(x, sigma, ("uncond",))
-    assert not weak.equal(uncond) and ours.equal(weak + 5 * (cond - uncond))
+    assert not weak.equal(uncond) and all(a.equal(b) for a, b in zip(ours, (weak, uncond, cond), strict=True))
+    assert guided(*ours, 5).equal(weak + 5 * (cond - uncond))
     network.evaluated.clear()
-    whole_canvas(x, sigma, 900, plan, network.structure, network, 1)
-    assert network.evaluated == [("cond",)] and evaluations(900, plan, 1) == 1
-    assert evaluations(100, plan, 5) == 2
+    evaluate(x, sigma, 100, plan, network.structure, network)
+    assert network.evaluated == [("uncond", "cond")]
 
 
 @given(st.floats(0.05, 14), st.floats(0.03, 0.99), st.floats(0, 1))
