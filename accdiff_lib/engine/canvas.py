@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,6 +45,8 @@ class StageInputs:
     words: Sequence[WordMask] = ()
     #: [1, 1, 8h, 8w] edges on the canvas's device, or None.
     hint: Tensor | None = None
+    #: What the edges are of: the previous stage's picture, uint8 [H, W, 3]; None without them.
+    picture: np.ndarray | None = None
 
     def trajectory(self, sigma: float) -> Tensor:
         """The enlarged latent at a noise level: y = z + sigma * noise."""

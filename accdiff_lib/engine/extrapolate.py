@@ -265,7 +265,7 @@ class Extrapolation:
                 edges = hint(canny(last.image, request.settings.canny_sigma), *stage.pixels).to(device)
         noise = seeds.normal((1, self.host.channels, *size), request.seed, "stage", stage.number).to(device)
         return StageInputs(request.plan, stage, upsampled, noise, request.prompt, self.texts, request.guidance,
-                           request.seed, words, edges)
+                           request.seed, words, edges, last.image if last is not None and steered else None)
 
 
 def _why_stopped(error: Exception) -> str | None:

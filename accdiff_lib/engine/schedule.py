@@ -20,6 +20,7 @@ from accdiff_lib.engine.host import Solver
 from accdiff_lib.engine.method import Call, Method, Outlook
 from accdiff_lib.engine.plan import Stage
 from accdiff_lib.parts.noise_levels import TRAINING_STEPS
+from accdiff_lib.parts.resampling import step_gains
 from accdiff_lib.settings import Settings
 
 
@@ -121,7 +122,8 @@ def rehearsal(solver: Solver | Foreseen, settings: Settings, timestep: Callable[
     remains = carried([weights(sigma)[2] for sigma in levels[:-1]])
     start = max(round(settings.start * count), _erased_steps(remains, tolerance / 3))
     start = 0 if from_noise else min(start, count - 1)
-    outlook = Outlook(stage, settings, levels, remains, tolerance, guidance)
+    gains = cache(lambda: step_gains(solver.integrate, solver.sigmas)) if hasattr(solver, "integrate") else None
+    outlook = Outlook(stage, settings, levels, remains, tolerance, guidance, gains)
     steers = has_control and settings.uses_controlnet and settings.control_strength > 0
     calls = []
     for call in rehearse(solver, solver.sigmas[start:]):

@@ -12,12 +12,13 @@ from typing import Any
 
 from accdiff_lib.engine.method import Method
 from accdiff_lib.errors import InputError
-from accdiff_lib.methods import fused
+from accdiff_lib.methods import elastic, fused
 from accdiff_lib.settings import PRESETS, Option, Settings, table, text
 from accdiff_lib.settings import values as values_of
 
 METHODS: dict[str, Method] = {method.name: method for method in (
     *fused.METHODS,
+    elastic.METHOD,
 )}
 
 #: The groups of the table, in the order in which users see them; those of other names come before the last.

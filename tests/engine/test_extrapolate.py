@@ -18,7 +18,7 @@ from accdiff_lib.engine.host import GivenImage
 from accdiff_lib.engine.plan import make_plan
 from accdiff_lib.engine.schedule import make_script
 from accdiff_lib.errors import Interrupted, OutOfMemory
-from accdiff_lib.methods import METHODS, OPTIONS, make, of
+from accdiff_lib.methods import METHODS, OPTIONS, make, names, of
 from accdiff_lib.standalone.host import StandaloneHost
 from accdiff_lib.standalone.loading import Models, load
 from accdiff_lib.standalone.samplers import SAMPLERS, SCHEDULERS
@@ -55,14 +55,16 @@ def make_host(models, *, sampler="Euler", scheduler="Leading", steps=3, prompt=P
 
 def request(host, values=None, *, seed=5, base=(128, 128), guidance=5.0, prompt=PROMPT, **kwargs) -> Request:
     # Windows of half the native size make a stage of nine windows from a small, fast base picture.
-    settings = make({"scale": 2, "tolerance": 0, "window": 16, **(values or {})})
+    values = {"scale": 2, "tolerance": 0, "window": 16, **(values or {})}
+    known = names(values.get("method", OPTIONS["method"].default))
+    settings = make({name: value for name, value in values.items() if name in known or name != "window"})
     plan = make_plan(base, settings, native=host.native, multiple=host.multiple)
     return Request(prompt, seed, guidance, of(settings), settings, plan, **kwargs)
 
 
 def run(models, values=None, *, watch=None, **kwargs) -> tuple[Result, Watched]:
-    names = ("sampler", "scheduler", "steps", "negative")
-    host = make_host(models, **{name: kwargs.pop(name) for name in names if name in kwargs},
+    of_host = ("sampler", "scheduler", "steps", "negative")
+    host = make_host(models, **{name: kwargs.pop(name) for name in of_host if name in kwargs},
                      prompt=kwargs.get("prompt", PROMPT))
     host.watch = watch
     wanted = request(host, values, **kwargs)
@@ -135,9 +137,9 @@ def test_methods_differ_and_count_what_the_plan_says(models):
         assert sum(part.latents for part in estimated) == sum(host.batches) == host.progress.latents
         assert [part.latents for part in estimated] == [picture.latents for picture in result.pictures]
         results[method] = latent(result)
-    names = list(results)
-    for number, name in enumerate(names):
-        for other in names[number + 1:]:
+    made = list(results)
+    for number, name in enumerate(made):
+        for other in made[number + 1:]:
             assert not torch.allclose(results[name], results[other], atol=1e-3), f"{name} = {other}"
 
 

@@ -97,8 +97,8 @@ def copy(tmp_path_factory) -> Path:
     (root / "accdiff_lib/methods/toy.py").write_text(TOY)
     table = root / "accdiff_lib/methods/__init__.py"
     before = table.read_text()
-    table.write_text(before.replace("    *fused.METHODS,\n", "    *fused.METHODS,\n    toy.METHOD,\n").replace(
-        "from accdiff_lib.methods import fused\n", "from accdiff_lib.methods import fused, toy\n"))
+    table.write_text(before.replace("\n)}\n", "\n    toy.METHOD,\n)}\n", 1).replace(
+        "fused\nfrom", "fused, toy\nfrom", 1))
     assert table.read_text().count("toy.METHOD") == 1
     return root
 
