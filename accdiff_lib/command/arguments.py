@@ -110,7 +110,8 @@ def parser() -> Parser:
     output.add_argument("--intermediate", action=argparse.BooleanOptionalAction, default=True,
                         help="Write the base picture and every stage as soon as it is finished. (default: on)")
     output.add_argument("--explain", action=argparse.BooleanOptionalAction, default=True,
-                        help="Write explain.png: windows, window prompts, attention maps. (default: on)")
+                        help="Write explain.png: windows, window prompts, attention maps, or what else the "
+                        "method has to show. (default: on)")
     output.add_argument("--json", action="store_true", default=False,
                         help="Print one JSON object on stdout; everything else goes to stderr.")
     output.add_argument("--dry-run", action="store_true", default=False,

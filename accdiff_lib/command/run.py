@@ -222,14 +222,14 @@ class Files:
         self.written[name] = self.job.folder.write(f"{stem}{self._suffix}.png", image, self.parameters)
 
     def explain(self, result: Result, host: StandaloneHost) -> None:
-        """Writes explain.png if there are window prompts to explain."""
-        explanation, base = result.explanation, result.pictures[0]
-        if not (self.job.arguments.explain and explanation.words and base.stage is None):
+        """Writes explain.png if there is something to explain."""
+        if not (self.job.arguments.explain and result.explanation):
             return
         from accdiff_lib.explain import sheet
 
-        image = base.image if base.image is not None else host.decode(base.latent, interruptible=False)
-        self._write("explain", "explain", sheet(image, explanation, self.job.plan.part))
+        shown = result.explained
+        image = shown.image if shown.image is not None else host.decode(shown.latent, interruptible=False)
+        self._write("explain", "explain", sheet(image, result.explanation, self.job.plan.part))
 
 
 def parameters(job: Job, seed: int) -> str:

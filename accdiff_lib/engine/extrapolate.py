@@ -39,6 +39,10 @@ class Explanation:
     #: What the method says of each stage.
     stages: list[tuple[Stage, Any]] = field(default_factory=list)
 
+    def __bool__(self) -> bool:
+        """There is something to explain."""
+        return bool(self.words or self.stages)
+
 
 @dataclass
 class Result:
@@ -49,6 +53,11 @@ class Result:
     explanation: Explanation
     #: Why it is not the picture that was asked for; empty when it is.
     stopped: str = ""
+
+    @property
+    def explained(self) -> Picture:
+        """The picture that an explanation is drawn on: the base picture, or where there is none the result."""
+        return self.pictures[0] if self.pictures[0].stage is None else self.pictures[-1]
 
 
 @dataclass

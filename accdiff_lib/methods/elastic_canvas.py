@@ -159,7 +159,7 @@ class ElasticCanvas:
         """`size` (height, width) and `native` are in latent cells; `options` are resolved.
 
         `draws` gives an estimate its random numbers, by (step, call of the step, estimate of the call). `hints` count
-        in calls that are steered. `watch` sees every estimate that counts.
+        in calls that are steered. `watch` sees each call's first estimate, the one with all its looks.
         """
         self.predict = predict
         self.draws = draws
@@ -182,13 +182,13 @@ class ElasticCanvas:
         level, guidance = float(sigma), call.guidance
         hints = self.hints if call.steered else None
         estimate = self.estimate(x, sigma, guidance, self.draws(step, trial, 0), self.options.resampling_steps, hints)
+        if self.watch:
+            self.watch(estimate)
         if call.repaint:
             stepped = x + (x - estimate.denoised) * ((call.sigma_next - level) / level)
             x.copy_(self.noised_again(stepped, call.sigma_next, level, self.draws(step, trial, 1)))
             guidance *= _REPAINT_GUIDANCE
             estimate = self.estimate(x, sigma, guidance, self.draws(step, trial, 1), 0, hints)
-        if self.watch:
-            self.watch(estimate)
         if not call.rrg or estimate.reduced is None:
             return estimate.denoised
         factor = rrg_factor(call.rrg, x.numel(), call.sigma_next, call.gain)
@@ -367,7 +367,7 @@ class ElasticPredictor:
                 strength=self.options.control_strength)
             return self.host.denoise(latents[numbers].to(device), sigma.to(device), given).to(latents.device)
 
-        for part, found in self.batcher.run(len(texts), *latents.shape[-2:], evaluate):
+        for part, found in self.batcher.run(len(texts), latents.shape[-2], latents.shape[-1], evaluate):
             predicted[part] = found
         predicted = predicted[..., :size[0], :size[1]]
         return (predicted[:count], predicted[count:]) if halves == "both" else (None, predicted)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
@@ -176,10 +176,8 @@ class RecordedCanvas(ElasticCanvas):
     def __init__(self, case: Case, model: Model, levels: Levels, options: ElasticSettings, size: tuple[int, int],
                  reduced: tuple[int, int]) -> None:
         self.case, self.model, self.levels = case, model, levels
-        super().__init__(model, self.recorded, size, model.native, options,
-                         watch=lambda estimate: self.watched.append(estimate))
+        super().__init__(model, self.recorded, size, model.native, options)
         self.reduction = literal_reduction(size, reduced)
-        self.watched: list[Estimate] = []
         self.estimates: list[Estimate] = []
         self.begun = -1
 
@@ -264,9 +262,10 @@ def test_steps(case: Case):
             assert weight == pytest.approx(event["w"])
         repaint = case.has(name + "undone")
         assert repaint == (options.repaint and options.resampling_steps > 0 and step < last)
-        call = ElasticCall(sigma_next, 1 - sigma_next / sigma, case.args["guidance_scale"], weight if weight > LEAST_WEIGHT else 0.0, repaint)
+        call = ElasticCall(sigma_next, 1 - sigma_next / sigma, case.args["guidance_scale"],
+                           weight if weight > LEAST_WEIGHT else 0.0, repaint)
         x = case.get(name + "latent_in").double() / levels.scale(step)
-        model.counted, canvas.estimates, canvas.watched = {}, [], []
+        model.counted, canvas.estimates = {}, []
         denoised = canvas(x, torch.tensor(sigma), call, step)
         directions, locals_ = case.all(name + "direction"), case.all(name + "local_uncond")
         assert len(canvas.estimates) == len(directions) == len(locals_) == 1 + repaint
@@ -274,7 +273,7 @@ def test_steps(case: Case):
             start = case.get(name + ("undone" if number else "latent_in")).double() / levels.scale(step)
             assert_close(estimate.direction / -sigma, directions[number], f"{name}direction#{number}")
             assert_close((start - estimate.local) / sigma, locals_[number], f"{name}local_uncond#{number}")
-        estimate = canvas.watched[0]
+        estimate = canvas.estimates[-1]
         if case.has(name + "rrg_grad") and call.rrg:
             push = (denoised - estimate.denoised) * call.gain * levels.scale(step + 1)
             assert_close(push, case.get(name + "rrg_grad"), f"{name}rrg_grad")
@@ -307,7 +306,8 @@ def test_run(case: Case):
         model.step = step
         sigma, sigma_next = levels.sigmas[step:step + 2]
         weight = rrg_weight(step / (last + 1), options.rrg_init_weight, options.rrg_scale, whole_stop(case))
-        call = ElasticCall(sigma_next, 1 - sigma_next / sigma, case.args["guidance_scale"], weight if weight > LEAST_WEIGHT else 0.0,
+        call = ElasticCall(sigma_next, 1 - sigma_next / sigma, case.args["guidance_scale"],
+                           weight if weight > LEAST_WEIGHT else 0.0,
                            case.has(f"stage1|step{step:02}|undone"))
         denoised = canvas(x, torch.tensor(sigma), call, step)
         x = x + (x - denoised) * (sigma_next / sigma - 1)
