@@ -216,6 +216,11 @@ class Settings:
         """The ControlNet is on, and the method has what it could guide."""
         return self.controlnet
 
+    @property
+    def takes_regions(self) -> bool:
+        """Whether the method can give parts of the picture prompts of their own."""
+        return False
+
     def check(self) -> None:
         """Raises InputError where values contradict each other."""
         for part in ("control", "guidance"):

@@ -152,6 +152,7 @@ def _host(job: Job, models: Models, terminal: Terminal, offload: bool) -> Standa
     sampler, scheduler, steps = job.stage_solver
     return StandaloneHost(
         models, prompt=job.arguments.prompt, negative=general["negative"], progress=terminal,
+        regions=[region.prompt for region in job.regions],
         sampler=general["sampler"], scheduler=general["scheduler"], steps=general["steps"],
         stage_sampler=sampler, stage_scheduler=scheduler, stage_steps=steps, vae_tile=job.settings.vae_tile,
         device=job.device, dtype=job.dtype, offload=offload)
@@ -170,7 +171,7 @@ def _one(job: Job, terminal: Terminal, host: StandaloneHost, extrapolation: Any,
         terminal.say(f"seed {seed}")
     request = Request(job.arguments.prompt, seed, job.general["cfg"], of(job.settings), job.settings, job.plan,
                       intermediate=job.arguments.intermediate,
-                      given=None if job.image is None else GivenImage(job.image))
+                      given=None if job.image is None else GivenImage(job.image), regions=job.regions)
     record: dict[str, Any] = {"seed": seed, "stopped": ""}
     try:
         result = extrapolation.run(request)
@@ -245,6 +246,8 @@ def parameters(job: Job, seed: int) -> str:
         values["AccDiffusion ControlNet model"] = given.controlnet.stem
     if given.image is not None:
         values["AccDiffusion image"] = given.image.name
+    if job.regions:
+        values["AccDiffusion regions"] = " | ".join(region.prompt for region in job.regions)
     values |= {"AccDiffusion": __version__, **settings_infotext(job.settings)}
     text = infotext.write(given.prompt, general["negative"], values)
     return text.encode("utf-8", "replace").decode("utf-8")  # a file's name may be no text
@@ -258,6 +261,7 @@ def _described(job: Job) -> dict[str, Any]:
             "dtype": str(job.dtype).removeprefix("torch."), "model": job.model.name, "family": job.model.family,
             "seeds": list(range(general["seed"], general["seed"] + general["batch"])),
             "base": {"width": base_width, "height": base_height}, "target": {"width": width, "height": height},
+            "regions": [{"prompt": prompt, "mask": mask} for prompt, mask in getattr(given, "region", [])],
             "settings": values(job.settings)}
 
 

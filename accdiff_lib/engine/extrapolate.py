@@ -23,6 +23,7 @@ from accdiff_lib.engine.spread import Batcher, check_stop
 from accdiff_lib.errors import Interrupted, OutOfMemory, Skipped, is_out_of_memory
 from accdiff_lib.parts.attention import AttentionRecorder, map_size
 from accdiff_lib.parts.noise_levels import TRAINING_STEPS
+from accdiff_lib.parts.regions import Region
 from accdiff_lib.parts.structure import canny, hint
 from accdiff_lib.parts.window_prompts import WordMask
 from accdiff_lib.settings import Settings
@@ -75,6 +76,8 @@ class Request:
     intermediate: bool = False
     #: What to start from instead of a base pass.
     given: Given | None = None
+    #: Parts of the picture that have prompts of their own.
+    regions: Sequence[Region] = ()
 
 
 class Extrapolation:
@@ -243,7 +246,7 @@ class Extrapolation:
         host, method, settings, begin = self.host, request.method, request.settings, time.perf_counter()
         script = make_script(method, host.stage_solver, settings, host.timestep, stage, guidance=request.guidance,
                              stages=len(request.plan.stages), has_control=host.has_control and base is not None,
-                             from_noise=last is None)
+                             from_noise=last is None, regions=request.regions)
         host.progress.begin(stage, script.latents)
         inputs = self._inputs(request, stage, last, words, steered=any(call.control for call in script.calls))
         predictor = method.canvas(host, inputs, settings, self._batcher)
@@ -274,7 +277,8 @@ class Extrapolation:
                 edges = hint(canny(last.image, request.settings.canny_sigma), *stage.pixels).to(device)
         noise = seeds.normal((1, self.host.channels, *size), request.seed, "stage", stage.number).to(device)
         return StageInputs(request.plan, stage, upsampled, noise, request.prompt, self.texts, request.guidance,
-                           request.seed, words, edges, last.image if last is not None and steered else None)
+                           request.seed, words, edges, last.image if last is not None and steered else None,
+                           request.regions)
 
 
 def _why_stopped(error: Exception) -> str | None:

@@ -29,6 +29,7 @@ from accdiff_lib.methods.elastic import ElasticCall, ElasticSettings, of_stage
 from accdiff_lib.parts.guidance import rescaled
 from accdiff_lib.parts.local_views import View, evaluated_size, fits, local_views, reduced_size
 from accdiff_lib.parts.resampling import (
+    COLOURS,
     Border,
     Reduction,
     constant_colours,
@@ -46,9 +47,6 @@ from accdiff_lib.parts.windows import Window
 
 #: Guidance of the repainted step, as a part of the first's.
 _REPAINT_GUIDANCE = 1 / 3
-
-#: How many colours a run pads with.
-_COLOURS = 20
 
 #: Of the explain sheet: one look when the timestep has come down to each of these.
 _LOOKED_AT = (1000.0, 800.0, 600.0, 300.0)
@@ -118,7 +116,7 @@ def seeded(seed: int, stage: int, encode: Callable[[np.ndarray], Tensor]) -> Cal
     `encode` gives the latent [1, C, h / 8, w / 8] of a picture uint8 [h, w, 3]; it is asked for the colours now, once,
     as a WebUI may have to move its VAE for it.
     """
-    colours = constant_colours(encode, _COLOURS, seeds.generator(seed, "colours"))
+    colours = constant_colours(encode, COLOURS, seeds.generator(seed, "colours"))
     return lambda step, call, estimate: SeededDraws(seed, (stage, step, call, estimate), colours)
 
 

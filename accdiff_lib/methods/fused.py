@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # with torch
     from accdiff_lib.engine.host import Host
     from accdiff_lib.engine.spread import Batcher
     from accdiff_lib.parts.prompts import Word
+    from accdiff_lib.parts.regions import Region
     from accdiff_lib.parts.window_prompts import WordMask
 
 #: How a prediction counts from the middle of its window to the border, where windows overlap.
@@ -79,6 +80,14 @@ class FusedSettings(Settings):
         0.0, "local guidance", "CFG scale of the windows; 0 takes that of the base pass.", group="windows",
         minimum=0, maximum=30, step=0.5)
 
+    region_border: int = option(
+        8, "region border", "Width in latent cells in which a region with a prompt of its own goes over into what is "
+        "around it; 0 is sharp.", group="windows", minimum=0, maximum=64, step=1)
+    bootstrapping: float = option(
+        0.4, "bootstrapping", "The part of the steps at the beginning in which a region's prompt sees plain colours "
+        "outside of its mask, so that what it names comes to lie inside; only where the picture begins as noise.",
+        group="windows", minimum=0, maximum=1, step=0.05)
+
     dilated: bool = option(
         True, "dilated", "The global pass: dilated sampling, which keeps the picture one whole.", group="dilated")
     dilated_end: float = option(
@@ -111,6 +120,11 @@ class FusedSettings(Settings):
     def uses_controlnet(self) -> bool:
         """The ControlNet is on, and there are windows to guide."""
         return self.controlnet and self.windows
+
+    @property
+    def takes_regions(self) -> bool:
+        """See Settings."""
+        return self.windows
 
     def check(self) -> None:
         """See Settings."""
@@ -172,6 +186,20 @@ def grid_of(stage: Stage, settings: FusedSettings) -> Grid:
     return Grid(stage, window, stride, (side - stride) // 4 if settings.jitter else 0, dilation)
 
 
+def regions_of(own: Grid, regions: Sequence[Region], settings: FusedSettings) -> tuple[Tensor, list[tuple[int, ...]]]:
+    """The regions' weights in the cells of a stage's canvas, and for which of them each window is evaluated.
+
+    The latter by where the window may move, so that it is the same in all steps.
+    """
+    from accdiff_lib.parts.regions import region_weights, window_regions
+
+    size, edge = (own.stage.height, own.stage.width), own.padding
+    weights = region_weights([region.mask for region in regions], size, settings.region_border)
+    reached = [Window(window.top - edge, window.left - edge, window.height + 2 * edge, window.width + 2 * edge)
+               for window in own.windows(None)]
+    return weights, window_regions(weights, reached, edge)
+
+
 # --- what a call computes --------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -194,6 +222,9 @@ def calls(plain: Sequence[Call], outlook: Outlook) -> list[Call]:
     settings = outlook.settings
     assert isinstance(settings, FusedSettings)
     own = grid_of(outlook.stage, settings)
+    windows = own.window_count
+    if outlook.regions and settings.windows:
+        windows = sum(map(len, regions_of(own, outlook.regions, settings)[1]))
     passes = [_passes(call, outlook, settings) for call in plain]
     if settings.windows and settings.dilated and own.views > 1:
         passes = _without_negligible(passes, plain, outlook)
@@ -203,7 +234,7 @@ def calls(plain: Sequence[Call], outlook: Outlook) -> list[Call]:
     for call, each in zip(plain, passes, strict=True):
         kind = (each.local, each.dilated, call.guided, call.control and each.local)
         if kind not in kinds:
-            kinds[kind] = _work(own, call, each, settings, outlook.guidance)
+            kinds[kind] = _work(own, windows, call, each, settings, outlook.guidance)
         result.append(replace(call, control=kind[-1], method=each, work=kinds[kind]))
     return result
 
@@ -234,10 +265,11 @@ def _without_negligible(passes: list[Passes], plain: Sequence[Call], outlook: Ou
     return kept
 
 
-def _work(own: Grid, call: Call, passes: Passes, settings: FusedSettings, guidance: float) -> tuple[Work, ...]:
+def _work(own: Grid, windows: int, call: Call, passes: Passes, settings: FusedSettings,
+          guidance: float) -> tuple[Work, ...]:
     found = []
     if passes.local:
-        found.append(Work("window", own.window_count, *own.window, guided=call.scale(
+        found.append(Work("window", windows, *own.window, guided=call.scale(
             settings.local_guidance, guidance) != 1, control=call.control))
     if passes.dilated:
         found.append(Work("dilated view", own.views, *own.view_size, guided=call.scale(
