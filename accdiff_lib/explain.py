@@ -117,7 +117,7 @@ def _stage_block(base: np.ndarray, stage: Stage, prompts: WindowPrompts) -> Imag
     draw_windows(picture, stage, prompts.on_canvas)
     window, (height, width) = prompts.windows[0], stage.pixels
     title = (f"Stage {stage.name}: {width}x{height} pixels, {len(prompts.windows)} windows of "
-             f"{8 * window.width}x{8 * window.height}, drawn on the base picture")
+             f"{8 * window.width}x{8 * window.height}, drawn on the picture")
     listed = entries(prompts.prompts)
     beside, rest = _fill(listed, 2, picture.height)
     below = [rest[first:first + 4] for first in range(0, len(rest), 4)]
