@@ -24,10 +24,11 @@ def elastic_parts(stage: Stage, said: ElasticExplanation, width: int, face: Font
     """A title, and pictures of `width` pixels to stand below each other."""
     height, across = stage.pixels
     rows, columns = (CELL * side for side in said.reduced)
-    views = "1 view" if said.views == 1 else f"{said.views} views"
     looks = "once" if said.rounds == 1 else f"{said.rounds} times"
-    title = (f"Stage {stage.name}: {across}x{height} pixels, what the prompt wants seen {looks} a step in {columns}x"
-             f"{rows}, the rest in {views} of native size")
+    title = f"Stage {stage.name}: {across}x{height} pixels, which the model draws as one whole"
+    if said.reduced != (stage.height, stage.width):
+        title = (f"Stage {stage.name}: {across}x{height} pixels, what the prompt wants seen {looks} a step in {columns}"
+                 f"x{rows}, the rest in {len(said.on_canvas)} views of native size")
     return title, [_looks(said.looks, width, face), _curve(said.weights, width, face)]
 
 

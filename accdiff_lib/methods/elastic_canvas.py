@@ -287,10 +287,11 @@ class Look:
 class ElasticExplanation:
     """What ElasticDiffusion did in a stage; filled while it runs."""
 
-    #: Of the reduced picture, in cells; the number of looks in a step, and of views.
+    #: Of the reduced picture, in cells; the number of looks in a step.
     reduced: tuple[int, int]
     rounds: int
-    views: int
+    #: The views' windows, in the canvas's coordinates; the canvas itself where it is evaluated whole.
+    on_canvas: tuple[Window, ...]
     looks: list[Look] = field(default_factory=list)
     #: (timestep, weight of the reduced-resolution guidance) of each step.
     weights: list[tuple[float, float]] = field(default_factory=list)
@@ -310,8 +311,10 @@ class ElasticPredictor:
         self.canvas = ElasticCanvas(self._predict, self._draws(), (stage.height, stage.width), stage.native,
                                     self.options, hints=self._hints(), watch=self._watch)
         canvas = self.canvas
-        self.explanation = ElasticExplanation(canvas.reduction.reduced, self.options.resampling_steps + 1,
-                                              len(canvas.views))
+        windows = [(view.top, view.left, view.height, view.width) for view in canvas.views]
+        self.explanation = ElasticExplanation(
+            canvas.reduction.reduced, self.options.resampling_steps + 1,
+            tuple(Window(*each) for each in ([(0, 0, *canvas.size)] if canvas.whole else windows)))
         self._call: Call | None = None
 
     def __call__(self, x: Tensor, sigma: Tensor, call: Call) -> Tensor:
