@@ -1,4 +1,4 @@
-"""One picture that explains a run: each stage's windows with their prompts, every word's attention and mask."""
+"""One picture that explains a run: what the method says of each stage, every word's attention and mask."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from accdiff_lib.engine.extrapolate import Explanation
 from accdiff_lib.engine.plan import Stage
+from accdiff_lib.explain_elastic import elastic_parts
+from accdiff_lib.methods.elastic_canvas import ElasticExplanation
 from accdiff_lib.parts.window_prompts import WindowPrompts, WordMask
 from accdiff_lib.parts.windows import Window
 
@@ -33,18 +35,23 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 Box = tuple[int, int, int, int]
 
 
-def sheet(base: np.ndarray, explanation: Explanation,
+def sheet(picture: np.ndarray, explanation: Explanation,
           part: tuple[float, float, float, float] = (0, 0, 1, 1)) -> np.ndarray:
-    """The picture, uint8 [H, W, 3].
+    """The sheet, uint8 [H, W, 3].
 
-    `base` is the base picture uint8 [h, w, 3] as the canvas shows it: the `part` (top, left, bottom, right in 0..1) of
-    what the attention maps cover.
+    `picture` is the base picture uint8 [h, w, 3] as the canvas shows it (the `part` (top, left, bottom, right in 0..1)
+    of what the attention maps cover), or where there is none the result.
     """
-    blocks = [_stage_block(base, stage, prompts) for stage, prompts in explanation.stages
-              if isinstance(prompts, WindowPrompts)]
+    blocks = []
+    for stage, said in explanation.stages:
+        if isinstance(said, WindowPrompts):
+            blocks.append(_stage_block(picture, stage, said))
+        elif isinstance(said, ElasticExplanation):
+            title, parts = elastic_parts(stage, said, PAGE - 2 * MARGIN, font(TEXT))
+            blocks.append(_titled(title, parts))
     if not blocks:
-        blocks.append(_titled("Base picture", [_enlarged(base, PICTURE)]))
-    blocks.extend(_word_blocks(base, explanation.words, part))
+        blocks.append(_titled("Base picture", [_enlarged(picture, PICTURE)]))
+    blocks.extend(_word_blocks(picture, explanation.words, part))
     page = Image.new("RGB", (PAGE, sum(block.height + MARGIN for block in blocks) + MARGIN), "white")
     top = MARGIN
     for block in blocks:
@@ -110,7 +117,7 @@ def _stage_block(base: np.ndarray, stage: Stage, prompts: WindowPrompts) -> Imag
     draw_windows(picture, stage, prompts.on_canvas)
     window, (height, width) = prompts.windows[0], stage.pixels
     title = (f"Stage {stage.name}: {width}x{height} pixels, {len(prompts.windows)} windows of "
-             f"{8 * window.width}x{8 * window.height}, drawn on the base picture")
+             f"{8 * window.width}x{8 * window.height}, drawn on the picture")
     listed = entries(prompts.prompts)
     beside, rest = _fill(listed, 2, picture.height)
     below = [rest[first:first + 4] for first in range(0, len(rest), 4)]

@@ -16,15 +16,15 @@ OF_WEBUIS = {"modules", "modules_forge", "backend", "ldm", "sgm", "ldm_patched",
 OF_HOSTS = {*OF_WEBUIS, "diffusers", "transformers", "accelerate", "k_diffusion"}
 
 #: The rooms, from the bottom up: a file imports only from its own room and those before it.
-ROOMS = [("errors", "seeds", "settings", "__init__"), ("parts",), ("engine",), ("methods",), ("explain",),
-         ("standalone",), ("webui",), ("command", "__main__")]
+ROOMS = [("errors", "seeds", "settings", "__init__"), ("parts",), ("engine",), ("methods",),
+         ("explain", "explain_elastic"), ("standalone",), ("webui",), ("command", "__main__")]
 #: The last three stand beside each other, but for the command, which is standalone's user.
 APART = {("webui", "standalone"), ("command", "webui")}
 
 #: No tensors are loaded by what answers --help and typing mistakes, and by what says what a method is.
 WITHOUT_TENSORS = ("errors", "settings", "engine/plan", "engine/method", "methods/__init__", "methods/fused",
-                   "parts/prompts", "parts/infotext", "parts/windows", "command/arguments", "command/files",
-                   "webui/arguments")
+                   "methods/elastic", "parts/local_views", "parts/prompts", "parts/infotext", "parts/windows",
+                   "command/arguments", "command/files", "webui/arguments")
 
 
 def imports(file: Path) -> set[str]:

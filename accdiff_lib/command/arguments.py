@@ -92,6 +92,8 @@ def parser() -> Parser:
     _add(picture, (row for row in GENERAL.values() if row.group == "picture"), prefix="general")
     picture.add_argument("--image", metavar="FILE", help="Start from this picture instead of a base pass; its size "
                          "(cut to multiples of 8) is the base size, or it is fitted to --width and --height.")
+    picture.add_argument("--region", metavar=("PROMPT", "MASK"), nargs=2, action="append", help="Give a part of the "
+                         "picture a prompt of its own, that which the picture MASK marks (bright); may be repeated.")
     picture.add_argument("--target", metavar="WxH", help="Size of the result in pixels, multiples of 8, in any shape, "
                          "instead of --scale.")
 
@@ -110,7 +112,8 @@ def parser() -> Parser:
     output.add_argument("--intermediate", action=argparse.BooleanOptionalAction, default=True,
                         help="Write the base picture and every stage as soon as it is finished. (default: on)")
     output.add_argument("--explain", action=argparse.BooleanOptionalAction, default=True,
-                        help="Write explain.png: windows, window prompts, attention maps. (default: on)")
+                        help="Write explain.png: windows, window prompts, attention maps, or what else the "
+                        "method has to show. (default: on)")
     output.add_argument("--json", action="store_true", default=False,
                         help="Print one JSON object on stdout; everything else goes to stderr.")
     output.add_argument("--dry-run", action="store_true", default=False,

@@ -6,6 +6,7 @@ import argparse
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accdiff_lib.command import arguments
@@ -21,6 +22,7 @@ if TYPE_CHECKING:  # torch takes seconds to import; --help and typing mistakes a
     from accdiff_lib.command.files import Folder
     from accdiff_lib.engine.cost import Part
     from accdiff_lib.engine.memory import Need
+    from accdiff_lib.parts.regions import Region
     from accdiff_lib.standalone.loading import ModelShape
 
 
@@ -38,6 +40,7 @@ class Job:
     device: torch.device
     dtype: torch.dtype
     image: np.ndarray | None
+    regions: tuple[Region, ...] = ()
 
     @property
     def stage_solver(self) -> tuple[str, str, int]:
@@ -91,13 +94,14 @@ def prepare(argv: Sequence[str] | None) -> Job:
     device, dtype = _device(general["device"]), _dtype(general["dtype"], general["device"])
     model = describe(namespace.model, vae=namespace.vae, controlnet=namespace.controlnet, config=namespace.config)
     plan = _in_flags(make_plan, _base(general, settings, model, image), settings, native=model.native)
-    parts = _cost(general, settings, model, plan, image is not None)
+    regions = _regions(getattr(namespace, "region", []), settings, plan)
+    parts = _cost(general, settings, model, plan, image is not None, regions)
     if general["seed"] + general["batch"] > 2**32:
         raise InputError(f"--batch: {general['batch']} pictures from --seed {general['seed']} need seeds beyond "
                          f"{2**32 - 1}; give a smaller seed")
     if general["seed"] == -1:
         general["seed"] = random.SystemRandom().randrange(2**32 - general["batch"])
-    job = Job(namespace, general, settings, model, plan, parts, device, dtype, image)
+    job = Job(namespace, general, settings, model, plan, parts, device, dtype, image, regions)
     if not namespace.dry_run:
         pixels = sum(part.pixels[0] * part.pixels[1] for part in parts)
         job.folder.check(3 * pixels * general["batch"])
@@ -111,6 +115,18 @@ def _in_flags(function: Any, *args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
     except InputError as error:
         raise InputError(arguments.in_flags(str(error))) from error
+
+
+def _regions(given: Sequence[tuple[str, str]], settings: Settings, plan: Plan) -> tuple[Region, ...]:
+    """The regions of --region PROMPT MASK."""
+    if not given:
+        return ()
+    from accdiff_lib.parts.regions import Region, check_regions, read_mask
+
+    regions = tuple(Region(prompt, None, read_mask(Path(mask), f"--region: region {number}"))
+                    for number, (prompt, mask) in enumerate(given, 1))
+    check_regions(regions, settings, plan.pixels, "--region")
+    return regions
 
 
 def _sampler(sampler: str, scheduler: str, prefix: str = "--") -> tuple[str, str]:
@@ -182,7 +198,7 @@ def _base(general: dict[str, Any], settings: Settings, model: ModelShape, image:
 
 
 def _cost(general: dict[str, Any], settings: Settings, model: ModelShape, plan: Plan,
-          has_image: bool) -> list[Part]:
+          has_image: bool, regions: tuple[Region, ...]) -> list[Part]:
     from accdiff_lib.engine.cost import estimate
     from accdiff_lib.parts.noise_levels import NoiseLevels
     from accdiff_lib.standalone.samplers import solver
@@ -192,7 +208,8 @@ def _cost(general: dict[str, Any], settings: Settings, model: ModelShape, plan: 
     base = solver(general["sampler"], general["scheduler"], general["steps"], levels)
     return estimate(of(settings), plan, settings, base_solver=base,
                     stage_solver=solver(*_stage_solver(general, settings), levels), timestep=levels.timestep,
-                    guidance=general["cfg"], has_control=model.controlnet is not None, from_image=has_image)
+                    guidance=general["cfg"], has_control=model.controlnet is not None, from_image=has_image,
+                    regions=regions)
 
 
 def _check_names(job: Job) -> None:

@@ -159,6 +159,7 @@ def _host(job: Job, models: Models, terminal: Terminal, offload: bool) -> Standa
     sampler, scheduler, steps = job.stage_solver
     return StandaloneHost(
         models, prompt=job.arguments.prompt, negative=general["negative"], progress=terminal,
+        regions=[region.prompt for region in job.regions],
         sampler=general["sampler"], scheduler=general["scheduler"], steps=general["steps"],
         stage_sampler=sampler, stage_scheduler=scheduler, stage_steps=steps, vae_tile=job.settings.vae_tile,
         device=job.device, dtype=job.dtype, offload=offload)
@@ -177,7 +178,7 @@ def _one(job: Job, terminal: Terminal, host: StandaloneHost, extrapolation: Any,
         terminal.say(f"seed {seed}")
     request = Request(job.arguments.prompt, seed, job.general["cfg"], of(job.settings), job.settings, job.plan,
                       intermediate=job.arguments.intermediate,
-                      given=None if job.image is None else GivenImage(job.image))
+                      given=None if job.image is None else GivenImage(job.image), regions=job.regions)
     record: dict[str, Any] = {"seed": seed, "stopped": ""}
     try:
         result = extrapolation.run(request)
@@ -229,14 +230,14 @@ class Files:
         self.written[name] = self.job.folder.write(f"{stem}{self._suffix}.png", image, self.parameters)
 
     def explain(self, result: Result, host: StandaloneHost) -> None:
-        """Writes explain.png if there are window prompts to explain."""
-        explanation, base = result.explanation, result.pictures[0]
-        if not (self.job.arguments.explain and explanation.words and base.stage is None):
+        """Writes explain.png if there is something to explain."""
+        if not (self.job.arguments.explain and result.explanation):
             return
         from accdiff_lib.explain import sheet
 
-        image = base.image if base.image is not None else host.decode(base.latent, interruptible=False)
-        self._write("explain", "explain", sheet(image, explanation, self.job.plan.part))
+        shown = result.explained
+        image = shown.image if shown.image is not None else host.decode(shown.latent, interruptible=False)
+        self._write("explain", "explain", sheet(image, result.explanation, self.job.plan.part))
 
 
 def parameters(job: Job, seed: int) -> str:
@@ -252,6 +253,8 @@ def parameters(job: Job, seed: int) -> str:
         values["AccDiffusion ControlNet model"] = given.controlnet.stem
     if given.image is not None:
         values["AccDiffusion image"] = given.image.name
+    if job.regions:
+        values["AccDiffusion regions"] = " | ".join(region.prompt for region in job.regions)
     values |= {"AccDiffusion": __version__, **settings_infotext(job.settings)}
     text = infotext.write(given.prompt, general["negative"], values)
     return text.encode("utf-8", "replace").decode("utf-8")  # a file's name may be no text
@@ -265,6 +268,7 @@ def _described(job: Job) -> dict[str, Any]:
             "dtype": str(job.dtype).removeprefix("torch."), "model": job.model.name, "family": job.model.family,
             "seeds": list(range(general["seed"], general["seed"] + general["batch"])),
             "base": {"width": base_width, "height": base_height}, "target": {"width": width, "height": height},
+            "regions": [{"prompt": prompt, "mask": mask} for prompt, mask in getattr(given, "region", [])],
             "settings": values(job.settings)}
 
 

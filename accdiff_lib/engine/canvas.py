@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from accdiff_lib.engine.method import Call
 from accdiff_lib.engine.plan import Plan, Stage
 from accdiff_lib.engine.schedule import Script
 from accdiff_lib.engine.spread import check_stop
+from accdiff_lib.parts.regions import Region
 from accdiff_lib.parts.window_prompts import WordMask
 from accdiff_lib.settings import Settings
 
@@ -44,6 +46,10 @@ class StageInputs:
     words: Sequence[WordMask] = ()
     #: [1, 1, 8h, 8w] edges on the canvas's device, or None.
     hint: Tensor | None = None
+    #: What the edges are of: the previous stage's picture, uint8 [H, W, 3]; None without them.
+    picture: np.ndarray | None = None
+    #: Parts of the picture that have prompts of their own.
+    regions: Sequence[Region] = ()
 
     def trajectory(self, sigma: float) -> Tensor:
         """The enlarged latent at a noise level: y = z + sigma * noise."""

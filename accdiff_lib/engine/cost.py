@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -11,6 +11,7 @@ from accdiff_lib.engine.host import Solver
 from accdiff_lib.engine.method import Method, Work
 from accdiff_lib.engine.plan import CELL, Plan, Stage
 from accdiff_lib.engine.schedule import Foreseen, rehearsal, trace
+from accdiff_lib.parts.regions import Region
 from accdiff_lib.settings import Settings
 
 
@@ -55,7 +56,7 @@ class Part:
 
 def estimate(method: Method, plan: Plan, settings: Settings, *, base_solver: Solver | Foreseen,
              stage_solver: Solver | Foreseen, timestep: Callable[[float], float], guidance: float, has_control: bool,
-             from_image: bool = False) -> list[Part]:
+             from_image: bool = False, regions: Sequence[Region] = ()) -> list[Part]:
     """The cost of every part of one image's run, exactly as it will be counted (`Picture.latents`).
 
     With `from_image` the base picture is given: then one evaluation records its attention, if that is used.
@@ -74,7 +75,7 @@ def estimate(method: Method, plan: Plan, settings: Settings, *, base_solver: Sol
                           (once,), (replace(once, count=calls),)))
     rehearsed = cache(lambda settings, from_noise: rehearsal(
         stage_solver, settings, timestep, plan.stages[0], guidance=guidance, has_control=has_control and has_base,
-        stages=len(plan.stages), from_noise=from_noise))
+        stages=len(plan.stages), from_noise=from_noise, regions=regions))
     for stage in plan.stages:
         made_by, own = method.of_stage(stage, settings)
         stage_rehearsal = rehearsed(own, not has_base and stage is plan.stages[0])

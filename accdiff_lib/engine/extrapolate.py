@@ -24,6 +24,7 @@ from accdiff_lib.errors import Interrupted, OutOfMemory, Skipped, is_out_of_memo
 from accdiff_lib.parts.attention import AttentionRecorder, map_size
 from accdiff_lib.parts.dilation_plan import Convolution
 from accdiff_lib.parts.noise_levels import TRAINING_STEPS
+from accdiff_lib.parts.regions import Region
 from accdiff_lib.parts.structure import canny, hint
 from accdiff_lib.parts.window_prompts import WordMask
 from accdiff_lib.settings import Settings
@@ -40,6 +41,10 @@ class Explanation:
     #: What the method says of each stage.
     stages: list[tuple[Stage, Any]] = field(default_factory=list)
 
+    def __bool__(self) -> bool:
+        """There is something to explain."""
+        return bool(self.words or self.stages)
+
 
 @dataclass
 class Result:
@@ -50,6 +55,11 @@ class Result:
     explanation: Explanation
     #: Why it is not the picture that was asked for; empty when it is.
     stopped: str = ""
+
+    @property
+    def explained(self) -> Picture:
+        """The picture that an explanation is drawn on: the base picture, or where there is none the result."""
+        return self.pictures[0] if self.pictures[0].stage is None else self.pictures[-1]
 
 
 @dataclass
@@ -68,6 +78,8 @@ class Request:
     intermediate: bool = False
     #: What to start from instead of a base pass.
     given: Given | None = None
+    #: Parts of the picture that have prompts of their own.
+    regions: Sequence[Region] = ()
 
 
 class Extrapolation:
@@ -250,7 +262,7 @@ class Extrapolation:
         host, method, settings, begin = self.host, request.method, request.settings, time.perf_counter()
         script = make_script(method, host.stage_solver, settings, host.timestep, stage, guidance=request.guidance,
                              stages=len(request.plan.stages), has_control=host.has_control and base is not None,
-                             from_noise=last is None)
+                             from_noise=last is None, regions=request.regions)
         host.progress.begin(stage, script.latents)
         inputs = self._inputs(request, stage, last, words, steered=any(call.control for call in script.calls))
         predictor = method.canvas(host, inputs, settings, self._batcher)
@@ -281,7 +293,8 @@ class Extrapolation:
                 edges = hint(canny(last.image, request.settings.canny_sigma), *stage.pixels).to(device)
         noise = seeds.normal((1, self.host.channels, *size), request.seed, "stage", stage.number).to(device)
         return StageInputs(request.plan, stage, upsampled, noise, request.prompt, self.texts, request.guidance,
-                           request.seed, words, edges)
+                           request.seed, words, edges, last.image if last is not None and steered else None,
+                           request.regions)
 
 
 def _why_stopped(error: Exception) -> str | None:

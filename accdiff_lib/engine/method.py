@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # with torch
     from accdiff_lib.engine.host import Host
     from accdiff_lib.engine.spread import Batcher
     from accdiff_lib.parts.prompts import Word
+    from accdiff_lib.parts.regions import Region
     from accdiff_lib.parts.window_prompts import WordMask
 
 
@@ -121,6 +122,8 @@ class Outlook:
     #: How far a shift of the prediction moves the next latent of each step [N] (docs/methods.md, 10); None where the
     #: solver is there only to be counted.
     gains: Callable[[], Sequence[float]] | None = None
+    #: Parts of the picture that have prompts of their own.
+    regions: Sequence[Region] = ()
 
     def within(self, step: np.ndarray, start: float, end: float) -> np.ndarray:
         """Whether steps lie in a part of the steps, by both their edges."""

@@ -22,6 +22,8 @@ from accdiff_lib.engine.host import Solver
 from accdiff_lib.engine.method import Call, Columns, Method, Outlook, Work
 from accdiff_lib.engine.plan import Stage
 from accdiff_lib.parts.noise_levels import TRAINING_STEPS
+from accdiff_lib.parts.regions import Region
+from accdiff_lib.parts.resampling import step_gains
 from accdiff_lib.settings import Settings
 
 
@@ -114,7 +116,8 @@ class Rehearsal:
 
 
 def rehearsal(solver: Solver | Foreseen, settings: Settings, timestep: Callable[[float], float], stage: Stage, *,
-              guidance: float, has_control: bool, stages: int = 1, from_noise: bool = False) -> Rehearsal:
+              guidance: float, has_control: bool, stages: int = 1, from_noise: bool = False,
+              regions: Sequence[Region] = ()) -> Rehearsal:
     """Where a stage starts, and what is known of its calls before the method is asked; `guidance` is the base pass's
     CFG scale.
 
@@ -134,7 +137,8 @@ def rehearsal(solver: Solver | Foreseen, settings: Settings, timestep: Callable[
     remains = carried([weights(sigma)[2] for sigma in levels[:-1]])
     start = max(round(settings.start * count), _erased_steps(remains, tolerance / 3))
     start = 0 if from_noise else min(start, count - 1)
-    outlook = Outlook(stage, settings, levels, remains, tolerance, guidance)
+    gains = cache(lambda: step_gains(solver.integrate, solver.sigmas)) if hasattr(solver, "integrate") else None
+    outlook = Outlook(stage, settings, levels, remains, tolerance, guidance, gains, regions)
     steers = has_control and settings.uses_controlnet and settings.control_strength > 0
     steps, trials, sigmas = map(np.array, zip(*trace(solver, solver.sigmas[start:]), strict=True))
     timesteps, k, c1 = map(np.array, zip(*map(weights, sigmas.tolist()), strict=True))
@@ -148,10 +152,10 @@ def rehearsal(solver: Solver | Foreseen, settings: Settings, timestep: Callable[
 
 def make_script(method: Method, solver: Solver | Foreseen, settings: Settings, timestep: Callable[[float], float],
                 stage: Stage, *, guidance: float, has_control: bool, stages: int = 1,
-                from_noise: bool = False) -> Script:
+                from_noise: bool = False, regions: Sequence[Region] = ()) -> Script:
     """The script of a stage: where it starts (see `rehearsal`), and what each call computes."""
     return rehearsal(solver, settings, timestep, stage, guidance=guidance, has_control=has_control, stages=stages,
-                     from_noise=from_noise).script(method, stage)
+                     from_noise=from_noise, regions=regions).script(method, stage)
 
 
 def carried(c1: Sequence[float]) -> list[float]:

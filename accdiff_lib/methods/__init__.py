@@ -12,13 +12,14 @@ from typing import Any
 
 from accdiff_lib.engine.method import Method
 from accdiff_lib.errors import InputError
-from accdiff_lib.methods import fused, scalecrafter
+from accdiff_lib.methods import elastic, fused, scalecrafter
 from accdiff_lib.settings import PRESETS, SAME, Option, Settings, table, text
 from accdiff_lib.settings import values as values_of
 
 METHODS: dict[str, Method] = {method.name: method for method in (
     *fused.METHODS,
     *scalecrafter.METHODS,
+    elastic.METHOD,
 )}
 
 #: The groups of the table, in the order in which users see them; those of other names come before the last.

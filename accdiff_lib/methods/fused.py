@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # with torch
     from accdiff_lib.engine.host import Host
     from accdiff_lib.engine.spread import Batcher
     from accdiff_lib.parts.prompts import Word
+    from accdiff_lib.parts.regions import Region
     from accdiff_lib.parts.window_prompts import WordMask
 
 #: How a prediction counts from the middle of its window to the border, where windows overlap.
@@ -81,6 +82,14 @@ class FusedSettings(Settings):
         0.0, "local guidance", "CFG scale of the windows; 0 takes that of the base pass.", group="windows",
         minimum=0, maximum=30, step=0.5)
 
+    region_border: int = option(
+        8, "region border", "Width in latent cells in which a region with a prompt of its own goes over into what is "
+        "around it; 0 is sharp.", group="windows", minimum=0, maximum=64, step=1)
+    bootstrapping: float = option(
+        0.4, "bootstrapping", "The part of the steps at the beginning in which a region's prompt sees plain colours "
+        "outside of its mask, so that what it names comes to lie inside; only where the picture begins as noise.",
+        group="windows", minimum=0, maximum=1, step=0.05)
+
     dilated: bool = option(
         True, "dilated", "The global pass: dilated sampling, which keeps the picture one whole.", group="dilated")
     dilated_end: float = option(
@@ -118,6 +127,11 @@ class FusedSettings(Settings):
     def uses_controlnet(self) -> bool:
         """The ControlNet is on, and there are windows to guide."""
         return self.controlnet and self.windows
+
+    @property
+    def takes_regions(self) -> bool:
+        """See Settings."""
+        return self.windows
 
     def check(self) -> None:
         """See Settings."""
@@ -179,6 +193,20 @@ def grid_of(stage: Stage, settings: FusedSettings) -> Grid:
     return Grid(stage, window, stride, (side - stride) // 4 if settings.jitter else 0, dilation)
 
 
+def regions_of(own: Grid, regions: Sequence[Region], settings: FusedSettings) -> tuple[Tensor, list[tuple[int, ...]]]:
+    """The regions' weights in the cells of a stage's canvas, and for which of them each window is evaluated.
+
+    The latter by where the window may move, so that it is the same in all steps.
+    """
+    from accdiff_lib.parts.regions import region_weights, window_regions
+
+    size, edge = (own.stage.height, own.stage.width), own.padding
+    weights = region_weights([region.mask for region in regions], size, settings.region_border)
+    reached = [Window(window.top - edge, window.left - edge, window.height + 2 * edge, window.width + 2 * edge)
+               for window in own.windows(None)]
+    return weights, window_regions(weights, reached, edge)
+
+
 # --- what a call computes --------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -197,7 +225,8 @@ def calls(plain: Sequence[Call], outlook: Outlook) -> list[Call]:
     settings = outlook.settings
     assert isinstance(settings, FusedSettings)
     kinds = _kinds(Columns.of(plain), outlook)
-    works = {kind: _work(kind, outlook) for kind in set(kinds)}
+    windows = _windows(outlook)
+    works = {kind: _work(kind, windows, outlook) for kind in set(kinds)}
     return [replace(call, control=kind.control, work=works[kind], method=Passes(
         kind.local, kind.dilated, _c2(call.k, settings), 0.99 * call.k ** settings.cosine_scale_3 + 0.01))
         for call, kind in zip(plain, kinds, strict=True)]
@@ -206,8 +235,9 @@ def calls(plain: Sequence[Call], outlook: Outlook) -> list[Call]:
 def tally(columns: Columns, outlook: Outlook) -> Counter[tuple[Work, ...]]:
     """How many calls have which work."""
     found: Counter[tuple[Work, ...]] = Counter()
+    windows = _windows(outlook)
     for kind, count in Counter(_kinds(columns, outlook)).items():
-        found[_work(kind, outlook)] += count  # without CFG several kinds have the same
+        found[_work(kind, windows, outlook)] += count  # without CFG several kinds have the same
     return found
 
 
@@ -254,7 +284,17 @@ def _c2(k: float, settings: FusedSettings) -> float:
     return k ** settings.cosine_scale_2 if settings.windows and settings.dilated else float(settings.dilated)
 
 
-def _work(kind: _Kind, outlook: Outlook) -> tuple[Work, ...]:
+def _windows(outlook: Outlook) -> int:
+    """How many latents the windows are: with regions a window is evaluated for each of those in it."""
+    settings = outlook.settings
+    assert isinstance(settings, FusedSettings)
+    own = grid_of(outlook.stage, settings)
+    if not (outlook.regions and settings.windows):
+        return own.window_count
+    return sum(map(len, regions_of(own, outlook.regions, settings)[1]))
+
+
+def _work(kind: _Kind, windows: int, outlook: Outlook) -> tuple[Work, ...]:
     settings = outlook.settings
     assert isinstance(settings, FusedSettings)
     own, found = grid_of(outlook.stage, settings), []
@@ -263,7 +303,7 @@ def _work(kind: _Kind, outlook: Outlook) -> tuple[Work, ...]:
         return kind.guided and (scale or outlook.guidance) != 1
 
     if kind.local:
-        found.append(Work("window", own.window_count, *own.window, guided(settings.local_guidance), kind.control))
+        found.append(Work("window", windows, *own.window, guided(settings.local_guidance), kind.control))
     if kind.dilated:
         found.append(Work("dilated view", own.views, *own.view_size, guided(settings.dilated_guidance)))
     return tuple(found)

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,10 @@ from accdiff_lib.engine.host import Conditioning, Hints, Host, Text
 from accdiff_lib.engine.method import Call
 from accdiff_lib.engine.plan import CELL
 from accdiff_lib.engine.spread import Batcher
-from accdiff_lib.methods.fused import FusedSettings, grid_of
+from accdiff_lib.methods.fused import FusedSettings, Grid, grid_of, regions_of
+from accdiff_lib.parts.regions import bootstrapped, bootstraps, fusion_weights
+from accdiff_lib.parts.regions import window_weights as window_weights_of
+from accdiff_lib.parts.resampling import COLOURS, constant_colours
 from accdiff_lib.parts.views import gaussian_filter, join_views, split_views
 from accdiff_lib.parts.window_prompts import WindowPrompts, window_prompts
 from accdiff_lib.parts.windows import Window
@@ -35,14 +39,18 @@ class FusedPredictor:
         self.grid = grid_of(inputs.stage, settings)
         self.text: Text = inputs.encode([inputs.prompt])[0]
         #: The windows of all steps with their prompts; None where the windows have the whole one.
-        self.explanation: WindowPrompts | None = None
+        self.prompts: WindowPrompts | None = None
         self._texts: list[Text] = []
         if inputs.words:
             windows = self.grid.windows(self._jitter())
-            self.explanation = window_prompts(inputs.words, windows, settings.c, size=(
+            self.prompts = window_prompts(inputs.words, windows, settings.c, size=(
                 inputs.stage.height, inputs.stage.width), padding=self.grid.padding, part=inputs.plan.part,
                 membership=settings.membership)
-            self._texts = inputs.encode(self.explanation.prompts)
+            self._texts = inputs.encode(self.prompts.prompts)
+        self.regions = Regional(host, inputs, settings, self.grid) if inputs.regions else None
+        self.explanation = self.prompts if self.regions is None else self.regions.explained(
+            self.prompts or WindowPrompts(self.grid.windows(None), (inputs.prompt,) * self.grid.window_count,
+                                          self.grid.padding))
 
     def __call__(self, x: Tensor, sigma: Tensor, call: Call) -> Tensor:
         """See engine.canvas.Predictor."""
@@ -61,12 +69,12 @@ class FusedPredictor:
     @property
     def fixed(self) -> bool:
         """The windows are the same in all steps, so their hints come again."""
-        return self.explanation is not None or not self.settings.jitter
+        return self.prompts is not None or not self.settings.jitter
 
     def windows(self, step: int) -> Sequence[Window]:
         """The windows of a step: with window prompts the same in all, else moved anew in each."""
-        if self.explanation is not None:
-            return self.explanation.windows
+        if self.prompts is not None:
+            return self.prompts.windows
         return self.grid.windows(self._jitter(step))
 
     def texts(self, step: int) -> Sequence[Text]:
@@ -81,12 +89,19 @@ class FusedPredictor:
     def local_pass(self, x: Tensor, sigma: Tensor, call: Call) -> Tensor:
         """The mean of the overlapping windows' predictions (MultiDiffusion with window prompts)."""
         windows, texts = self.windows(call.step), self.texts(call.step)
+        if self.regions is not None:
+            windows, texts = self.regions.windows(windows), self.regions.texts(texts)
         padded = self._pad(x, windows)
         value, count = torch.zeros_like(padded), torch.zeros_like(padded[:, :1])
+        background = None if self.regions is None else self.regions.background(call, self._pad, windows)
 
         def evaluate(part: slice) -> Tensor:
             these = windows[part]
-            return self._denoise(torch.cat([padded[..., w.rows, w.columns] for w in these]), sigma, Conditioning(
+            seen = [padded[..., w.rows, w.columns] for w in these]
+            if self.regions is not None and background is not None:
+                seen = [self.regions.bootstrapped(number, window, each, float(sigma), background)
+                        for number, window, each in zip(range(len(windows))[part], these, seen, strict=True)]
+            return self._denoise(torch.cat(seen), sigma, Conditioning(
                 texts[part], [(CELL * w.top, CELL * w.left) for w in these], self.inputs.plan.pixels,
                 call.scale(self.settings.local_guidance, self.inputs.guidance), self.settings.guidance_rescale,
                 hints=self._hints(these) if call.control else None,
@@ -96,16 +111,17 @@ class FusedPredictor:
         size = windows[0].height, windows[0].width
         weight = window_weights(*size, x) if self.settings.window_weights == "cosine" else 1
         for part, denoised in self.batcher.run(len(windows), *size, evaluate):
-            for window, prediction in zip(windows[part], denoised, strict=True):
-                value[..., window.rows, window.columns] += weight * prediction
-                count[..., window.rows, window.columns] += weight
+            for number, window, prediction in zip(range(len(windows))[part], windows[part], denoised, strict=True):
+                counts = weight if self.regions is None else weight * self.regions.weight(number, window).to(x)
+                value[..., window.rows, window.columns] += counts * prediction
+                count[..., window.rows, window.columns] += counts
         edge, (height, width) = self.grid.padding, x.shape[-2:]
         inside = (..., slice(edge, edge + height), slice(edge, edge + width))
         return self.mean(value[inside], count[inside], x, call)
 
     def mean(self, value: Tensor, count: Tensor, x: Tensor, call: Call) -> Tensor:
         """The windows' weighted sum [1, C, h, w] over their weights [1, 1, h, w]; the grid leaves no cell without."""
-        return value / count.clamp(min=1e-6)
+        return value / count.clamp(min=1e-20)
 
     def _pad(self, x: Tensor, windows: Sequence[Window]) -> Tensor:
         """A border around the canvas: the jitter range, and where a window needs a multiple of cells a few more."""
@@ -185,6 +201,65 @@ class FusedPredictor:
         key = (self.inputs.stage.number, call.step, call.trial)
         noise = torch.rand(views.shape, generator=seeds.generator(seed, "interaction", *key))
         return noise.to(views.device).argsort(dim=0)
+
+
+class Regional:
+    """Prompts of parts of the picture: a window is evaluated once for each region that has a share in it.
+
+    The windows' list gets longer by that; so everything else about windows stays as it is.
+    """
+
+    def __init__(self, host: Host, inputs: StageInputs, settings: FusedSettings, own: Grid) -> None:
+        self.inputs = inputs
+        self.padding = own.padding
+        self.weights, self._of_windows = regions_of(own, inputs.regions, settings)
+        #: (number of the window, number of the region; 0 is the rest of the picture) of each evaluation.
+        self.pairs = [(number, region) for number, those in enumerate(self._of_windows) for region in those]
+        self._texts: list[Text] = inputs.encode([region.prompt for region in inputs.regions])
+        self._part = settings.bootstrapping if inputs.upsampled is None else 0.0
+        self._colours = constant_colours(host.encode_image, COLOURS, seeds.generator(
+            inputs.seed, "colours")) if self._part else None
+
+    def explained(self, prompts: WindowPrompts) -> WindowPrompts:
+        """The windows with the prompts of their regions, in place of the whole or what it would be there."""
+        given = [region.prompt for region in self.inputs.regions]
+        return replace(prompts, prompts=tuple(
+            " | ".join(given[region - 1] if region else prompts.prompts[number] for region in those)
+            for number, those in enumerate(self._of_windows)))
+
+    def windows(self, windows: Sequence[Window]) -> list[Window]:
+        """The window of each evaluation."""
+        return [windows[number] for number, _ in self.pairs]
+
+    def texts(self, texts: Sequence[Text]) -> list[Text]:
+        """The prompt of each evaluation: the region's, and in the rest of the picture the window's own."""
+        return [self._texts[region - 1] if region else texts[number] for number, region in self.pairs]
+
+    def weight(self, evaluation: int, window: Window) -> Tensor:
+        """How much the prediction of an evaluation counts in the cells of its window, [h, w]."""
+        number, region = self.pairs[evaluation]
+        those = self._of_windows[number]
+        return fusion_weights(self.weights, window, those, self.padding)[those.index(region)]
+
+    def background(self, call: Call, pad: Callable[[Tensor, Sequence[Window]], Tensor],
+                   windows: Sequence[Window]) -> tuple[list[Tensor], Tensor] | None:
+        """In steps with bootstrapping a colour for each evaluation, and the noise the canvas began with, padded."""
+        if self._colours is None or not bootstraps(call.timestep, self._part):
+            return None
+        key = (self.inputs.stage.number, call.step, call.trial)
+        drawn = torch.randint(len(self._colours), (len(self.pairs),), generator=seeds.generator(
+            self.inputs.seed, "bootstrapping", *key))
+        return [self._colours[number] for number in drawn.tolist()], pad(self.inputs.noise, windows)
+
+    def bootstrapped(self, evaluation: int, window: Window, x: Tensor, sigma: float,
+                     background: tuple[list[Tensor], Tensor]) -> Tensor:
+        """What an evaluation sees of its window `x` [1, C, h, w]: a region nothing of what is outside of it."""
+        _, region = self.pairs[evaluation]
+        if not region:
+            return x
+        colours, noise = background
+        mask = window_weights_of(self.weights, window, self.padding)[region]
+        return bootstrapped(x, mask, colours[evaluation], sigma, noise[..., window.rows, window.columns])
 
 
 def _mirrored(begin: int, end: int, size: int) -> Tensor:

@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from accdiff_lib.errors import InputError
+from accdiff_lib.settings import Settings
 
 #: A path, base64 (also as a data URL), an encoded picture, a picture, or numbers [h, w] (0..1, or 0..255 as integers).
 MaskSource: TypeAlias = "str | bytes | os.PathLike[str] | Image.Image | np.ndarray"
@@ -73,8 +74,11 @@ class Region:
 def read_regions(given: Any, option: str = "regions") -> list[Region]:
     """Regions from a list of {"prompt": ..., "mask": ..., "negative": ... (optional)}, as the API has them.
 
-    Raises InputError naming the option and the region.
+    Or {"prompts": [...], "mask": ...} with the masks of all in one picture, as Regional Prompter paints them. Raises
+    InputError naming the option and the region.
     """
+    if isinstance(given, Mapping):
+        return _painted(given, option)
     if not isinstance(given, Sequence) or isinstance(given, str | bytes):
         raise InputError(f"{option}: takes a list of regions, each with a prompt and a mask")
     regions = []
@@ -86,6 +90,16 @@ def read_regions(given: Any, option: str = "regions") -> list[Region]:
             raise InputError(f"{name}: its prompt and negative must be text")
         regions.append(Region(each["prompt"], each.get("negative"), read_mask(each["mask"], name, files=False)))
     return regions
+
+
+def _painted(given: Mapping[Any, Any], option: str) -> list[Region]:
+    prompts = given.get("prompts")
+    if set(given) != {"prompts", "mask"} or not isinstance(prompts, list) or not prompts or not all(
+            isinstance(prompt, str) for prompt in prompts):
+        raise InputError(f"{option}: takes a list of regions, or prompts (a list of texts) and one mask in Regional "
+                         "Prompter's colours")
+    masks = read_colour_masks(given["mask"], len(prompts), option, files=False)
+    return [Region(prompt, None, mask) for prompt, mask in zip(prompts, masks, strict=True)]
 
 
 def read_mask(source: MaskSource, option: str = "regions", *, files: bool = True) -> np.ndarray:
@@ -171,6 +185,21 @@ def check_shape(mask: np.ndarray, size: tuple[int, int], option: str = "regions"
     if abs(mask.shape[0] * size[1] / (mask.shape[1] * size[0]) - 1) > _SHAPE_TOLERANCE:
         raise InputError(f"{option}: the mask is {mask.shape[1]}x{mask.shape[0]}, but the picture is "
                          f"{size[1]}x{size[0]}; give a mask of the same shape")
+
+
+def check_regions(regions: Sequence[Region], settings: Settings, size: tuple[int, int],
+                  option: str = "regions") -> None:
+    """Raises InputError naming the `option` where regions do not go with the settings, or with a picture of `size`
+    (height, width)."""
+    if regions and not settings.takes_regions:
+        raise InputError(f"{option}: {settings.method} has no windows as it is set; regions take a method with windows")
+    for number, region in enumerate(regions, 1):
+        name = f"{option}: region {number}"
+        if not region.prompt.strip():
+            raise InputError(f"{name} has no prompt; it takes some text")
+        if region.negative:
+            raise InputError(f"{name} cannot have a negative prompt of its own; the picture's counts everywhere")
+        check_shape(region.mask, size, name)
 
 
 def _picture(source: str | bytes | os.PathLike[str] | Image.Image, option: str, files: bool) -> Image.Image:

@@ -20,6 +20,9 @@ from accdiff_lib.parts.local_views import View, slots_for
 #: A border of a padded latent: (side, height, width) -> [1, C, height, width], noised to the latent's level.
 Border = Callable[[str, int, int], Tensor]
 
+#: How many constant colours a run chooses from.
+COLOURS = 20
+
 #: Side of the picture of constant colour that is encoded, in pixels; its colour needs no more.
 _COLOUR_SIDE = 64
 

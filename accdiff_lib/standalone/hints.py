@@ -54,7 +54,7 @@ class HintEmbeddings:
             self.forget()
             self._canvas = canvas
         found = {name: self._kept[name] for name in names if name in self._kept}
-        new = [number for number, name in enumerate(names) if name not in found]
+        new = [number for number, name in enumerate(names) if name not in found and names.index(name) == number]
         if new:
             made = embedding(hints(new).to(self._device, self._dtype))
             for number, one in zip(new, made, strict=True):

@@ -46,9 +46,11 @@ class StandaloneHost:
 
     def __init__(self, models: Models, *, prompt: str, negative: str, progress: Progress, sampler: str, scheduler: str,
                  steps: int, stage_sampler: str | None = None, stage_scheduler: str | None = None,
-                 stage_steps: int | None = None, vae_tile: int = 0, device: str | torch.device = "cpu",
+                 stage_steps: int | None = None, regions: Sequence[str] = (), vae_tile: int = 0,
+                 device: str | torch.device = "cpu",
                  dtype: torch.dtype = torch.float32, offload: bool = False) -> None:
-        """`prompt` and `negative` decide how many contexts of 77 tokens every text of the generation takes.
+        """`prompt`, `negative` and those of `regions` decide how many contexts of 77 tokens every text of the
+        generation takes.
 
         Stages use the base pass's sampler, schedule and steps unless told otherwise. `vae_tile` is in latent cells, 0
         chooses by memory; `dtype` is that of UNet and ControlNet (latents are float32 throughout). Raises InputError.
@@ -71,7 +73,7 @@ class StandaloneHost:
                                            stage_steps or steps, self._levels)
         self._negative = negative
         self._encoder = TextEncoder(models)
-        self._contexts = max(self._encoder.contexts(text) for text in (prompt, negative))
+        self._contexts = max(self._encoder.contexts(text) for text in (prompt, negative, *regions))
         self._runner = VaeRunner(self._vae, float(self._vae.config["scaling_factor"]), self.device, progress,
                                  tile=vae_tile, width=self._vae.config["block_out_channels"][0])
         self._memory = memory.LatentMemory(self.device, self._unet.config["block_out_channels"][0], dtype.itemsize)

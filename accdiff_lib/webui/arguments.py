@@ -16,13 +16,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accdiff_lib import __version__
 from accdiff_lib.errors import InputError
 from accdiff_lib.methods import METHODS, OPTIONS, from_infotext, make, names
 from accdiff_lib.methods import infotext as settings_infotext
 from accdiff_lib.settings import PRESETS, SAME, Option, Settings
+
+if TYPE_CHECKING:  # with torch
+    from accdiff_lib.parts.regions import Region
+
+#: What a dict may have besides POSITIONAL: a list of {"prompt", "mask"} (parts/regions.py).
+REGIONS = "regions"
+REGIONS_KEY = "AccDiffusion regions"
 
 #: The ControlNet model that stands for none.
 NONE = "None"
@@ -60,6 +67,8 @@ class Enlargement:
     settings: Settings
     #: As in the panel's list of models; "None" runs without.
     controlnet: str = NONE
+    #: Parts of the picture that have prompts of their own.
+    regions: tuple[Region, ...] = ()
 
 
 def parse(args: Sequence[Any], *, overrides: Mapping[str, Any] | None = None,
@@ -72,17 +81,27 @@ def parse(args: Sequence[Any], *, overrides: Mapping[str, Any] | None = None,
     overrides = overrides or {}
     by_name = bool(args) and isinstance(args[0], Mapping)
     values = _by_name(args[0]) if by_name else _by_position(args)
+    given_regions = values.pop(REGIONS, None)
     for name in [*values, *overrides]:
         if name not in POSITIONAL:
-            raise InputError(f"{name}: there is no such option; the options are {', '.join(POSITIONAL)}")
+            raise InputError(f"{name}: there is no such option; the options are {', '.join((*POSITIONAL, REGIONS))}")
     if not EXTRA["enabled"].parse(overrides.get("enabled", values.get("enabled", False))):
         return None
     asked = set(values) if by_name and "method" not in overrides else set()
     values = {**_page(values, defaults or {}), **_overridden(values, overrides)}
     model = EXTRA["controlnet_model"].parse(values.pop("controlnet_model", NONE)).strip() or NONE
     own = names(_method(values), str(OPTIONS["first_method"].parse(values.get("first_method", SAME))))
-    return Enlargement(make({name: exact(OPTIONS[name].parse(value)) for name, value in values.items()
-                             if name in OPTIONS and (name in own or name in asked)}), model)
+    settings = make({name: exact(OPTIONS[name].parse(value)) for name, value in values.items()
+                     if name in OPTIONS and (name in own or name in asked)})
+    return Enlargement(settings, model, _regions(given_regions))
+
+
+def _regions(given: Any) -> tuple[Region, ...]:
+    if not given:
+        return ()
+    from accdiff_lib.parts.regions import read_regions
+
+    return tuple(read_regions(given, REGIONS))
 
 
 def _by_name(given: Mapping[Any, Any]) -> dict[str, Any]:
@@ -139,6 +158,8 @@ def infotext(asked: Enlargement) -> dict[str, str]:
     values = {VERSION_KEY: __version__, **settings_infotext(asked.settings)}
     if asked.settings.wants_control and asked.controlnet != NONE:
         values[CONTROLNET_KEY] = asked.controlnet
+    if asked.regions:  # without their masks, which are pictures
+        values[REGIONS_KEY] = " | ".join(region.prompt for region in asked.regions)
     return values
 
 
@@ -154,6 +175,6 @@ def stamped(parameters: Mapping[str, Any], asked: Enlargement | None) -> dict[st
 
     A cell of an X/Y/Z grid begins with the parameters of the cell before it, in the same dict.
     """
-    ours = {VERSION_KEY, CONTROLNET_KEY, *(option.infotext for option in OPTIONS.values())}
+    ours = {VERSION_KEY, CONTROLNET_KEY, REGIONS_KEY, *(option.infotext for option in OPTIONS.values())}
     kept = {key: value for key, value in parameters.items() if key not in ours}
     return kept if asked is None else {**kept, **infotext(asked)}

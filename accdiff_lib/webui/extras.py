@@ -1,4 +1,4 @@
-"""What a run makes besides its pictures: saved stages, and the sheets that explain the window prompts."""
+"""What a run makes besides its pictures: saved stages, and the sheets that explain it."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ class Extras:
 
     def explain(self, result: Result, plan: Plan, host: Host) -> None:
         """Keeps the sheet for the gallery, when it is wanted and there is something to explain."""
-        base = result.pictures[0]
-        if not (options_page.value("explain") and result.explanation.words and base.stage is None):
+        if not (options_page.value("explain") and result.explanation):
             return
         try:
-            image = base.image if base.image is not None else host.decode(base.latent, interruptible=False)
+            shown = result.explained
+            image = shown.image if shown.image is not None else host.decode(shown.latent, interruptible=False)
             self._sheets.append(Image.fromarray(sheet(image, result.explanation, plan.part)))
         except Exception as error:  # no memory for one more decode, say
-            self._p.comment(f"AccDiffusion: the window prompts' sheet could not be made: {error}")
+            self._p.comment(f"AccDiffusion: the sheet that explains the run could not be made: {error}")
 
     def show(self, processed: Any) -> None:
         """Adds the sheets to the end of the gallery."""

@@ -23,6 +23,7 @@ from accdiff_lib.engine.plan import CELL, Plan, make_plan
 from accdiff_lib.methods import of
 from accdiff_lib.parts.dilation_plan import structure
 from accdiff_lib.parts.noise_levels import NoiseLevels, alphas_cumprod
+from accdiff_lib.parts.regions import Region, check_regions
 from accdiff_lib.settings import Settings
 
 #: What one ControlNet evaluation costs, as a part of a UNet evaluation of the same size (SDXL and SD1.5).
@@ -113,6 +114,8 @@ class Generation:
     has_control: bool = False
     #: The base picture is given (img2img).
     from_image: bool = False
+    #: Parts of the picture that have prompts of their own.
+    regions: tuple[Region, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -137,9 +140,10 @@ def cost(settings: Settings, given: Generation) -> Cost:
     plan = make_plan(given.base, settings, native=given.native, multiple=given.multiple)
     solver = Outline(given.sampler, "Normal", given.steps)  # of the base pass, only the number of its calls counts
     stage_solver = Outline(given.stage_sampler, given.stage_scheduler, settings.stage_steps or given.steps)
+    check_regions(given.regions, settings, plan.pixels)
     parts = estimate(of(settings), plan, settings, base_solver=solver, stage_solver=stage_solver,
                      timestep=stage_solver.timestep, guidance=given.cfg, has_control=given.has_control,
-                     from_image=given.from_image)
+                     from_image=given.from_image, regions=given.regions)
     whole = len(solver.trace(solver.sigmas)) * (1 if given.cfg == 1 else 2) * plan.base[0] * plan.base[1]
     # SDXL has three levels, SD1.5 and SD2 four: one more than the halvings that make the multiple.
     said = of(settings).said(plan.stages, settings, lambda: structure(max(3, given.multiple.bit_length())))

@@ -25,6 +25,7 @@ from accdiff_lib.engine.plan import make_plan
 from accdiff_lib.errors import InputError
 from accdiff_lib.methods import of
 from accdiff_lib.parts.attention import map_size
+from accdiff_lib.parts.regions import check_regions
 from accdiff_lib.settings import SAME
 from accdiff_lib.webui import controlnets, hires
 from accdiff_lib.webui.arguments import Enlargement, parse, stamped
@@ -136,9 +137,11 @@ class Batch:
         self._settings = hires.driven(p, asked.settings, ticked=self._hires, from_image=self._from_image)
         if getattr(p, "image_mask", None) is not None:
             raise InputError("AccDiffusion: inpainting is not possible; use it without a mask")
+        self._regions = asked.regions
         deepest, levels = self._session.halvings
         self._plan = make_plan((p.height, p.width), self._settings, native=self._session.native,
                                multiple=2 ** levels)
+        check_regions(self._regions, self._settings, self._plan.pixels)
         for note in self._settings.notes:
             p.comment(f"AccDiffusion: {note}")
         name, scheduler = hires.stage_sampler(p, self._settings, ticked=self._hires)
@@ -222,7 +225,8 @@ class Batch:
         host = self._session.host(prompt=prompt, negative=negative, size=plan.pixels, solver=self._solver,
                                   progress=progress, vae_tile=settings.vae_tile)
         request = Request(prompt, self._seed(index), self._session.guidance, of(settings), settings, plan,
-                          intermediate=self._extras.wants_stages, given=_of_picture(base, index))
+                          intermediate=self._extras.wants_stages, given=_of_picture(base, index),
+                          regions=self._regions)
         with host.attached():
             result = Extrapolation(host, settings.window_batch).run(request)
         shared.state.skipped = False  # the next picture of the batch may still be wanted
@@ -244,7 +248,8 @@ class Batch:
         p, state = self._p, shared.state
         parts = estimate(of(self._settings), self._plan, self._settings, base_solver=self._solver,
                          stage_solver=self._solver, timestep=self._session.timestep, guidance=self._session.guidance,
-                         has_control=self._session.has_control, from_image=True)
+                         has_control=self._session.has_control, from_image=True,
+                         regions=self._regions)
         base = 2 * p.steps * self._plan.base[0] * self._plan.base[1]
         self._jobs = [max(1, round(cells(part) / base)) for part in parts if part.stage]
         of_batch = 1 + len(p.seeds) * sum(self._jobs)

@@ -64,8 +64,8 @@ def request(host, values=None, *, seed=5, base=(128, 128), guidance=5.0, prompt=
 
 
 def run(models, values=None, *, watch=None, **kwargs) -> tuple[Result, Watched]:
-    names = ("sampler", "scheduler", "steps", "negative")
-    host = make_host(models, **{name: kwargs.pop(name) for name in names if name in kwargs},
+    of_host = ("sampler", "scheduler", "steps", "negative")
+    host = make_host(models, **{name: kwargs.pop(name) for name in of_host if name in kwargs},
                      prompt=kwargs.get("prompt", PROMPT))
     host.watch = watch
     wanted = request(host, values, **kwargs)
@@ -138,9 +138,9 @@ def test_methods_differ_and_count_what_the_plan_says(models):
         assert sum(part.latents for part in estimated) == sum(host.batches) == host.progress.latents
         assert [part.latents for part in estimated] == [picture.latents for picture in result.pictures]
         results[method] = latent(result)
-    names = list(results)
-    for number, name in enumerate(names):
-        for other in names[number + 1:]:
+    made = list(results)
+    for number, name in enumerate(made):
+        for other in made[number + 1:]:
             assert not torch.allclose(results[name], results[other], atol=1e-3), f"{name} = {other}"
 
 

@@ -374,4 +374,4 @@ def test_a_failing_sheet(webui, large, setting):
                 lambda _m, _args, out: out * torch.nan if out.shape[-1] == 64 else None, after=True):
         answer = webui.generate(OPTIONS)
     assert np.array_equal(answer.picture, large) and len(answer.pictures) == 1
-    assert "the window prompts' sheet could not be made" in answer.comments
+    assert "the sheet that explains the run could not be made" in answer.comments

@@ -18,7 +18,7 @@ from accdiff_lib.errors import InputError
 from accdiff_lib.methods import METHODS, OPTIONS, names
 from accdiff_lib.settings import LARGEST, PRESETS, Option
 from accdiff_lib.webui import model
-from accdiff_lib.webui.arguments import EXTRA, NONE, POSITIONAL, Enlargement, parse
+from accdiff_lib.webui.arguments import EXTRA, NONE, POSITIONAL, REGIONS, Enlargement, parse
 from accdiff_lib.webui.ui import options_page
 
 #: What the lists of Hires. fix call the base pass's.
@@ -47,12 +47,24 @@ GENERATION: dict[str, Option] = {row.name: row for row in (
            "loaded checkpoint's.", 0, "generation", 0, 512))}
 
 
+#: Parts of the picture that have prompts of their own, as a property of the schema.
+_MASK = {"type": "string", "description": "A picture in base64, also as a data URL; bright is inside."}
+_REGIONS = {
+    "title": REGIONS, "default": [], "x-group": "windows",
+    "description": "Parts of the picture that have prompts of their own, for methods with windows: each with its "
+                   "prompt and mask, or the prompts and one mask in Regional Prompter's colours.",
+    "anyOf": [{"type": "array", "items": {"type": "object", "required": ["prompt", "mask"], "properties": {
+        "prompt": {"type": "string"}, "mask": _MASK}}},
+        {"type": "object", "required": ["prompts", "mask"], "properties": {
+            "prompts": {"type": "array", "items": {"type": "string"}}, "mask": _MASK}}]}
+
+
 def schema() -> dict[str, Any]:
     """The table as a JSON schema of the dict that `alwayson_scripts.AccDiffusion.args[0]` takes."""
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema", "title": "AccDiffusion", "type": "object",
         "additionalProperties": False, "x-version": __version__,
-        "properties": {row.name: _property(row) for row in [*EXTRA.values(), *OPTIONS.values()]},
+        "properties": {row.name: _property(row) for row in [*EXTRA.values(), *OPTIONS.values()]} | {REGIONS: _REGIONS},
         "x-positional": list(POSITIONAL), "x-presets": PRESETS,
         "x-methods": {name: {"options": names(name), "values": method.values} for name, method in METHODS.items()}}
 
@@ -80,7 +92,8 @@ def plan(body: Mapping[str, Any]) -> dict[str, Any]:
     native = given.native or native
     cost = outline.cost(settings, outline.Generation(
         (given.height, given.width), given.steps, given.cfg_scale, given.sampler_name, sampler, scheduler, native,
-        multiple, has_control=asked.controlnet != NONE, from_image=given.from_image))
+        multiple, has_control=asked.controlnet != NONE, from_image=given.from_image,
+        regions=asked.regions))
     text = outline.line(cost) + (" (size, steps and start are those of Hires. fix)" if ticked else "")
     return {**outline.as_json(cost, given.batch), "native": native, "notes": list(settings.notes), "text": text}
 
@@ -90,7 +103,7 @@ def _request(body: Mapping[str, Any]) -> tuple[SimpleNamespace, Enlargement]:
 
     The options stand beside those names, or under "args" in any of the forms that `arguments.parse` knows.
     """
-    known = [*GENERATION, "args", *POSITIONAL]
+    known = [*GENERATION, "args", *POSITIONAL, REGIONS]
     for name in body:
         if name not in known:
             raise InputError(f"{name}: there is no such option; the options are {', '.join(known)}")
@@ -98,7 +111,7 @@ def _request(body: Mapping[str, Any]) -> tuple[SimpleNamespace, Enlargement]:
     given = SimpleNamespace(**{name: row.parse(said.get(name, row.default)) for name, row in GENERATION.items()})
     given.hr_sampler_name = None if given.hr_sampler_name == SAME_SAMPLER else given.hr_sampler_name
     given.hr_scheduler = None if given.hr_scheduler == SAME_SCHEDULER else given.hr_scheduler
-    options = {name: value for name, value in said.items() if name in POSITIONAL}
+    options = {name: value for name, value in said.items() if name in POSITIONAL or name == REGIONS}
     args = said.get("args", [options])
     if not isinstance(args, list) or (options and "args" in said):
         raise InputError("args: takes a list, and no options beside it")

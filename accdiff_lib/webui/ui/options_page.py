@@ -32,8 +32,8 @@ def register() -> None:
             ).info("in latent cells; 0 chooses by free memory; never changes the picture").needs_reload_ui(),
         "save_stages": OptionInfo(DEFAULTS["save_stages"], "Save the base picture and the pictures of all stages, too"),
         "explain": OptionInfo(
-            DEFAULTS["explain"], "Add a sheet to the gallery that explains the window prompts",
-            ).info("each stage's windows with their prompts, and every word's attention map and mask"),
+            DEFAULTS["explain"], "Add a sheet to the gallery that explains the run",
+            ).info("windows with their prompts, every word's attention map and mask, or what else the method has"),
     }
     for name, info in options_section(("accdiffusion", "AccDiffusion"), infos).items():
         shared.opts.add_option(PREFIX + name, info)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from accdiff_lib.methods.elastic import ElasticCall, ElasticOptions, rrg_weight, work
+from accdiff_lib.methods.elastic import ElasticCall, ElasticSettings, rrg_weight, work
 from accdiff_lib.methods.elastic_canvas import ElasticCanvas, Estimate, Halves
 from accdiff_lib.parts.local_views import local_views, reduced_size, slots_for
 from accdiff_lib.parts.resampling import Border, Reduction
@@ -114,7 +114,7 @@ class Model:
     case: Case
     levels: Levels
     step: int = 0
-    counted: dict[tuple[int, int, bool], int] = field(default_factory=dict)
+    counted: dict[tuple[int, int], int] = field(default_factory=dict)
 
     @property
     def is_xl(self) -> bool:
@@ -125,11 +125,11 @@ class Model:
         self.native = int(self.case.manifest.get("sample_size", found[1] if found else 64))
         self.unet: Any = models(self.native, "sdxl" if self.is_xl else "sd15").unet
 
-    def __call__(self, latents: Tensor, sigma: Tensor, halves: Halves, hint: Tensor | None = None):
-        key = (*latents.shape[-2:], halves == "both")
-        self.counted[key] = self.counted.get(key, 0) + len(latents)
-        return (self._predict(latents, float(sigma), 1) if halves != "uncond" else None,
-                self._predict(latents, float(sigma), 0) if halves != "cond" else None)
+    def __call__(self, latents: Tensor, sigma: Tensor, halves: Halves, *_: Any):
+        key = latents.shape[-2], latents.shape[-1]
+        self.counted[key] = self.counted.get(key, 0) + len(latents) * (2 if halves == "both" else 1)
+        return (self._predict(latents, float(sigma), 1) if halves == "both" else None,
+                self._predict(latents, float(sigma), 0))
 
     def _predict(self, latents: Tensor, sigma: float, row: int) -> Tensor:
         size = (len(latents), -1, -1)
@@ -173,13 +173,11 @@ class RecordedDraws:
 class RecordedCanvas(ElasticCanvas):
     """The product's canvas, with the recorded draws and the reference's pattern."""
 
-    def __init__(self, case: Case, model: Model, levels: Levels, options: ElasticOptions, size: tuple[int, int],
+    def __init__(self, case: Case, model: Model, levels: Levels, options: ElasticSettings, size: tuple[int, int],
                  reduced: tuple[int, int]) -> None:
         self.case, self.model, self.levels = case, model, levels
-        super().__init__(model, self.recorded, size, model.native, options, case.args["guidance_scale"],
-                         watch=lambda estimate, _: self.watched.append(estimate))
+        super().__init__(model, self.recorded, size, model.native, options)
         self.reduction = literal_reduction(size, reduced)
-        self.watched: list[Estimate] = []
         self.estimates: list[Estimate] = []
         self.begun = -1
 
@@ -209,12 +207,12 @@ class RecordedCanvas(ElasticCanvas):
         return recorded
 
 
-def recorded_options(case: Case, native: int) -> ElasticOptions:
+def recorded_options(case: Case, native: int) -> ElasticSettings:
     args = case.args
     views = case.events("cfg")[0]["view_config"]
-    return ElasticOptions(
+    return ElasticSettings(
         resampling_steps=args["resampling_steps"], new_p=args.get("new_p", 0.3), patch_size=views["window_size"],
-        rrg_init_weight=args["rrg_init_weight"], cosine_scale=args["cosine_scale"], rrg_stop=args["rrg_stop_t"],
+        rrg_init_weight=args["rrg_init_weight"], rrg_scale=args["cosine_scale"], rrg_stop=args["rrg_stop_t"],
         repaint=args.get("repaint_sampling", args.get("repaint", True)))
 
 
@@ -259,14 +257,15 @@ def test_steps(case: Case):
     for step in range(last + 1):
         name, model.step = f"stage1|step{step:02}|", step
         sigma, sigma_next = levels.sigmas[step:step + 2]
-        weight = rrg_weight(step / (last + 1), options.rrg_init_weight, options.cosine_scale, whole_stop(case))
+        weight = rrg_weight(step / (last + 1), options.rrg_init_weight, options.rrg_scale, whole_stop(case))
         for event in case.events("rrg", step=step):
             assert weight == pytest.approx(event["w"])
         repaint = case.has(name + "undone")
         assert repaint == (options.repaint and options.resampling_steps > 0 and step < last)
-        call = ElasticCall(sigma_next, 1 - sigma_next / sigma, weight if weight > LEAST_WEIGHT else 0.0, repaint)
+        call = ElasticCall(sigma_next, 1 - sigma_next / sigma, case.args["guidance_scale"],
+                           weight if weight > LEAST_WEIGHT else 0.0, repaint)
         x = case.get(name + "latent_in").double() / levels.scale(step)
-        model.counted, canvas.estimates, canvas.watched = {}, [], []
+        model.counted, canvas.estimates = {}, []
         denoised = canvas(x, torch.tensor(sigma), call, step)
         directions, locals_ = case.all(name + "direction"), case.all(name + "local_uncond")
         assert len(canvas.estimates) == len(directions) == len(locals_) == 1 + repaint
@@ -274,15 +273,15 @@ def test_steps(case: Case):
             start = case.get(name + ("undone" if number else "latent_in")).double() / levels.scale(step)
             assert_close(estimate.direction / -sigma, directions[number], f"{name}direction#{number}")
             assert_close((start - estimate.local) / sigma, locals_[number], f"{name}local_uncond#{number}")
-        estimate = canvas.watched[0]
+        estimate = canvas.estimates[-1]
         if case.has(name + "rrg_grad") and call.rrg:
             push = (denoised - estimate.denoised) * call.gain * levels.scale(step + 1)
             assert_close(push, case.get(name + "rrg_grad"), f"{name}rrg_grad")
         stepped = (x + (x - denoised) * (sigma_next / sigma - 1)) * levels.scale(step + 1)
         assert_close(stepped, case.get(name + "latent_out"), f"{name}latent_out")
-        planned: dict[tuple[int, int, bool], int] = {}
-        for each in work(size, model.native, replace(options, views="first"), repaint=repaint):
-            planned[each.height, each.width, each.guided] = each.count
+        planned: dict[tuple[int, int], int] = {}
+        for each in work(size, model.native, options, repaint=repaint):
+            planned[each.height, each.width] = planned.get((each.height, each.width), 0) + each.unet
         assert planned == model.counted
 
 
@@ -306,8 +305,9 @@ def test_run(case: Case):
     for step in range(last + 1):
         model.step = step
         sigma, sigma_next = levels.sigmas[step:step + 2]
-        weight = rrg_weight(step / (last + 1), options.rrg_init_weight, options.cosine_scale, whole_stop(case))
-        call = ElasticCall(sigma_next, 1 - sigma_next / sigma, weight if weight > LEAST_WEIGHT else 0.0,
+        weight = rrg_weight(step / (last + 1), options.rrg_init_weight, options.rrg_scale, whole_stop(case))
+        call = ElasticCall(sigma_next, 1 - sigma_next / sigma, case.args["guidance_scale"],
+                           weight if weight > LEAST_WEIGHT else 0.0,
                            case.has(f"stage1|step{step:02}|undone"))
         denoised = canvas(x, torch.tensor(sigma), call, step)
         x = x + (x - denoised) * (sigma_next / sigma - 1)

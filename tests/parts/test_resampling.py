@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from accdiff_lib import seeds
+from accdiff_lib.engine.method import Call, Outlook
+from accdiff_lib.engine.plan import make_plan
 from accdiff_lib.errors import InputError
-from accdiff_lib.methods import elastic
-from accdiff_lib.methods.elastic import ElasticCall, ElasticOptions, resolved, work
+from accdiff_lib.methods import elastic, make
+from accdiff_lib.methods.elastic import ElasticCall, ElasticSettings, resolved, work
 from accdiff_lib.methods.elastic_canvas import ElasticCanvas, Hints, seeded
 from accdiff_lib.parts import resampling as r
-from accdiff_lib.parts.local_views import enlargement, local_views, reduced_size, slots_for
+from accdiff_lib.parts.local_views import JOINS, enlargement, local_views, reduced_size, slots_for
 from accdiff_lib.parts.noise_levels import NoiseLevels
 from accdiff_lib.standalone.samplers import SAMPLERS, KSolver, schedule
 
@@ -131,7 +133,7 @@ def test_borders_are_noised_colours():
 # --- views -----------------------------------------------------------------------------------------------------
 
 @settings(max_examples=60, deadline=None)
-@given(size=canvas_sizes, patch=st.sampled_from([0, 4, 8, 12, 16]), how=st.sampled_from(elastic.JOINS))
+@given(size=canvas_sizes, patch=st.sampled_from([0, 4, 8, 12, 16]), how=st.sampled_from(JOINS))
 def test_views_cover_the_canvas(size, patch, how):
     views = local_views(size, NATIVE, patch)
     shape = tuple(min(side, NATIVE) for side in size)
@@ -207,13 +209,10 @@ def test_guidance_is_the_papers_gradient_step():
 def test_guidance_over_a_run():
     """At the published schedule's levels the weight is the paper's; fewer steps push as much in all."""
     levels = NoiseLevels(ALPHAS)
-    options = ElasticOptions(rrg_init_weight=1000.0, cosine_scale=3.0, rrg_stop=0.2, resampling_steps=2)
+    given_ = {"rrg_init_weight": 1000.0, "rrg_scale": 3.0, "rrg_stop": 0.2, "resampling_steps": 2}
 
     def weights(steps: int) -> list[float]:
-        sigmas = schedule("Leading", steps, levels)
-        gains = [0.5] * steps
-        return [call.rrg for call in elastic.calls([(n, 0) for n in range(steps)], sigmas.tolist(), levels.timestep,
-                                                   options, gains)]
+        return [call.method.rrg for call in scripted(schedule("Leading", steps, levels), levels.timestep, given_)]
     paper = [1000 * (0.5 * (1 + math.cos(math.pi * i / 40))) ** 3 for i in range(40)] + [0] * 10
     assert weights(50) == pytest.approx([w if w > 10 else 0 for w in paper], rel=2e-3)
     assert sum(weights(25)) == pytest.approx(sum(paper), rel=0.1)
@@ -228,7 +227,7 @@ def test_guidance_over_a_run():
     (512, 2048, 7, 1000)])
 def test_the_rule_goes_through_the_published_settings(height, width, steps, weight):
     """Resampling steps exactly; the weight within a factor of two (the authors give two for the same size)."""
-    found = resolved(ElasticOptions(), (height // 8, width // 8), 128)
+    found = resolved(ElasticSettings(), (height // 8, width // 8), 128)
     assert found.resampling_steps == steps
     assert weight / 2 <= found.rrg_init_weight <= 2 * weight
     assert found.new_p == 0.3 or steps == 0
@@ -240,23 +239,18 @@ def test_the_rule_past_twice(size, by):
     """At any size each cell behind is taken about once, and what the user gives is kept."""
     native = 128
     assume(max(size) > native)
-    found = resolved(ElasticOptions(reduction=by), size, native)
+    found = resolved(ElasticSettings(reduction=by), size, native)
     behind = round(enlargement(size, native, by) + 0.45) ** 2
     assert 0 < found.new_p <= 1 and found.resampling_steps >= 7
     assert found.resampling_steps * found.new_p >= min(behind - 1, 2.1) * 0.9
-    given_ = ElasticOptions(resampling_steps=3, new_p=0.9, rrg_init_weight=7.0, reduction=by)
+    given_ = ElasticSettings(resampling_steps=3, new_p=0.9, rrg_init_weight=7.0, reduction=by)
     assert resolved(given_, size, native) == given_
 
 
-def test_the_table():
-    for row in fields(ElasticOptions):
-        assert row.metadata["label"] and row.metadata["help"].endswith((".", "off."))
-        if isinstance(row.default, int | float) and not isinstance(row.default, bool):
-            assert row.metadata["minimum"] <= row.default <= row.metadata["maximum"]
-    for wrong in ({"patch_size": 4}, {"patch_size": 24}, {"new_p": 0.01}, {"new_p": -0.5}):
-        with pytest.raises(InputError, match=next(iter(wrong))):
-            elastic.check(ElasticOptions(**wrong), NATIVE)
-    elastic.check(ElasticOptions(), NATIVE)
+def test_contradictions():
+    for wrong in ({"patch_size": 4}, {"new_p": 0.01}, {"new_p": -0.5}, {"rrg_init_weight": -0.5}):
+        with pytest.raises(InputError, match=f"^{next(iter(wrong))}: "):
+            make({"method": "elasticdiffusion", **wrong})
 
 
 # --- the canvas ------------------------------------------------------------------------------------------------
@@ -265,17 +259,19 @@ class Counted:
     """A model of a moving target: the conditional half is drawn to the prompt's colour. Counts what it evaluates."""
 
     def __init__(self) -> None:
-        self.counts: dict[tuple[int, int, bool], int] = {}
+        self.counts: dict[tuple[int, int], int] = {}
         self.hints: list[tuple[int, ...]] = []
 
-    def __call__(self, latents, sigma, halves, hint=None):
-        self.counts[(*latents.shape[-2:], halves == "both")] = self.counts.get(
-            (*latents.shape[-2:], halves == "both"), 0) + len(latents)
-        if hint is not None:
+    def __call__(self, latents, sigma, halves, hints=None, views=None):
+        size = latents.shape[-2], latents.shape[-1]
+        self.counts[size] = self.counts.get(size, 0) + len(latents) * (2 if halves == "both" else 1)
+        assert views is None or len(views) == len(latents)
+        if hints is not None:
+            hint = hints(range(len(latents)))
             self.hints.append(tuple(hint.shape))
             assert hint.shape[-2:] == (8 * latents.shape[-2], 8 * latents.shape[-1])
         uncond = latents / (1 + sigma ** 2)
-        return (uncond + 0.5 if halves != "uncond" else None, uncond if halves != "cond" else None)
+        return (uncond + 0.5 if halves == "both" else None, uncond)
 
 
 def encode(picture):
@@ -284,8 +280,8 @@ def encode(picture):
 
 def make_canvas(size, options=None, seed=3, **more) -> tuple[ElasticCanvas, Counted]:
     model = Counted()
-    options = resolved(options or ElasticOptions(), size, NATIVE)
-    return ElasticCanvas(model, seeded(seed, 1, encode), size, NATIVE, options, 5.0, **more), model
+    options = resolved(options or ElasticSettings(), size, NATIVE)
+    return ElasticCanvas(model, seeded(seed, 1, encode), size, NATIVE, options, **more), model
 
 
 SIGMA = torch.tensor(4.0)
@@ -294,16 +290,13 @@ SIGMA = torch.tensor(4.0)
 @settings(max_examples=40, deadline=None)
 @given(size=canvas_sizes, repaint=st.booleans(), by=st.sampled_from(["side", "area"]), patch=st.sampled_from([0, 8]))
 def test_work_is_what_is_evaluated(size, repaint, by, patch):
-    canvas, model = make_canvas(size, ElasticOptions(reduction=by, patch_size=patch))
+    canvas, model = make_canvas(size, ElasticSettings(reduction=by, patch_size=patch))
     x = 4 * torch.randn(1, 4, *size)
-    canvas(x, SIGMA, ElasticCall(3.0, 0.25, 10.0, repaint and not canvas.whole), 0)
-    planned: dict[tuple[int, int, bool], int] = {}
+    canvas(x, SIGMA, ElasticCall(3.0, 0.25, 5.0, 10.0, repaint and not canvas.whole), 0)
+    planned: dict[tuple[int, int], int] = {}
     for each in work(size, NATIVE, canvas.options, repaint=repaint):
-        key = (each.height, each.width, each.guided)
-        planned[key] = planned.get(key, 0) + each.count
+        planned[each.height, each.width] = planned.get((each.height, each.width), 0) + each.unet
     assert planned == model.counts
-    assert sum(each.unet for each in work(size, NATIVE, canvas.options, repaint=repaint)) == sum(
-        count * (2 if both else 1) for (_, _, both), count in model.counts.items())
 
 
 @settings(max_examples=25, deadline=None)
@@ -313,21 +306,21 @@ def test_a_pointwise_model_is_seen_through(size):
     canvas, _ = make_canvas(size)
     x = 4 * torch.randn(1, 4, *size)
     wanted = x / 17 + 5 * 0.5
-    torch.testing.assert_close(canvas(x, SIGMA, ElasticCall(3.0, 0.25), 0), wanted)
+    torch.testing.assert_close(canvas(x, SIGMA, ElasticCall(3.0, 0.25, 5.0), 0), wanted)
 
 
 def test_native_size_is_plain():
     canvas, model = make_canvas((16, 12))
     x = torch.randn(1, 4, 16, 12)
-    torch.testing.assert_close(canvas(x, SIGMA, ElasticCall(3.0, 0.25, 100.0), 0), x / 17 + 2.5)
-    assert model.counts == {(16, 12, True): 1}
+    torch.testing.assert_close(canvas(x, SIGMA, ElasticCall(3.0, 0.25, 5.0, 100.0), 0), x / 17 + 2.5)
+    assert model.counts == {(16, 12): 2}
 
 
 def test_repaint_rewrites_x_to_the_same_level():
     canvas, _ = make_canvas((64, 64))
     x = 4 * torch.randn(1, 4, 64, 64, generator=generator())
     before = x.clone()
-    denoised = canvas(x, SIGMA, ElasticCall(1.0, 0.75, 0.0, repaint=True), 0)
+    denoised = canvas(x, SIGMA, ElasticCall(1.0, 0.75, 5.0, 0.0, repaint=True), 0)
     assert not torch.equal(x, before) and abs(x.std() - 4) < 0.15
     torch.testing.assert_close(denoised, x / 17 + 5 / 3 * 0.5)
 
@@ -335,9 +328,9 @@ def test_repaint_rewrites_x_to_the_same_level():
 def test_guidance_draws_to_the_reduced_picture():
     canvas, _ = make_canvas((32, 32))
     seen = []
-    canvas.watch = lambda estimate, call: seen.append(estimate)
+    canvas.watch = seen.append
     x = 4 * torch.randn(1, 4, 32, 32)
-    call = ElasticCall(3.0, 0.25, 20.0)
+    call = ElasticCall(3.0, 0.25, 5.0, 20.0)
     pushed = canvas(x, SIGMA, call, 0)
     estimate = seen[0]
     factor = r.rrg_factor(20.0, x.numel(), 3.0, 0.25)
@@ -347,20 +340,20 @@ def test_guidance_draws_to_the_reduced_picture():
 
 def test_the_seed_decides():
     x = 4 * torch.randn(1, 4, 40, 24)
-    call = ElasticCall(3.0, 0.25, 20.0, repaint=True)
+    call = ElasticCall(3.0, 0.25, 5.0, 20.0, repaint=True)
 
     class Whole(Counted):
         """Every latent is drawn to its own mean, so padding and picks matter."""
 
-        def __call__(self, latents, sigma, halves, hint=None):
-            cond, uncond = super().__call__(latents, sigma, halves, hint)
+        def __call__(self, latents, sigma, halves, hints=None, views=None):
+            cond, uncond = super().__call__(latents, sigma, halves, hints, views)
             mean = latents.mean((2, 3), keepdim=True)
             return cond * mean if cond is not None else None, uncond
 
     results = []
     for seed, step in ((3, 0), (3, 0), (4, 0), (3, 1)):
         canvas = ElasticCanvas(Whole(), seeded(seed, 1, encode), (40, 24), NATIVE,
-                               resolved(ElasticOptions(), (40, 24), NATIVE), 5.0)
+                               resolved(ElasticSettings(), (40, 24), NATIVE))
         state = torch.random.get_rng_state()
         results.append(canvas(x.clone(), SIGMA, call, step))
         assert torch.equal(torch.random.get_rng_state(), state)
@@ -373,19 +366,35 @@ def test_hints_are_cropped_and_padded():
     small = reduced_size(size, NATIVE)
     hints = Hints(torch.rand(1, 3, 8 * small[0], 8 * small[1]), torch.rand(1, 3, 8 * size[0], 8 * size[1]))
     canvas, model = make_canvas(size, hints=hints)
-    canvas(torch.randn(1, 4, *size), SIGMA, ElasticCall(3.0, 0.25), 0)
-    assert model.hints == [(1, 3, 128, 128), (len(canvas.views), 3, 128, 128)]
+    call = ElasticCall(3.0, 0.25, 5.0, steered=True)
+    canvas(torch.randn(1, 4, *size), SIGMA, call, 0)
+    rounds = canvas.options.resampling_steps + 1
+    assert model.hints == [(rounds, 3, 128, 128), (len(canvas.views), 3, 128, 128)]
+    canvas(torch.randn(1, 4, *size), SIGMA, replace(call, steered=False), 0)
+    assert len(model.hints) == 2
 
 
 def test_calls():
-    options = resolved(ElasticOptions(), (64, 64), 32)
-    sigmas = [10.0, 4.0, 1.0, 0.0]
-    made = elastic.calls([(0, 0), (0, 1), (1, 0), (1, 1), (2, 0)], sigmas, lambda sigma: min(999.0, 100 * sigma),
-                         options, [0.6, 0.75, 1.0])
-    assert [call.repaint for call in made] == [True, False, True, False, False]
-    assert [call.sigma_next for call in made] == [4, 4, 1, 1, 0]
-    assert not any(call.repaint for call in elastic.calls([(0, 0), (1, 0)], sigmas[1:], lambda sigma: 100 * sigma,
-                                                          replace(options, repaint=False), [0.75, 1.0]))
+    def foreseen(values, start=0):
+        return scripted([10.0, 4.0, 1.0, 0.0], lambda sigma: min(999.0, 100 * sigma), values, trials=2, start=start)
+
+    made = [call.method for call in foreseen({})]
+    assert [call.repaint for call in made] == [True, False, True, False, False, False]
+    assert [call.sigma_next for call in made] == [4, 4, 1, 1, 0, 0]
+    assert [call.method.repaint for call in foreseen({}, start=1)] == [True, False, False, False]
+    assert not any(call.method.repaint for call in foreseen({"repaint": False}))
+    assert {call.method.guidance for call in foreseen({"elastic_guidance": 3.0})} == {3.0}
+
+
+def scripted(sigmas, timestep, values, trials=1, start=0) -> list[Call]:
+    """The method's calls at 2x for a sampler of so many calls a step, from a step on."""
+    options = make({"method": "elasticdiffusion", **values})
+    stage = make_plan((256, 256), options, native=32).stages[0]
+    sigmas = [float(sigma) for sigma in sigmas]
+    plain = [Call(step, trial, sigmas[step], timestep=timestep(sigmas[step]))
+             for step in range(start, len(sigmas) - 1) for trial in range(trials)]
+    return elastic.calls(plain, Outlook(stage, options, sigmas, [1.0] * len(sigmas), 0.0, 5.0,
+                                        lambda: [0.5] * (len(sigmas) - 1)))
 
 
 def test_draws_have_keys_of_their_own():
