@@ -94,11 +94,12 @@ def make(given: Mapping[str, Any] | None = None) -> Settings:
     return replace(settings, notes=tuple(dict.fromkeys((*notes, *remarks))))
 
 
-def _made(method: Method, values: Mapping[str, Any]) -> Settings:
+def _made(method: Method, values: Mapping[str, Any], *, checked: bool = True) -> Settings:
     """The method's settings, of those values that are its own. Raises InputError where they contradict each other."""
     own = table(method.settings)
     settings = method.settings(**{name: value for name, value in values.items() if name in own})
-    settings.check()
+    if checked:
+        settings.check()
     return settings
 
 
@@ -120,11 +121,14 @@ def _first(method: Method, settings: Settings, values: Mapping[str, Any]) -> Set
 
 def changed(settings: Settings) -> dict[str, Any]:
     """The options that differ from what the settings' own method and preset give: what an infotext has to keep."""
-    starting = {"method": settings.method, "preset": settings.preset, "first_method": settings.first_method}
-    plain, now = values_of(make({**starting, "base_pass": settings.base_pass})), values_of(settings)
+    method = METHODS[settings.method]
+    starting = {name: getattr(settings, name) for name in ("method", "preset", "first_method", "base_pass")}
+    plain = values_of(_made(method, {**PRESETS[settings.preset], **_values(method, settings.base_pass), **starting},
+                            checked=False))
+    now = values_of(settings)
     keep = {name for name, value in now.items() if value != plain[name]}
     keep |= {name for name in ("method", "preset", "first_method") if now[name] != OPTIONS[name].default}
-    if settings.base_pass != make(starting).base_pass:
+    if settings.base_pass != method.values.get("base_pass", OPTIONS["base_pass"].default):
         keep.add("base_pass")
     return {name: now[name] for name in OPTIONS if name in keep and not now.get(OPTIONS[name].unless)}
 

@@ -140,12 +140,18 @@ def _overridden(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict
 
 
 def picked(which: str, method: Any, preset: Any) -> dict[str, Any]:
-    """The values that controls take when a method or a preset (`which`) is picked: those that any of its kind sets, as
-    far as the method has them."""
+    """The values that controls take when a method or a preset (`which`) is picked: those that any of its kind sets.
+
+    Of a method as far as it has them; of a preset also what the method lacks, for the one that may be picked next.
+    """
     plain = make({"method": method, "preset": preset})
     kinds = [each.values for each in METHODS.values()] if which == "method" else list(PRESETS.values())
     set_by_any = {name for kind in kinds for name in kind}
-    return {name: getattr(plain, name) for name in names(plain.method) if name in set_by_any}
+    found = {name: getattr(plain, name) for name in names(plain.method) if name in set_by_any}
+    if which == "preset":
+        others = set_by_any - set(found)
+        found |= {name: PRESETS[plain.preset].get(name, row.default) for name, row in OPTIONS.items() if name in others}
+    return found
 
 
 def exact(value: Any) -> Any:

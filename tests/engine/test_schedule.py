@@ -10,7 +10,7 @@ import torch
 
 from accdiff_lib.engine.plan import Stage
 from accdiff_lib.engine.schedule import carried, make_script, rehearsal, rehearse
-from accdiff_lib.methods import METHODS, make
+from accdiff_lib.methods import METHODS, make, names
 from accdiff_lib.parts.noise_levels import NoiseLevels
 from accdiff_lib.standalone.samplers import SAMPLERS, SCHEDULERS, solver
 
@@ -137,7 +137,7 @@ def test_the_dilated_pass_and_cfg_have_their_parts_of_the_steps():
     {"start": 0.5, "dilated_end": 0.6, "local_guidance": 1.0}])
 def test_a_tally_is_the_count_of_the_calls(method, values, guidance):
     """Of its works, in the order in which they come first."""
-    settings = make({**values, "method": method})
+    settings = make({**{name: value for name, value in values.items() if name in names(method)}, "method": method})
     rehearsed = rehearsal(solver("Heun", "Karras", 30, LEVELS), settings, LEVELS.timestep, STAGE, guidance=guidance,
                           has_control=True)
     counted = Counter(call.work for call in rehearsed.script(METHODS[method], STAGE).calls)

@@ -97,8 +97,8 @@ def copy(tmp_path_factory) -> Path:
     (root / "accdiff_lib/methods/toy.py").write_text(TOY)
     table = root / "accdiff_lib/methods/__init__.py"
     before = table.read_text()
-    table.write_text(before.replace(".METHODS,\n)}\n", ".METHODS,\n    toy.METHOD,\n)}\n").replace(
-        "from accdiff_lib.methods import ", "from accdiff_lib.methods import toy, "))
+    table.write_text(before.replace("\n)}\n", "\n    toy.METHOD,\n)}\n", 1).replace(
+        "from accdiff_lib.methods import ", "from accdiff_lib.methods import toy, ", 1))
     assert table.read_text().count("toy.METHOD") == 1
     return root
 
