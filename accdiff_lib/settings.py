@@ -114,7 +114,8 @@ PRESETS: dict[str, dict[str, Any]] = {
              "doubling": True, "overlap": 0.25, "window_weights": "cosine", "dilated_end": 0.7, "control_end": 0.7,
              "guidance_end": 0.8},
     "few-step": {"start": 0.4, "stage_steps": 8, "local_guidance": 1.0, "dilated_guidance": 1.0,
-                 "canvas_guidance": 1.0, "elastic_guidance": 1.0, "doubling": True, "overlap": 0.25, "window_weights": "cosine"},
+                 "canvas_guidance": 1.0, "elastic_guidance": 1.0, "doubling": True, "overlap": 0.25,
+                 "window_weights": "cosine"},
 }
 
 #: Sampler or scheduler of the stages: this one, or the base pass's.

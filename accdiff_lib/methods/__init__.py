@@ -111,21 +111,23 @@ def _values(method: Method, base_pass: bool) -> Mapping[str, Any]:
     return method.values
 
 
-def _first(method: Method, settings: Settings, values: Mapping[str, Any]) -> Settings:
+def _first(method: Method, settings: Settings, values: Mapping[str, Any], *, checked: bool = True) -> Settings:
     """The settings of a run's first stage: of what makes the run a run, and of options that both methods have, the
     run's, unless the method has a value of its own; its own options by `values`."""
     of_the_run = {name for name, row in OPTIONS.items() if row.group in ("main", "stages", "skip residual")}
     given = {name: value for name, value in method.values.items() if name not in of_the_run}
-    return _made(method, {**values, **values_of(settings), **given, "method": method.name})
+    return _made(method, {**values, **values_of(settings), **given, "method": method.name}, checked=checked)
 
 
 def changed(settings: Settings) -> dict[str, Any]:
     """The options that differ from what the settings' own method and preset give: what an infotext has to keep."""
     method = METHODS[settings.method]
     starting = {name: getattr(settings, name) for name in ("method", "preset", "first_method", "base_pass")}
-    plain = values_of(_made(method, {**PRESETS[settings.preset], **_values(method, settings.base_pass), **starting},
-                            checked=False))
-    now = values_of(settings)
+    starting = {**PRESETS[settings.preset], **_values(method, settings.base_pass), **starting}
+    unchanged = _made(method, starting, checked=False)
+    if settings.first is not None:
+        unchanged = replace(unchanged, first=_first(METHODS[settings.first_method], unchanged, starting, checked=False))
+    plain, now = values_of(unchanged), values_of(settings)
     keep = {name for name, value in now.items() if value != plain[name]}
     keep |= {name for name in ("method", "preset", "first_method") if now[name] != OPTIONS[name].default}
     if settings.base_pass != method.values.get("base_pass", OPTIONS["base_pass"].default):
