@@ -1,6 +1,6 @@
 """What of a record a running WebUI lacks, found without generating anything: names, and calls that it would not take.
 
-`from tests.contract.check import lacking` in the WebUI's own process; it imports nothing that the WebUI has not.
+`from tests.contract.check import lacking` in the WebUI's own process; it imports nothing but modules of the WebUI.
 
 A name is "modules.shared:state.job_no": a module, and what is in it; an attribute of an object that only a generation
 has goes by its class, "modules.processing:StableDiffusionProcessing.width". Such an attribute is looked for in the
@@ -29,6 +29,7 @@ _SETTERS = {"setattr", "__setattr__", "register_buffer", "register_parameter", "
 def lacking(record: Mapping[str, Any]) -> list[str]:
     """A line for each thing in which this WebUI is not as the record says; none if our code can run in it."""
     names: Mapping[str, Mapping[str, Any]] = record["names"]
+    roots = frozenset(map(_root, names))
     lines: list[str] = []
     for name, entry in names.items():
         if entry.get("optional"):
@@ -36,10 +37,11 @@ def lacking(record: Mapping[str, Any]) -> list[str]:
         try:
             found = find(name)
         except LookupError as error:
-            if entry["is"] != SET_BY_OTHERS or name.rpartition(".")[2] not in _set_in(frozenset(map(_root, names))):
-                lines.append(str(error.args[0]))
-            continue
-        lines += misfits(name, found, entry)
+            line, attribute = str(error.args[0]), name.rpartition(".")[2]
+            may_be_set = entry["is"] == SET_BY_OTHERS and line.endswith(f" has no {attribute}")
+            lines += [] if may_be_set and attribute in _set_in(roots) else [line]
+        else:
+            lines += misfits(name, found, entry)
     return list(dict.fromkeys(lines))
 
 
@@ -72,17 +74,16 @@ def find(name: str) -> Any:
 
 
 def _module(name: str) -> ModuleType:
-    if name.endswith(".py"):  # a script, which is in no package
-        from modules import script_loading
-
-        for module in script_loading.loaded_scripts.values():
-            if module.__name__ == name:
-                return module
-        raise LookupError(f"there is no script {name}")
     try:
-        return sys.modules.get(name) or importlib.import_module(name)
+        return sys.modules.get(name) or _script(name) or importlib.import_module(name)
     except Exception as error:  # whatever it does when it is imported
         raise LookupError(f"there is no module {name}") from error
+
+
+def _script(name: str) -> ModuleType | None:
+    """A script of this file name, which is in no package."""
+    loaded = getattr(sys.modules.get("modules.script_loading"), "loaded_scripts", {})
+    return next((module for module in loaded.values() if module.__name__ == name), None)
 
 
 def _below(owner: Any, attribute: str) -> Any:
@@ -148,11 +149,9 @@ def _root(name: str) -> str:
 @cache
 def _code(module: str) -> CodeType | None:
     """A module's code, from Python's own cache where it is there."""
-    try:
-        loader = getattr(_module(module).__spec__, "loader", None)
-    except LookupError:
-        return None
-    return loader.get_code(module) if hasattr(loader, "get_code") else None
+    spec: Any = getattr(sys.modules.get(module) or _script(module), "__spec__", None)
+    loader: Any = getattr(spec, "loader", None)
+    return loader.get_code(spec.name) if hasattr(loader, "get_code") else None
 
 
 def _inner(code: CodeType | None) -> Iterator[CodeType]:

@@ -82,20 +82,17 @@ class Touched:
             self._touch(function, "forward" if hasattr(kind, "forward") else "__call__", False, call)
         return function
 
-    def getattr(self, owner: Any, attribute: str, *default: Any, optional: bool) -> Any:
+    def getattr(self, optional: bool, owner: Any, attribute: str, *default: Any) -> Any:
         """The function of this name."""
         value = getattr(owner, attribute, *(default and [_NONE]))
-        if value is _NONE:
-            return default[0]
-        self._touch(owner, attribute, optional or bool(default))
-        return value
+        if value is not _NONE:
+            self._touch(owner, attribute, optional or bool(default))
+            return value
+        return default[0]
 
-    def hasattr(self, owner: Any, attribute: str, optional: bool) -> bool:
+    def hasattr(self, _optional: bool, owner: Any, attribute: str) -> bool:
         """The function of this name."""
-        found = hasattr(owner, attribute)
-        if found:
-            self._touch(owner, attribute, True)
-        return found
+        return self.getattr(True, owner, attribute, _NONE) is not _NONE
 
     def stored(self, owner: Any, attribute: str, optional: bool) -> Any:
         """`owner`, of which an attribute is set next; one that it did not have is none of the WebUI's."""
@@ -158,10 +155,10 @@ class Touched:
         found: Any = check.SET_BY_OTHERS
         with suppress(LookupError):
             found = check.find(name)
-        if isinstance(found, ModuleType):  # what is used of it says that it is there
+        if isinstance(found, ModuleType) and found.__name__ == name.replace(":", "."):  # what is used of it says enough
             return
         own = check.signature(found)
-        kind = "class" if isinstance(found, type) else "value" if own is None else "def"
+        kind = "class" if isinstance(found, type) else "def" if own is not None else "value"
         entry = self._names.setdefault(name, {"is": kind, "optional": True, "called": set(), "overridden": False})
         entry["optional"] &= optional
         if found is check.SET_BY_OTHERS:
@@ -277,7 +274,7 @@ class _Instrument(ast.NodeTransformer):
         self._sought |= {ast.unparse(call.args[1]) for call in ast.walk(node) if isinstance(call, ast.Call)
                          and (_is(call, "hasattr") or (_is(call, "getattr") and len(call.args) > 2))}
         for each in (node.body, node.decorator_list, node.args.defaults):  # annotations stay as they are written
-            each[:] = map(self.visit, each)  # type: ignore[arg-type]
+            each[:] = map(self.visit, each)
         node.body.insert(ast.get_docstring(node) is not None, ast.Expr(_touching("entered", self._function)))
         self._imported, self._sought, self._function = before
         return node
@@ -316,13 +313,11 @@ class _Instrument(ast.NodeTransformer):
         function = node.func
         node.args = [self.visit(each) for each in node.args]
         node.keywords = [self.visit(each) for each in node.keywords]
-        if _is(node, "hasattr", "getattr"):
-            optional = ast.Constant(ast.unparse(node.args[1]) in self._sought)
-            node.keywords.append(ast.keyword("optional", optional))
+        if _is(node, "getattr", "hasattr"):
             node.func = _touching(ast.unparse(function)).func
+            node.args.insert(0, ast.Constant(ast.unparse(node.args[1]) in self._sought))
         elif isinstance(function, ast.Attribute):
-            optional = repr(function.attr) in self._sought
-            value = self.visit(function.value)
+            optional, value = repr(function.attr) in self._sought, self.visit(function.value)
             self._write(function, optional, call)
             node.func = _touching("get", value, function.attr, optional, call)
         elif not (isinstance(function, ast.Name) and hasattr(builtins, function.id)):
@@ -330,7 +325,7 @@ class _Instrument(ast.NodeTransformer):
             node.func = _touching("called", self.visit(function), call)
         return node
 
-    def _write(self, node: ast.AST, optional: bool, call: str | None = None) -> None:
+    def _write(self, node: Any, optional: bool, call: str | None = None) -> None:
         path: tuple[str, ...] = ()
         while isinstance(node, ast.Attribute):
             node, path = node.value, (node.attr, *path)
@@ -343,10 +338,10 @@ def _is(call: ast.Call, *names: str) -> bool:
     return isinstance(call.func, ast.Name) and call.func.id in names
 
 
-def _touching(what: str, *given: Any) -> ast.Call:
+def _touching(what: str, *given: Any) -> Any:
     """A call of a method of `__touched__`, with expressions and constants."""
     return ast.Call(ast.Attribute(ast.Name("__touched__", ast.Load()), what, ast.Load()),
-                    [each if isinstance(each, ast.AST) else ast.Constant(each) for each in given], [])
+                    [each if isinstance(each, ast.expr) else ast.Constant(each) for each in given], [])
 
 
 # --- switching it on -------------------------------------------------------------------------------------------
@@ -360,7 +355,7 @@ def switch_on(packages: frozenset[str] = PACKAGES) -> Touched:
         return touched.compile(path) if path == SCRIPT or LIBRARY in path.parents else plain(self, fullname)
 
     builtins.__touched__ = touched  # type: ignore[attr-defined]
-    SourceFileLoader.get_code = get_code  # type: ignore[method-assign]
+    SourceFileLoader.get_code = get_code  # type: ignore[method-assign, assignment]
     return touched
 
 

@@ -1,6 +1,6 @@
 """Tests against a RUNNING WebUI with this extension in it: AUTOMATIC1111, Forge or reForge, whichever answers.
 
-    ACCDIFF_WEBUI_URL=http://127.0.0.1:7860 .venv/bin/python -m pytest tests/webui -q
+    ACCDIFF_WEBUI_URL=http://127.0.0.1:7860 .venv/bin/python -m pytest tests/live -q
 
 Without ACCDIFF_WEBUI_URL all of them are skipped. The WebUI needs `--api`, the extension, and a checkpoint; what a host
 lacks (a ControlNet file, sd-webui-controlnet, X/Y/Z, a browser) skips the tests about it, each with its reason. Nothing
@@ -9,6 +9,9 @@ is installed or changed there, and settings that a test changes are put back. Th
 
 The project was tested with the embedded model: tests/live/checkpoint.py writes it as a checkpoint, and the extension
 tests/live/tiny_shape, linked into the WebUI's extensions, teaches the WebUI its shape.
+
+The extension tests/live/touched, linked likewise, records what AccDiffusion touches in the WebUI meanwhile, or says
+what the WebUI lacks of such a record (tests/contract).
 
 What depends on the checkpoint, with values for that model:
 
