@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from accdiff_lib.parts.infotext import parse
+from accdiff_lib.settings import values
 from accdiff_lib.webui import arguments
 from tests.live.client import BASE, NAME, URL, WINDOW, Refused, WebUI, alike, encoded, image, size
 
@@ -30,7 +31,7 @@ def test_a_picture_again_from_its_parameters(webui, which):
     made = webui.generate(ROUND_TRIPS[which], seed=11)
     job = arguments.restored(parse(made.texts[0]).values)
     assert job is not None
-    again = {name: getattr(job.settings, name) for name in arguments.OPTIONS}
+    again = values(job.settings)
     answer = webui.generate({**again, "controlnet_model": job.controlnet}, seed=int(made.values["Seed"]))
     assert np.array_equal(answer.picture, made.picture) and answer.texts == made.texts
 
@@ -71,7 +72,7 @@ def test_parameters_are_in_the_file(webui, large):
 def test_options_are_a_schema(webui):
     schema = webui.get("/accdiffusion/v1/options")
     assert tuple(schema["x-positional"]) == arguments.POSITIONAL
-    assert set(schema["properties"]) == set(arguments.POSITIONAL)
+    assert set(schema["properties"]) == {*arguments.POSITIONAL, arguments.REGIONS}
     script = webui.script(NAME)
     assert len(script["args"]) == len(arguments.POSITIONAL)
 
@@ -104,7 +105,7 @@ def test_the_explain_sheet_is_last_in_the_gallery(webui, options, settings, larg
 def test_stages_are_saved(webui, options, settings, tmp_path):
     if not any(host in URL for host in ("127.0.0.1", "localhost")):
         pytest.skip("the WebUI runs on another machine: its folder cannot be looked into")
-    settings(accdiffusion_save_stages=True, outdir_samples="", outdir_txt2img_samples=str(tmp_path))
+    settings(samples_save=True, accdiffusion_save_stages=True, outdir_samples="", outdir_txt2img_samples=str(tmp_path))
     if webui.get("/sdapi/v1/options")["outdir_txt2img_samples"] != str(tmp_path):
         pytest.skip("this host does not let its API choose the folder of pictures")
     answer = webui.generate({**options, "scale": 3}, do_not_save_samples=False, save_images=True, steps=4)

@@ -152,6 +152,17 @@ def from_text(webui, text: str) -> np.ndarray:
         sampler_name=found.values["Sampler"], scheduler=found.values.get("Schedule type", "Automatic")).picture
 
 
+def test_each_methods_panel(txt2img, webui):
+    """A method's own controls are shown, and the line is of it."""
+    for method, has in webui.get("/accdiffusion/v1/options")["x-methods"].items():
+        txt2img.pick("method", method)
+        txt2img.until_cost(f"{2 * BASE}x{2 * BASE}: ")
+        txt2img.page.wait_for_timeout(1000)
+        for name in ("window_prompts", "dilate_tau", "resampling_steps"):
+            assert txt2img.page.locator(f"{PANEL}{name}").is_visible() == (name in has["options"]), (method, name)
+        txt2img.shot(f"method-{method}")
+
+
 def test_the_panel_generates_what_the_api_does(txt2img, webui):
     txt2img.number(f"{PANEL}scale", 1.5)
     txt2img.pick("method", "accdiffusion-v1")
