@@ -92,6 +92,10 @@ def parser() -> Parser:
     _add(picture, (row for row in GENERAL.values() if row.group == "picture"), prefix="general")
     picture.add_argument("--image", metavar="FILE", help="Start from this picture instead of a base pass; its size "
                          "(cut to multiples of 8) is the base size, or it is fitted to --width and --height.")
+    picture.add_argument("--control-image", metavar="FILE", help="Guide all stages by the edges of this picture "
+                         "through the ControlNet, instead of those of each last picture; it is fitted to the result.")
+    picture.add_argument("--control-map", action="store_true", default=False, help="The --control-image is a map that "
+                         "the ControlNet takes as it is (depth, say), not a picture.")
     picture.add_argument("--region", metavar=("PROMPT", "MASK"), nargs=2, action="append", help="Give a part of the "
                          "picture a prompt of its own, that which the picture MASK marks (bright); may be repeated.")
     picture.add_argument("--target", metavar="WxH", help="Size of the result in pixels, multiples of 8, in any shape, "
@@ -194,23 +198,23 @@ def read(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, dict[st
     for name, text in (("PROMPT", namespace.prompt), ("--negative", general["negative"])):
         if not text.isprintable() and any(0xD800 <= ord(letter) <= 0xDFFF for letter in text):
             raise InputError(f"{name}: {text!a} is not allowed; it takes text in UTF-8")
-    for name in ("image", "model", "vae", "controlnet", "config", "out"):
+    for name in ("image", "control_image", "model", "vae", "controlnet", "config", "out"):
         setattr(namespace, name, _path(namespace, name))
     return namespace, general, chosen
 
 
 def _path(namespace: argparse.Namespace, name: str) -> Path | None:
-    text = getattr(namespace, name, None)
+    text, spelled = getattr(namespace, name, None), "--" + name.replace("_", "-")
     if text is None:
         return None
     if not text:
-        raise InputError(f"--{name}: '' is not allowed; it takes the path of a file or folder")
+        raise InputError(f"{spelled}: '' is not allowed; it takes the path of a file or folder")
     try:
         path = Path(text).expanduser()
         path.exists()
     except RuntimeError:
-        raise InputError(f"--{name}: {text!r} is not allowed; there is no such user's home folder") from None
+        raise InputError(f"{spelled}: {text!r} is not allowed; there is no such user's home folder") from None
     except OSError as error:  # a name that is too long, a folder that may not be entered
-        raise InputError(f"--{name}: {text!r} is not allowed ({error.strerror}); it takes the path of a file or "
+        raise InputError(f"{spelled}: {text!r} is not allowed ({error.strerror}); it takes the path of a file or "
                          "folder") from None
     return path

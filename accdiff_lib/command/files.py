@@ -71,27 +71,28 @@ class Folder:
         return self.path / name
 
 
-def read_image(path: Path, fit: tuple[int, int] | None = None) -> np.ndarray:
+def read_image(path: Path, fit: tuple[int, int] | None = None, flag: str = "--image") -> np.ndarray:
     """A picture uint8 [H, W, 3], upright and opaque.
 
     Its sides are cut to multiples of 8, or it is resized and cut (both centred) to `fit` = (height, width) pixels.
+    Complaints name the `flag`.
     Raises InputError when it cannot be read or is too small or too large.
     """
     try:
         with _any_size(), Image.open(path) as opened:
-            _check_size(path, opened.size, fit)
+            _check_size(path, opened.size, fit, flag)
             image = _rgb(ImageOps.exif_transpose(opened))
     except FileNotFoundError:
-        raise InputError(f"--image: {path} does not exist; it takes a picture file") from None
+        raise InputError(f"{flag}: {path} does not exist; it takes a picture file") from None
     except UnidentifiedImageError:
-        raise InputError(f"--image: {path} is not a picture that can be read; it takes PNG, JPEG, WebP, ...") from None
+        raise InputError(f"{flag}: {path} is not a picture that can be read; it takes PNG, JPEG, WebP, ...") from None
     except InputError:
         raise
     except MemoryError:
-        raise InputError(f"--image: {path} does not fit into memory; it takes a smaller picture") from None
+        raise InputError(f"{flag}: {path} does not fit into memory; it takes a smaller picture") from None
     except (OSError, ValueError, SyntaxError) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise InputError(f"--image: {path} cannot be read ({reason}); it takes a picture file") from error
+        raise InputError(f"{flag}: {path} cannot be read ({reason}); it takes a picture file") from error
     width, height = image.size
     size = (fit[1], fit[0]) if fit else (width // CELL * CELL, height // CELL * CELL)
     if fit:
@@ -100,14 +101,14 @@ def read_image(path: Path, fit: tuple[int, int] | None = None) -> np.ndarray:
     return np.asarray(image.crop((left, top, left + size[0], top + size[1])))
 
 
-def _check_size(path: Path, size: tuple[int, int], fit: tuple[int, int] | None) -> None:
+def _check_size(path: Path, size: tuple[int, int], fit: tuple[int, int] | None, flag: str) -> None:
     if min(size) < SMALLEST:
-        raise InputError(f"--image: {path} is {size[0]}x{size[1]} pixels; it takes at least {SMALLEST}x{SMALLEST}")
+        raise InputError(f"{flag}: {path} is {size[0]}x{size[1]} pixels; it takes at least {SMALLEST}x{SMALLEST}")
     if max(size) > LARGEST and fit is None:
-        raise InputError(f"--image: {path} is {size[0]}x{size[1]} pixels; it takes at most {LARGEST}x{LARGEST} (give "
+        raise InputError(f"{flag}: {path} is {size[0]}x{size[1]} pixels; it takes at most {LARGEST}x{LARGEST} (give "
                          "--width and --height to shrink it)")
     if size[0] * size[1] > MOST_PIXELS:
-        raise InputError(f"--image: {path} is {size[0]}x{size[1]} pixels; it takes at most {MOST_PIXELS >> 20} million")
+        raise InputError(f"{flag}: {path} is {size[0]}x{size[1]} pixels; it takes at most {MOST_PIXELS >> 20} million")
 
 
 def _rgb(image: Image.Image) -> Image.Image:

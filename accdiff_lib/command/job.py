@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # torch takes seconds to import; --help and typing mistakes a
     from accdiff_lib.engine.cost import Part
     from accdiff_lib.engine.memory import Need
     from accdiff_lib.parts.regions import Region
+    from accdiff_lib.parts.structure import Guide
     from accdiff_lib.standalone.loading import ModelShape
 
 
@@ -41,6 +42,8 @@ class Job:
     dtype: torch.dtype
     image: np.ndarray | None
     regions: tuple[Region, ...] = ()
+    #: What guides the stages through the ControlNet, instead of the last picture's edges.
+    guide: Guide | None = None
 
     @property
     def stage_solver(self) -> tuple[str, str, int]:
@@ -95,13 +98,14 @@ def prepare(argv: Sequence[str] | None) -> Job:
     model = describe(namespace.model, vae=namespace.vae, controlnet=namespace.controlnet, config=namespace.config)
     plan = _in_flags(make_plan, _base(general, settings, model, image), settings, native=model.native)
     regions = _regions(getattr(namespace, "region", []), settings, plan)
-    parts = _cost(general, settings, model, plan, image is not None, regions)
+    guide = _guide(namespace, settings, model, plan)
+    parts = _cost(general, settings, model, plan, image is not None, regions, guide is not None)
     if general["seed"] + general["batch"] > 2**32:
         raise InputError(f"--batch: {general['batch']} pictures from --seed {general['seed']} need seeds beyond "
                          f"{2**32 - 1}; give a smaller seed")
     if general["seed"] == -1:
         general["seed"] = random.SystemRandom().randrange(2**32 - general["batch"])
-    job = Job(namespace, general, settings, model, plan, parts, device, dtype, image, regions)
+    job = Job(namespace, general, settings, model, plan, parts, device, dtype, image, regions, guide)
     if not namespace.dry_run:
         pixels = sum(part.pixels[0] * part.pixels[1] for part in parts)
         job.folder.check(3 * pixels * general["batch"])
@@ -127,6 +131,22 @@ def _regions(given: Sequence[tuple[str, str]], settings: Settings, plan: Plan) -
                     for number, (prompt, mask) in enumerate(given, 1))
     check_regions(regions, settings, plan.pixels, "--region")
     return regions
+
+
+def _guide(namespace: argparse.Namespace, settings: Settings, model: ModelShape, plan: Plan) -> Guide | None:
+    """The picture or map of --control-image, in the shape of the result."""
+    if namespace.control_image is None:
+        if namespace.control_map:
+            raise InputError("--control-map: there is no --control-image that it could be about")
+        return None
+    if not settings.wants_control:
+        raise InputError("--control-image: it would guide nothing, as the ControlNet is off; give --use-controlnet")
+    if model.controlnet is None:
+        raise InputError("--control-image: it would guide nothing without a ControlNet; give --controlnet PATH")
+    from accdiff_lib.command.files import read_image
+    from accdiff_lib.parts.structure import Guide
+
+    return Guide(read_image(namespace.control_image, plan.pixels, "--control-image"), namespace.control_map)
 
 
 def _sampler(sampler: str, scheduler: str, prefix: str = "--") -> tuple[str, str]:
@@ -198,7 +218,7 @@ def _base(general: dict[str, Any], settings: Settings, model: ModelShape, image:
 
 
 def _cost(general: dict[str, Any], settings: Settings, model: ModelShape, plan: Plan,
-          has_image: bool, regions: tuple[Region, ...]) -> list[Part]:
+          has_image: bool, regions: tuple[Region, ...], has_guide: bool) -> list[Part]:
     from accdiff_lib.engine.cost import estimate
     from accdiff_lib.parts.noise_levels import NoiseLevels
     from accdiff_lib.standalone.samplers import solver
@@ -209,7 +229,7 @@ def _cost(general: dict[str, Any], settings: Settings, model: ModelShape, plan: 
     return estimate(of(settings), plan, settings, base_solver=base,
                     stage_solver=solver(*_stage_solver(general, settings), levels), timestep=levels.timestep,
                     guidance=general["cfg"], has_control=model.controlnet is not None, from_image=has_image,
-                    regions=regions)
+                    has_guide=has_guide, regions=regions)
 
 
 def _check_names(job: Job) -> None:

@@ -178,7 +178,8 @@ def _one(job: Job, terminal: Terminal, host: StandaloneHost, extrapolation: Any,
         terminal.say(f"seed {seed}")
     request = Request(job.arguments.prompt, seed, job.general["cfg"], of(job.settings), job.settings, job.plan,
                       intermediate=job.arguments.intermediate,
-                      given=None if job.image is None else GivenImage(job.image), regions=job.regions)
+                      given=None if job.image is None else GivenImage(job.image), regions=job.regions,
+                      guide=job.guide)
     record: dict[str, Any] = {"seed": seed, "stopped": ""}
     try:
         result = extrapolation.run(request)
@@ -253,6 +254,8 @@ def parameters(job: Job, seed: int) -> str:
         values["AccDiffusion ControlNet model"] = given.controlnet.stem
     if given.image is not None:
         values["AccDiffusion image"] = given.image.name
+    if job.guide is not None:
+        values[f"AccDiffusion control {'map' if job.guide.is_map else 'image'}"] = given.control_image.name
     if job.regions:
         values["AccDiffusion regions"] = " | ".join(region.prompt for region in job.regions)
     values |= {"AccDiffusion": __version__, **settings_infotext(job.settings)}

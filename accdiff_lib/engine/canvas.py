@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from accdiff_lib.engine.plan import Plan, Stage
 from accdiff_lib.engine.schedule import Script
 from accdiff_lib.engine.spread import check_stop
 from accdiff_lib.parts.regions import Region
+from accdiff_lib.parts.structure import Guide
 from accdiff_lib.parts.window_prompts import WordMask
 from accdiff_lib.settings import Settings
 
@@ -44,10 +44,10 @@ class StageInputs:
     seed: int
     #: Where the prompt's words are in the base picture; none when nobody has looked.
     words: Sequence[WordMask] = ()
-    #: [1, 1, 8h, 8w] edges on the canvas's device, or None.
+    #: [1, 1, 8h, 8w] hint (edges, mostly) on the canvas's device, or None.
     hint: Tensor | None = None
-    #: What the edges are of: the previous stage's picture, uint8 [H, W, 3]; None without them.
-    picture: np.ndarray | None = None
+    #: What the hint is of; None without it.
+    guide: Guide | None = None
     #: Parts of the picture that have prompts of their own.
     regions: Sequence[Region] = ()
 

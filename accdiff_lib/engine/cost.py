@@ -56,10 +56,11 @@ class Part:
 
 def estimate(method: Method, plan: Plan, settings: Settings, *, base_solver: Solver | Foreseen,
              stage_solver: Solver | Foreseen, timestep: Callable[[float], float], guidance: float, has_control: bool,
-             from_image: bool = False, regions: Sequence[Region] = ()) -> list[Part]:
+             from_image: bool = False, has_guide: bool = False, regions: Sequence[Region] = ()) -> list[Part]:
     """The cost of every part of one image's run, exactly as it will be counted (`Picture.latents`).
 
     With `from_image` the base picture is given: then one evaluation records its attention, if that is used.
+    `has_guide`: the ControlNet has a picture of its own, and needs no base picture's edges.
     """
     parts = []
     has_base = settings.base_pass or not plan.stages or from_image
@@ -74,8 +75,9 @@ def estimate(method: Method, plan: Plan, settings: Settings, *, base_solver: Sol
         parts.append(Part(None, (plan.crop.height * CELL, plan.crop.width * CELL), steps, calls,
                           (once,), (replace(once, count=calls),)))
     rehearsed = cache(lambda settings, from_noise: rehearsal(
-        stage_solver, settings, timestep, plan.stages[0], guidance=guidance, has_control=has_control and has_base,
-        stages=len(plan.stages), from_noise=from_noise, regions=regions))
+        stage_solver, settings, timestep, plan.stages[0], guidance=guidance,
+        has_control=has_control and (has_base or has_guide), stages=len(plan.stages), from_noise=from_noise,
+        regions=regions))
     for stage in plan.stages:
         made_by, own = method.of_stage(stage, settings)
         stage_rehearsal = rehearsed(own, not has_base and stage is plan.stages[0])

@@ -25,7 +25,7 @@ from accdiff_lib.parts.attention import AttentionRecorder, map_size
 from accdiff_lib.parts.dilation_plan import Convolution
 from accdiff_lib.parts.noise_levels import TRAINING_STEPS
 from accdiff_lib.parts.regions import Region
-from accdiff_lib.parts.structure import canny, hint
+from accdiff_lib.parts.structure import Guide
 from accdiff_lib.parts.window_prompts import WordMask
 from accdiff_lib.settings import Settings
 
@@ -80,6 +80,8 @@ class Request:
     given: Given | None = None
     #: Parts of the picture that have prompts of their own.
     regions: Sequence[Region] = ()
+    #: What guides all stages through the ControlNet, instead of each last picture's edges.
+    guide: Guide | None = None
 
 
 class Extrapolation:
@@ -130,7 +132,8 @@ class Extrapolation:
         plan, settings = request.plan, request.settings
         for remark in request.method.said(plan.stages, settings, self._structure):
             self.host.progress.comment(remark)
-        wants_all = request.intermediate or (self.host.has_control and settings.wants_control)
+        wants_all = request.intermediate or (
+            self.host.has_control and settings.wants_control and request.guide is None)
         base = maps = None
         own = dict(zip(plan.stages, self._by_stage(request), strict=True))
         if request.given is not None or settings.base_pass or not plan.stages:
@@ -260,9 +263,10 @@ class Extrapolation:
                words: Sequence[WordMask]) -> Picture:
         """Samples the canvas of a stage from the last picture; its statistics are those of the base latent."""
         host, method, settings, begin = self.host, request.method, request.settings, time.perf_counter()
+        steerable = host.has_control and (base is not None or request.guide is not None)
         script = make_script(method, host.stage_solver, settings, host.timestep, stage, guidance=request.guidance,
-                             stages=len(request.plan.stages), has_control=host.has_control and base is not None,
-                             from_noise=last is None, regions=request.regions)
+                             stages=len(request.plan.stages), has_control=steerable, from_noise=last is None,
+                             regions=request.regions)
         host.progress.begin(stage, script.latents)
         inputs = self._inputs(request, stage, last, words, steered=any(call.control for call in script.calls))
         predictor = method.canvas(host, inputs, settings, self._batcher)
@@ -285,16 +289,18 @@ class Extrapolation:
                 steered: bool) -> StageInputs:
         size = (stage.height, stage.width)
         device = self.host.canvas_device(*size)
-        upsampled = edges = None
+        upsampled = seen = guide = None
         if last is not None:
             upsampled = F.interpolate(last.latent.to(device), size, mode="bicubic", align_corners=False)
-            if steered:
-                assert last.image is not None
-                edges = hint(canny(last.image, request.settings.canny_sigma), *stage.pixels).to(device)
+        if steered:
+            guide = request.guide
+            if guide is None:
+                assert last is not None and last.image is not None
+                guide = Guide(last.image)
+            seen = guide.hint(*stage.pixels, request.settings.canny_sigma).to(device)
         noise = seeds.normal((1, self.host.channels, *size), request.seed, "stage", stage.number).to(device)
         return StageInputs(request.plan, stage, upsampled, noise, request.prompt, self.texts, request.guidance,
-                           request.seed, words, edges, last.image if last is not None and steered else None,
-                           request.regions)
+                           request.seed, words, seen, guide, request.regions)
 
 
 def _why_stopped(error: Exception) -> str | None:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -42,7 +41,6 @@ from accdiff_lib.parts.resampling import (
     see,
     surround,
 )
-from accdiff_lib.parts.structure import canny, hint
 from accdiff_lib.parts.windows import Window
 
 #: Guidance of the repainted step, as a part of the first's.
@@ -334,14 +332,13 @@ class ElasticPredictor:
         return seeded(seed, stage.number, self.host.encode_image)
 
     def _hints(self) -> Hints | None:
-        """Edges found at each of the two sizes anew: those of one size, resized, are too thick or too few."""
-        picture, stage = self.inputs.picture, self.inputs.stage
-        if picture is None:
+        """Found at each of the two sizes anew."""
+        guide, stage = self.inputs.guide, self.inputs.stage
+        if guide is None:
             return None
         reduced = reduced_size((stage.height, stage.width), stage.native, self.options.reduction)
         device = self.inputs.noise.device
-        return Hints(*(hint(canny(_resized(picture, CELL * height, CELL * width), self.options.canny_sigma),
-                            CELL * height, CELL * width).to(device)
+        return Hints(*(guide.hint_anew(CELL * height, CELL * width, self.options.canny_sigma).to(device)
                        for height, width in (reduced, (stage.height, stage.width))))
 
     def _predict(self, latents: Tensor, sigma: Tensor, halves: Halves, hints: HintsOf | None = None,
@@ -402,12 +399,6 @@ def principal(x: Tensor) -> np.ndarray:
     picture = np.zeros((3, levels.shape[1]))
     picture[:len(levels)] = levels
     return (255 * picture.T).round().astype(np.uint8).reshape(*x.shape[-2:], 3)
-
-
-def _resized(picture: np.ndarray, height: int, width: int) -> np.ndarray:
-    """A picture uint8 [h, w, 3] in another size."""
-    smaller = height * width < picture.shape[0] * picture.shape[1]
-    return cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA if smaller else cv2.INTER_CUBIC)
 
 
 def _fitted(latents: Tensor, hints: HintsOf | None, multiple: int) -> tuple[Tensor, HintsOf | None]:

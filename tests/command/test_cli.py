@@ -434,3 +434,39 @@ def test_the_base_part_has_the_size_of_its_picture(tmp_path, capsys):
     assert cli.main(argv) == 0
     parts = json.loads(capsys.readouterr().out)["images"][0]["parts"]
     assert (parts[0]["width"], parts[0]["height"]) == Image.open(tmp_path / "base.png").size == (128, 64)
+
+
+# --- a picture to follow ---------------------------------------------------------------------------------------
+
+SHORT = ["a ball", "--steps", "2", "--width", "128", "--height", "128", "--scale", "2", "--window", "16", "--json"]
+
+
+@pytest.mark.parametrize("method", ["accdiffusion-v2", "scalecrafter", "elasticdiffusion", "multidiffusion"])
+def test_a_picture_to_follow_guides_all_stages(capsys, tmp_path, method):
+    """Also those of methods without a base picture; the picture's edges, or a map as it is."""
+    levels = np.zeros((96, 96, 3), np.uint8)
+    levels[32:64, 20:80] = (200, 30, 40)
+    Image.fromarray(levels).save(tmp_path / "own.png")
+    common = ["--method", method, "--use-controlnet", "--no-explain", "--control-strength", "1"]
+    if method in ("scalecrafter", "elasticdiffusion"):
+        common = [*common, "--scale", "3"]
+        common = common if method == "scalecrafter" else [*common, "--no-repaint"]
+    plain = SHORT if "--scale" not in common else [part for part in SHORT if part not in ("--window", "16")]
+    found = []
+    for extra in ([], ["--control-image", str(tmp_path / "own.png")],
+                  ["--control-image", str(tmp_path / "own.png"), "--control-map"]):
+        assert cli.main([*plain, *common, *extra, "--out", str(tmp_path / "out")]) == 0
+        told = json.loads(capsys.readouterr().out)
+        part = told["images"][0]["parts"][-1]
+        assert (part["controlnet"] > 0) == bool(extra or method == "accdiffusion-v2")
+        found.append(np.asarray(Image.open(told["images"][0]["files"]["final"])))
+    assert not np.array_equal(found[0], found[1]) and not np.array_equal(found[1], found[2])
+
+
+@pytest.mark.parametrize(("options", "named"), [
+    (["--control-map"], "--control-map: there is no --control-image"),
+    (["--control-image", "gone.png"], "--control-image: gone.png does not exist"),
+    (["--control-image", "gone.png", "--no-use-controlnet"], "--control-image: it would guide nothing")])
+def test_a_picture_to_follow_that_cannot_be(capsys, options, named):
+    assert cli.main([*SHORT, *options]) == 2
+    assert named in capsys.readouterr().err
