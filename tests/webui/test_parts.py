@@ -14,7 +14,7 @@ import pytest
 
 from accdiff_lib.engine.schedule import rehearse
 from accdiff_lib.errors import InputError
-from accdiff_lib.methods import METHODS, OPTIONS, make
+from accdiff_lib.methods import METHODS, OPTIONS, make, names
 from accdiff_lib.parts.noise_levels import NoiseLevels, alphas_cumprod
 from accdiff_lib.standalone.samplers import SAMPLERS, SCHEDULERS, solver
 from accdiff_lib.webui import arguments, controlnets, hires, model, outline
@@ -44,7 +44,8 @@ def test_options_are_a_schema(client):
         "maximum": 8, "x-step": 0.05, "x-group": "main", "x-infotext": "AccDiffusion scale"}
     assert schema["properties"]["method"]["enum"] == list(METHODS)
     # What the schema says is what the arguments are without it.
-    defaults = {name: row["default"] for name, row in schema["properties"].items()}
+    defaults = {name: row["default"] for name, row in schema["properties"].items()
+                if name in EXTRA or name in names(OPTIONS["method"].default)}
     assert arguments.parse([defaults]) == arguments.parse([{}])
 
 
@@ -326,7 +327,8 @@ def test_the_table_on_the_page_is_readable():
     written = panel._live_line(lambda name: f"script_txt2img_accdiffusion_{name}")
     table = json.loads(html.unescape(written.partition("data-table='")[2].partition("'></div>")[0]))
     assert table["prefix"] == "script_txt2img_accdiffusion_" and table["positional"] == list(POSITIONAL)
-    assert table["help"]["c"] == OPTIONS["c"].help and table["hideable"] == {"overlap": "stride"}
+    assert table["help"]["c"] == OPTIONS["c"].help and table["hideable"]["overlap"] == "stride"
+    assert not {"method", "scale"} & set(table["hideable"]) and "windows" in table["lacks"]["elasticdiffusion"]
 
 
 # --- schedules -------------------------------------------------------------------------------------------------
