@@ -119,7 +119,7 @@ class Outlook:
     tolerance: float
     #: CFG scale of the base pass.
     guidance: float
-    #: How far a shift of the prediction moves the next latent of each step [N] (docs/methods.md, 10); None where the
+    #: How far a shift of the prediction moves the next latent of each step [N]; None where the
     #: solver is there only to be counted.
     gains: Callable[[], Sequence[float]] | None = None
     #: Parts of the picture that have prompts of their own.
