@@ -116,6 +116,23 @@ def test_every_method(webui, options, large, method):
         assert np.array_equal(answer.picture, large.picture) == (method == "accdiffusion-v1")
 
 
+@pytest.mark.parametrize(("which", "own"), [
+    ("scalecrafter", {"dilate_tau": 0}), ("elasticdiffusion", {"resampling_steps": 1, "repaint": False})])
+def test_a_canvas_larger_than_the_models_own_size(webui, plain, which, own):
+    """Where methods without windows do what is their own. The tiny checkpoint is an SDXL to the WebUI: 1024 pixels."""
+    native = 8 * webui.get("/accdiffusion/v1/model")["native"]
+    asked = {"method": which, "scale": native * 5 / 4 / BASE, "stage_steps": 2}
+    if asked["scale"] > 8:
+        pytest.skip("the base picture is too small for this checkpoint")
+    if which == "elasticdiffusion":
+        asked |= {"resampling_steps": 0, "repaint": False}
+    answer = webui.generate(asked, steps=2)
+    assert answer.picture.shape == size(native * 5 // 4) and answer.values["AccDiffusion method"] == which
+    other = webui.generate({**asked, **own}, steps=2)
+    assert difference(other.picture, answer.picture) > 1
+    assert np.array_equal(webui.generate(None).picture, plain.picture)
+
+
 @pytest.mark.parametrize("change", [
     {"window_prompts": False}, {"guidance_rescale": 0.5}, {"gaussian": False}, {"local_guidance": 2},
     {"dilated": False}, {"skip_residual": False}, {"jitter": False}])
