@@ -159,7 +159,7 @@ def _host(job: Job, models: Models, terminal: Terminal, offload: bool) -> Standa
     sampler, scheduler, steps = job.stage_solver
     return StandaloneHost(
         models, prompt=job.arguments.prompt, negative=general["negative"], progress=terminal,
-        regions=[region.prompt for region in job.regions],
+        regions=[text for region in job.regions for text in (region.prompt, region.negative or "")],
         sampler=general["sampler"], scheduler=general["scheduler"], steps=general["steps"],
         stage_sampler=sampler, stage_scheduler=scheduler, stage_steps=steps, vae_tile=job.settings.vae_tile,
         device=job.device, dtype=job.dtype, offload=offload)

@@ -208,8 +208,15 @@ class Host(Protocol):
         """The decoder's residual blocks, each with the channels of its input that are not the skip connection's."""
         ...
 
-    def unconditional(self, text: Text) -> Text:
-        """The negative prompt of a text as a text of its own, which at guidance 1 is evaluated alone."""
+    def with_negative(self, text: Text, negative: str) -> Text:
+        """A text with another negative prompt than the generation's."""
+        ...
+
+    def apart(self, text: Text) -> tuple[Text, Text]:
+        """Prompt and negative prompt of a text as texts of their own, which at guidance 1 are evaluated alone.
+
+        Each gives the same whether the other is in its batch or not.
+        """
         ...
 
     def conditional(self, batch: int) -> slice:

@@ -303,8 +303,7 @@ class ElasticPredictor:
         self.inputs = inputs
         self.batcher = batcher
         self.options = of_stage(inputs.stage, settings)
-        self.text = inputs.encode([inputs.prompt])[0]
-        self.negative = host.unconditional(self.text)
+        self.text, self.negative = host.apart(inputs.encode([inputs.prompt])[0])
         stage = inputs.stage
         self.canvas = ElasticCanvas(self._predict, self._draws(), (stage.height, stage.width), stage.native,
                                     self.options, hints=self._hints(), watch=self._watch)

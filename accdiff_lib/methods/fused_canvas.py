@@ -215,7 +215,9 @@ class Regional:
         self.weights, self._of_windows = regions_of(own, inputs.regions, settings)
         #: (number of the window, number of the region; 0 is the rest of the picture) of each evaluation.
         self.pairs = [(number, region) for number, those in enumerate(self._of_windows) for region in those]
-        self._texts: list[Text] = inputs.encode([region.prompt for region in inputs.regions])
+        texts = inputs.encode([region.prompt for region in inputs.regions])
+        self._texts = [text if region.negative is None else host.with_negative(text, region.negative)
+                       for text, region in zip(texts, inputs.regions, strict=True)]
         self._part = settings.bootstrapping if inputs.upsampled is None else 0.0
         self._colours = constant_colours(host.encode_image, COLOURS, seeds.generator(
             inputs.seed, "colours")) if self._part else None

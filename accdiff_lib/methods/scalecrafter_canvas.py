@@ -88,7 +88,7 @@ class ScaleCrafterPredictor:
 
     def _damped(self, x: Tensor, sigma: Tensor, call: Call) -> Tensor:
         """Noise-damped guidance: three evaluations, one after the other, as the canvas may be all that fits."""
-        texts = {"uncond": self.host.unconditional(self.text), "cond": self.text}
+        texts = dict(zip(("cond", "uncond"), self.host.apart(self.text), strict=True))
 
         def predict(x: Tensor, sigma: Tensor, halves: Halves) -> Tensor:
             return self._once(lambda: torch.cat([self._denoise(x, sigma, call, texts[half]) for half in halves]))

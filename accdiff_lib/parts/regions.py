@@ -8,11 +8,8 @@ Prompter send them.
 
 from __future__ import annotations
 
-import base64
 import colorsys
-import io
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
@@ -24,19 +21,17 @@ from PIL import Image
 from torch import Tensor
 
 from accdiff_lib.errors import InputError
+from accdiff_lib.parts.sent_pictures import PictureSource, read_picture
 from accdiff_lib.settings import Settings
 
-#: A path, base64 (also as a data URL), an encoded picture, a picture, or numbers [h, w] (0..1, or 0..255 as integers).
-MaskSource: TypeAlias = "str | bytes | os.PathLike[str] | Image.Image | np.ndarray"
+#: A picture, or numbers [h, w] (0..1, or 0..255 as integers).
+MaskSource: TypeAlias = "PictureSource | np.ndarray"
 
 #: A mask's shape may differ so much from the canvas's, as a part of the ratio of its sides.
 _SHAPE_TOLERANCE = 0.05
 
 #: Colours of a Regional Prompter mask may be off by so much in each channel (JPEG, resizing), of 255.
 _COLOUR_TOLERANCE = 12
-
-#: Text shorter than this is no picture in base64, and longer than that no path.
-_SHORTEST_PICTURE, _LONGEST_PATH = 80, 4096
 
 #: Weight of the only predictions there are in cells of a window whose regions were too small to evaluate.
 _REMAINDER = 1e-4
@@ -112,7 +107,7 @@ def read_mask(source: MaskSource, option: str = "regions", *, files: bool = True
     if isinstance(source, np.ndarray):
         mask = _levels(source, option)
     else:
-        picture = _picture(source, option, files)
+        picture = read_picture(source, option, files=files)
         transparent = picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info
         channels = np.asarray(picture.convert("RGBA"), np.float32) / 255
         opacity = channels[..., 3] if transparent else np.ones(channels.shape[:2], np.float32)
@@ -131,7 +126,7 @@ def read_colour_masks(source: MaskSource, count: int, option: str = "regions", *
     Region n has the n-th of its colours: hues 0, 180, 90, 270, 45, 135, ... degrees at half saturation and value. Other
     colours are no region's; there the picture's own prompt goes. Raises InputError naming the `option`.
     """
-    picture = Image.fromarray(source) if isinstance(source, np.ndarray) else _picture(source, option, files)
+    picture = Image.fromarray(source) if isinstance(source, np.ndarray) else read_picture(source, option, files=files)
     pixels = np.asarray(picture.convert("RGB"), np.int16)
     colours = np.array([region_colour(number) for number in range(count)], np.int16)
     apart = np.abs(pixels[:, :, None] - colours).max(axis=-1)
@@ -197,43 +192,7 @@ def check_regions(regions: Sequence[Region], settings: Settings, size: tuple[int
         name = f"{option}: region {number}"
         if not region.prompt.strip():
             raise InputError(f"{name} has no prompt; it takes some text")
-        if region.negative:
-            raise InputError(f"{name} cannot have a negative prompt of its own; the picture's counts everywhere")
         check_shape(region.mask, size, name)
-
-
-def _picture(source: str | bytes | os.PathLike[str] | Image.Image, option: str, files: bool) -> Image.Image:
-    if isinstance(source, Image.Image):
-        return source
-    try:
-        picture = Image.open(_opened(source, files))
-        picture.load()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # Pillow raises all of these
-        shown = f"{len(source)} bytes" if isinstance(source, bytes) else repr(str(source)[:60])
-        wanted = "a picture file or a picture in base64" if files else "a picture in base64"
-        raise InputError(f"{option}: {shown} is not {wanted}") from None
-    return picture
-
-
-def _opened(source: str | bytes | os.PathLike[str], files: bool) -> io.BytesIO:
-    """The bytes of a picture. Raises OSError or ValueError."""
-    if isinstance(source, bytes):
-        return io.BytesIO(source)
-    if isinstance(source, str):
-        named = source.startswith("data:")
-        text = source.partition(",")[2] if named else source
-        try:
-            decoded = base64.b64decode("".join(text.split()), validate=True)
-        except ValueError:
-            if named or not files or len(text) > _LONGEST_PATH:
-                raise
-        else:
-            if named or not files or len(text) >= _SHORTEST_PICTURE:
-                return io.BytesIO(decoded)
-    if not files or not isinstance(source, str | os.PathLike):  # a number would open a file descriptor
-        raise ValueError("neither text nor a picture")
-    with open(source, "rb") as file:
-        return io.BytesIO(file.read())
 
 
 def _levels(values: np.ndarray, option: str) -> np.ndarray:

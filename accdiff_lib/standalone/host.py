@@ -99,6 +99,12 @@ class StandaloneHost:
         self._residency.use(*self.models.text_encoders)
         return self._encoder.encode(prompts, self._negative, self._contexts)
 
+    def with_negative(self, text: TextEmbedding, negative: str) -> TextEmbedding:
+        """See engine.host.Host."""
+        self._residency.use(*self.models.text_encoders)
+        other = self._encoder.encode([""], negative, self._contexts)[0]
+        return replace(text, uncond=other.uncond, pooled_uncond=other.pooled_uncond)
+
     # Model
 
     @torch.no_grad()
@@ -180,9 +186,9 @@ class StandaloneHost:
         """See engine.host.Host."""
         return joints_of_diffusers(self._unet)
 
-    def unconditional(self, text: TextEmbedding) -> TextEmbedding:
+    def apart(self, text: TextEmbedding) -> tuple[TextEmbedding, TextEmbedding]:
         """See engine.host.Host."""
-        return replace(text, cond=text.uncond, pooled=text.pooled_uncond)
+        return text, replace(text, cond=text.uncond, pooled=text.pooled_uncond)
 
     def conditional(self, batch: int) -> slice:
         """See engine.host.Host."""

@@ -26,10 +26,17 @@ from accdiff_lib.settings import PRESETS, SAME, Option, Settings
 
 if TYPE_CHECKING:  # with torch
     from accdiff_lib.parts.regions import Region
+    from accdiff_lib.parts.structure import Guide
 
 #: What a dict may have besides POSITIONAL: a list of {"prompt", "mask"} (parts/regions.py).
 REGIONS = "regions"
 REGIONS_KEY = "AccDiffusion regions"
+
+#: More of that kind, pictures in base64 (webui/guides.py): keys of the dict, and of the generation parameters.
+GUIDES = {"control_image": "AccDiffusion control image", "control_map": "AccDiffusion control map"}
+
+#: All that a dict may have besides POSITIONAL.
+BY_NAME_ONLY = (REGIONS, *GUIDES)
 
 #: The ControlNet model that stands for none.
 NONE = "None"
@@ -69,6 +76,8 @@ class Enlargement:
     controlnet: str = NONE
     #: Parts of the picture that have prompts of their own.
     regions: tuple[Region, ...] = ()
+    #: What guides the stages through the ControlNet, instead of the last picture's edges.
+    guide: Guide | None = None
 
 
 def parse(args: Sequence[Any], *, overrides: Mapping[str, Any] | None = None,
@@ -81,10 +90,11 @@ def parse(args: Sequence[Any], *, overrides: Mapping[str, Any] | None = None,
     overrides = overrides or {}
     by_name = bool(args) and isinstance(args[0], Mapping)
     values = _by_name(args[0]) if by_name else _by_position(args)
-    given_regions = values.pop(REGIONS, None)
+    given_regions, *guides = (values.pop(name, None) for name in BY_NAME_ONLY)
     for name in [*values, *overrides]:
         if name not in POSITIONAL:
-            raise InputError(f"{name}: there is no such option; the options are {', '.join((*POSITIONAL, REGIONS))}")
+            raise InputError(f"{name}: there is no such option; the options are "
+                             f"{', '.join((*POSITIONAL, *BY_NAME_ONLY))}")
     if not EXTRA["enabled"].parse(overrides.get("enabled", values.get("enabled", False))):
         return None
     asked = set(values) if by_name and "method" not in overrides else set()
@@ -93,7 +103,7 @@ def parse(args: Sequence[Any], *, overrides: Mapping[str, Any] | None = None,
     own = names(_method(values), str(OPTIONS["first_method"].parse(values.get("first_method", SAME))))
     settings = make({name: exact(OPTIONS[name].parse(value)) for name, value in values.items()
                      if name in OPTIONS and (name in own or name in asked)})
-    return Enlargement(settings, model, _regions(given_regions))
+    return Enlargement(settings, model, _regions(given_regions), _guide(settings, model, *guides))
 
 
 def _regions(given: Any) -> tuple[Region, ...]:
@@ -102,6 +112,19 @@ def _regions(given: Any) -> tuple[Region, ...]:
     from accdiff_lib.parts.regions import read_regions
 
     return tuple(read_regions(given, REGIONS))
+
+
+def _guide(settings: Settings, model: str, *given: Any) -> Guide | None:
+    if not any(given):
+        return None
+    from accdiff_lib.webui.guides import read
+
+    name = next(name for name, value in zip(GUIDES, given, strict=True) if value)
+    if not settings.wants_control:
+        raise InputError(f"{name}: it would guide nothing, as the ControlNet is off; give controlnet true")
+    if model == NONE:
+        raise InputError(f"{name}: it would guide nothing without a controlnet_model")
+    return read(*given)
 
 
 def _by_name(given: Mapping[Any, Any]) -> dict[str, Any]:
@@ -166,6 +189,8 @@ def infotext(asked: Enlargement) -> dict[str, str]:
         values[CONTROLNET_KEY] = asked.controlnet
     if asked.regions:  # without their masks, which are pictures
         values[REGIONS_KEY] = " | ".join(region.prompt for region in asked.regions)
+    if asked.guide is not None:
+        values[GUIDES["control_map" if asked.guide.is_map else "control_image"]] = "given"
     return values
 
 
@@ -181,6 +206,7 @@ def stamped(parameters: Mapping[str, Any], asked: Enlargement | None) -> dict[st
 
     A cell of an X/Y/Z grid begins with the parameters of the cell before it, in the same dict.
     """
-    ours = {VERSION_KEY, CONTROLNET_KEY, REGIONS_KEY, *(option.infotext for option in OPTIONS.values())}
+    ours = {VERSION_KEY, CONTROLNET_KEY, REGIONS_KEY, *GUIDES.values(),
+            *(option.infotext for option in OPTIONS.values())}
     kept = {key: value for key, value in parameters.items() if key not in ours}
     return kept if asked is None else {**kept, **infotext(asked)}

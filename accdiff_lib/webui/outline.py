@@ -116,6 +116,8 @@ class Generation:
     from_image: bool = False
     #: Parts of the picture that have prompts of their own.
     regions: tuple[Region, ...] = ()
+    #: The ControlNet has a picture of its own to follow.
+    has_guide: bool = False
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ def cost(settings: Settings, given: Generation) -> Cost:
     check_regions(given.regions, settings, plan.pixels)
     parts = estimate(of(settings), plan, settings, base_solver=solver, stage_solver=stage_solver,
                      timestep=stage_solver.timestep, guidance=given.cfg, has_control=given.has_control,
-                     from_image=given.from_image, regions=given.regions)
+                     from_image=given.from_image, has_guide=given.has_guide, regions=given.regions)
     whole = len(solver.trace(solver.sigmas)) * (1 if given.cfg == 1 else 2) * plan.base[0] * plan.base[1]
     # SDXL has three levels, SD1.5 and SD2 four: one more than the halvings that make the multiple.
     said = of(settings).said(plan.stages, settings, lambda: structure(max(3, given.multiple.bit_length())))

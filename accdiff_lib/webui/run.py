@@ -27,8 +27,8 @@ from accdiff_lib.methods import of
 from accdiff_lib.parts.attention import map_size
 from accdiff_lib.parts.regions import check_regions
 from accdiff_lib.settings import SAME
-from accdiff_lib.webui import controlnets, hires
-from accdiff_lib.webui.arguments import Enlargement, parse, stamped
+from accdiff_lib.webui import controlnets, guides, hires
+from accdiff_lib.webui.arguments import GUIDES, Enlargement, parse, stamped
 from accdiff_lib.webui.extras import Extras
 from accdiff_lib.webui.hosts import webui as webui_host
 from accdiff_lib.webui.hosts.samplers import stage_solver
@@ -142,6 +142,7 @@ class Batch:
         self._plan = make_plan((p.height, p.width), self._settings, native=self._session.native,
                                multiple=2 ** levels)
         check_regions(self._regions, self._settings, self._plan.pixels)
+        self._guide = asked.guide
         for note in self._settings.notes:
             p.comment(f"AccDiffusion: {note}")
         name, scheduler = hires.stage_sampler(p, self._settings, ticked=self._hires)
@@ -151,6 +152,13 @@ class Batch:
         path = find(asked.controlnet) if self._settings.wants_control else None
         if path is not None:
             self._session.load_controlnet(path)
+            if self._guide is None and not (self._settings.base_pass or self._from_image or self._hires):
+                self._guide, why = guides.of_units(p)
+                if why:
+                    p.comment(f"AccDiffusion: {why}")
+                elif self._guide is not None:
+                    p.extra_generation_params[GUIDES[
+                        "control_map" if self._guide.is_map else "control_image"]] = "ControlNet unit"
         self._prompts: list[tuple[str, str]] = []
 
     # --- the base ----------------------------------------------------------------------------------------------
@@ -222,11 +230,12 @@ class Batch:
             settings = settings.without_attention()
         shared.state.job_no = first_job + index * sum(self._jobs)
         progress = WebUIProgress(p, self._jobs, lambda picture: self._extras.keep(index, picture, plan))
-        host = self._session.host(prompt=prompt, negative=negative, size=plan.pixels, solver=self._solver,
-                                  progress=progress, vae_tile=settings.vae_tile)
+        own = [region.negative for region in self._regions if region.negative is not None]
+        host = self._session.host(prompt=prompt, negatives=[negative, *own], size=plan.pixels,
+                                  solver=self._solver, progress=progress, vae_tile=settings.vae_tile)
         request = Request(prompt, self._seed(index), self._session.guidance, of(settings), settings, plan,
                           intermediate=self._extras.wants_stages, given=_of_picture(base, index),
-                          regions=self._regions)
+                          regions=self._regions, guide=self._guide)
         with host.attached():
             result = Extrapolation(host, settings.window_batch).run(request)
         shared.state.skipped = False  # the next picture of the batch may still be wanted
@@ -248,8 +257,9 @@ class Batch:
         p, state = self._p, shared.state
         parts = estimate(of(self._settings), self._plan, self._settings, base_solver=self._solver,
                          stage_solver=self._solver, timestep=self._session.timestep, guidance=self._session.guidance,
-                         has_control=self._session.has_control, from_image=True,
-                         regions=self._regions)
+                         has_control=self._session.has_control,
+                         from_image=self._settings.base_pass or self._from_image or self._hires,
+                         has_guide=self._guide is not None, regions=self._regions)
         base = 2 * p.steps * self._plan.base[0] * self._plan.base[1]
         self._jobs = [max(1, round(cells(part) / base)) for part in parts if part.stage]
         of_batch = 1 + len(p.seeds) * sum(self._jobs)

@@ -76,6 +76,17 @@ def test_a_region_changes_its_part_most():
     assert moved[:16].mean() > 2 * moved[16:].mean()
 
 
+def test_a_region_may_have_a_negative_prompt_of_its_own():
+    values = {"region_border": 0, "bootstrapping": 0}
+    whole = np.ones((32, 32), np.float32)
+    plain = latent(run(values, [Region("a star", None, whole)])[0])
+    same = latent(run(values, [Region("a star", "blurry", whole)])[0])  # what the picture has
+    torch.testing.assert_close(same, plain, atol=1e-5, rtol=1e-5)
+    ours = (latent(run(values, [Region("a star", "snow", LEFT)])[0])
+            - latent(run(values, [Region("a star", None, LEFT)])[0])).abs().mean(dim=(0, 1, 2))
+    assert ours[:16].mean() > 2 * ours[16:].mean() > 0
+
+
 @pytest.mark.parametrize("values", [{}, {"jitter": True}, {"window_weights": "cosine", "overlap": 0.25}])
 def test_the_window_batch_does_not_change_the_picture(values):
     one, host, _ = run({**values, "window_batch": 1})
@@ -157,7 +168,6 @@ def test_regional_prompters_picture():
     ("x", "takes a list"), ([{"prompt": "a star"}], "region 1 must have"), ({"prompts": []}, "takes a list of regions"),
     ([{"prompt": "a star", "mask": "x"}], "region 1: 'x' is not a picture in base64"),
     ([{"prompt": " ", "mask": coded(LEFT)}], "region 1 has no prompt"),
-    ([{"prompt": "a star", "mask": coded(LEFT), "negative": "red"}], "region 1 cannot have a negative prompt"),
     ([{"prompt": "a star", "mask": coded(np.ones((32, 48)))}], "region 1: the mask is 48x32")])
 def test_the_api_names_the_option(regions, said):
     with pytest.raises(InputError, match=f"^regions: {said}"):

@@ -271,8 +271,8 @@ def test_noise_damped_guidance_by_hand(rescale):
 
     strong, weak = predictor.plan.strong_at(call.timestep), predictor.plan.weak_at(call.timestep)
     assert call.method and weak and weak != strong
-    uncond, cond, base = noise(host.unconditional(text), strong), noise(text, strong), noise(
-        host.unconditional(text), weak)
+    uncond, cond, base = noise(host.apart(text)[1], strong), noise(text, strong), noise(
+        host.apart(text)[1], weak)
     found = base + 5 * (cond - uncond)
     if rescale:
         found = rescaled(found, cond, rescale)

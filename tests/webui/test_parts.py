@@ -38,7 +38,8 @@ def client(webui):  # noqa: F811
 
 def test_options_are_a_schema(client):
     schema = client.get("/accdiffusion/v1/options").json()
-    assert set(schema["properties"]) == {*POSITIONAL, "regions"} and schema["x-positional"] == list(POSITIONAL)
+    assert set(schema["properties"]) == {*POSITIONAL, "regions", "control_image", "control_map"}
+    assert schema["x-positional"] == list(POSITIONAL)
     assert schema["properties"]["scale"] == {
         "type": "number", "title": "scale", "description": OPTIONS["scale"].help, "default": 2.0, "minimum": 1,
         "maximum": 8, "x-step": 0.05, "x-group": "main", "x-infotext": "AccDiffusion scale"}

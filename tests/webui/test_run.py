@@ -142,6 +142,36 @@ def test_a_bar_has_jobs_for_the_work_of_the_stages(webui, controlnet):
     assert (alone, webui.state.job_count) == (1 + round((windows + views) / 3), 1 + round((1.4 * windows + views) / 3))
 
 
+@pytest.mark.parametrize("values", [{"control_image": "edges"}, {"control_map": "levels"}])
+def test_a_picture_to_follow(webui, controlnet, values):
+    from tests.methods.test_regions import coded
+
+    picture = coded(np.pad(np.ones((32, 32)), 16))
+    without = webui.generate({**CANNY, "method": "multidiffusion", "controlnet": True})
+    answer = webui.generate({**CANNY, "method": "multidiffusion", "controlnet": True, **dict.fromkeys(values, picture)})
+    assert not np.array_equal(answer.picture, without.picture)
+    name = next(iter(values)).replace("_", " ")
+    assert f"AccDiffusion {name}: given" in answer.processed.infotexts[0]
+    # A method without a base picture follows the WebUI's own unit.
+    p = webui.generation({**CANNY, "method": "multidiffusion", "controlnet": True})
+    unit = {"enabled": True, "image": picture, "module": "canny" if "control_image" in values else "None"}
+    beside = type("ControlNet", (), {"title": lambda self: "ControlNet", "args_from": 1, "args_to": 2})()
+    p.script_args = [*p.script_args, unit]
+    p.scripts.alwayson_scripts.append(beside)
+    followed = webui.run(p)
+    assert np.array_equal(followed.picture, answer.picture)
+    assert f"AccDiffusion {name}: ControlNet unit" in followed.processed.infotexts[0]
+
+
+def test_a_region_with_a_long_negative_prompt(webui):
+    from tests.methods.test_regions import LEFT, coded
+
+    region = {"prompt": "a star", "mask": coded(LEFT)}
+    pictures = [webui.generate({"method": "multidiffusion", "scale": 2, "regions": [{**region, **more}]}).picture
+                for more in ({}, {"negative": "blurry, a house"}, {"negative": BASE["negative_prompt"]})]
+    assert not np.array_equal(pictures[0], pictures[1]) and same(pictures[0], pictures[2])
+
+
 def test_hires_fix_takes_over(webui):
     given = {**OPTIONS, "scale": 4, "stage_steps": 0}
     hires = {"enable_hr": True, "hr_scale": 2.0, "denoising_strength": 0.75}

@@ -7,7 +7,7 @@ in place before memory is measured, is brought here, in a way that the hooks kno
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -127,10 +127,10 @@ class A1111Session(Session):
         finally:
             sd_models.apply_token_merging(p.sd_model, p.get_token_merging_ratio())
 
-    def host(self, *, prompt: str, negative: str, size: tuple[int, int], solver: Solver, progress: Progress,
+    def host(self, *, prompt: str, negatives: Sequence[str], size: tuple[int, int], solver: Solver, progress: Progress,
              vae_tile: int) -> A1111Host:
         """See Session."""
-        return A1111Host(self, prompt=prompt, negative=negative, size=size, solver=solver, progress=progress,
+        return A1111Host(self, prompt=prompt, negatives=negatives, size=size, solver=solver, progress=progress,
                          vae_tile=vae_tile)
 
 
@@ -139,10 +139,10 @@ class A1111Session(Session):
 class A1111Host(WindowHost):
     """See WindowHost."""
 
-    def __init__(self, session: A1111Session, *, prompt: str, negative: str, size: tuple[int, int], solver: Solver,
-                 progress: Progress, vae_tile: int) -> None:
+    def __init__(self, session: A1111Session, *, prompt: str, negatives: Sequence[str], size: tuple[int, int],
+                 solver: Solver, progress: Progress, vae_tile: int) -> None:
         """See Session.host."""
-        super().__init__(session, prompt=prompt, negative=negative, size=size, solver=solver, progress=progress)
+        super().__init__(session, prompt=prompt, negatives=negatives, size=size, solver=solver, progress=progress)
         model = session.p.sd_model
         self.channels = int(self._unet.in_channels) if not model.is_sdxl_inpaint else 4
         self._model, self._images = model, session.halves.images

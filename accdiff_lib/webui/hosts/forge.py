@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -57,11 +57,12 @@ class Forge(ForgeBase):
 
         return bool(memory_management.VAE_ALWAYS_TILED)
 
-    def text(self, sd_model: Any, prompt: str, negative: str, size: tuple[int, int]) -> WebUITextEncoder:
+    def text(self, sd_model: Any, prompt: str, negatives: Sequence[str],
+             size: tuple[int, int]) -> WebUITextEncoder:
         from modules import shared
 
         sd_model.set_clip_skip(int(shared.opts.CLIP_stop_at_last_layers))  # another checkpoint may have been loaded
-        return ForgeTextEncoder(sd_model, prompt, negative, size)
+        return ForgeTextEncoder(sd_model, prompt, negatives, size)
 
     def place(self, sd_model: Any) -> Callable[..., Any]:
         return lambda cond, origin, canvas: placed(sd_model, cond, origin, canvas)

@@ -7,7 +7,7 @@ finds it, with the patches that a hires pass of the WebUI's own would have. Its 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -182,11 +182,11 @@ class ForgeSession(Session):
             p.is_hr_pass = was_hires
             p.modified_noise = None  # meant for the WebUI's own pass
 
-    def host(self, *, prompt: str, negative: str, size: tuple[int, int], solver: Solver, progress: Progress,
+    def host(self, *, prompt: str, negatives: Sequence[str], size: tuple[int, int], solver: Solver, progress: Progress,
              vae_tile: int) -> ForgeHost:
         """See Session."""
         assert self.stage_unet is not None
-        return ForgeHost(self, self.stage_unet, prompt=prompt, negative=negative, size=size, solver=solver,
+        return ForgeHost(self, self.stage_unet, prompt=prompt, negatives=negatives, size=size, solver=solver,
                          progress=progress, vae_tile=vae_tile)
 
 
@@ -244,10 +244,10 @@ class ForgeHost(WindowHost):
 
     channels = 4
 
-    def __init__(self, session: ForgeSession, unet: StageUNet, *, prompt: str, negative: str, size: tuple[int, int],
-                 solver: Solver, progress: Progress, vae_tile: int) -> None:
+    def __init__(self, session: ForgeSession, unet: StageUNet, *, prompt: str, negatives: Sequence[str],
+                 size: tuple[int, int], solver: Solver, progress: Progress, vae_tile: int) -> None:
         """See Session.host."""
-        super().__init__(session, prompt=prompt, negative=negative, size=size, solver=solver, progress=progress)
+        super().__init__(session, prompt=prompt, negatives=negatives, size=size, solver=solver, progress=progress)
         webui, model = session.webui, session.p.sd_model
         self._webui, self._stage = webui, unet
         self._vae_patcher = model.forge_objects.vae

@@ -6,7 +6,7 @@ The prompt grammar, emphasis, embeddings, clip skip and chunking are the WebUI's
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,27 @@ class WebUIText:
     uncond: Any
 
 
+def apart(text: WebUIText) -> tuple[WebUIText, WebUIText]:
+    """Prompt and negative prompt as texts of equal length: of a batch's texts the WebUI makes the shorter ones as long
+    as the longest by repeating their last token, so what a text gives would depend on its neighbours."""
+    length = max(len(tokens(cond)) for cond in (*(cond for cond, _ in text.parts), text.uncond))
+    return (WebUIText([(_padded(cond, length), weight) for cond, weight in text.parts], text.uncond),
+            WebUIText([(_padded(text.uncond, length), 1.0)], text.uncond))
+
+
+def tokens(cond: Any) -> Tensor:
+    """The token states [T, C] of a cond."""
+    return cond["crossattn"] if isinstance(cond, dict) else cond
+
+
+def _padded(cond: Any, length: int) -> Any:
+    states = tokens(cond)
+    if len(states) == length:
+        return cond
+    states = torch.cat([states, states[-1:].expand(length - len(states), -1)])
+    return {**cond, "crossattn": states} if isinstance(cond, dict) else states
+
+
 def final_prompt(prompt: str, steps: int) -> str:
     """The prompt at the last step: what `[from:to:when]` and `[a|b]` have become."""
     from modules import prompt_parser
@@ -47,21 +68,33 @@ def is_composed(prompt: str) -> bool:
 class WebUITextEncoder:
     """The loaded model's text encoders."""
 
-    def __init__(self, sd_model: Any, prompt: str, negative: str, size: tuple[int, int]) -> None:
-        """All texts take as many contexts as `prompt`; `size` is the result's (height, width) in pixels."""
-        self._model, self._prompt, self._negative, self._size = sd_model, prompt, negative, size
-        self._uncond: Any = None
+    def __init__(self, sd_model: Any, prompt: str, negatives: Sequence[str], size: tuple[int, int]) -> None:
+        """The first of `negatives` is the picture's; all of them take as many contexts as the longest.
+
+        All other texts take as many as `prompt`; `size` is the result's (height, width) in pixels.
+        """
+        self._model, self._prompt, self._negatives, self._size = sd_model, prompt, list(negatives), size
+        self._unconds: dict[str, Any] = {}
 
     def encode(self, prompts: Sequence[str]) -> list[WebUIText]:
         """See engine.host.Host."""
-        if self._uncond is None:
-            self._uncond = self._conds([self._negative], negative=True)[0][0][0]
+        uncond = self._uncond(self._negatives[0])
         texts: list[WebUIText] = []
         for begin in range(0, len(prompts), BATCH):
             # Together with the whole prompt: the WebUI gives all texts of a call the contexts of the longest.
             parts = self._conds([self._prompt, *prompts[begin:begin + BATCH]], negative=False)[1:]
-            texts += [WebUIText(part, self._uncond) for part in parts]
+            texts += [WebUIText(part, uncond) for part in parts]
         return texts
+
+    def with_negative(self, text: WebUIText, negative: str) -> WebUIText:
+        """See engine.host.Host; `negative` is one of the encoder's."""
+        return replace(text, uncond=self._uncond(negative))
+
+    def _uncond(self, negative: str) -> Any:
+        if not self._unconds:
+            found = self._conds(self._negatives, negative=True)
+            self._unconds = {text: parts[0][0] for text, parts in zip(self._negatives, found, strict=True)}
+        return self._unconds[negative]
 
     def _conds(self, prompts: list[str], *, negative: bool) -> list[list[tuple[Any, float]]]:
         """Cond and weight of the parts of each prompt."""

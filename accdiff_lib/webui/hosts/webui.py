@@ -10,7 +10,7 @@ import importlib
 import sys
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -112,11 +112,12 @@ class WebUI(ABC):
     def controlnet(self, path: Path, sd_model: Any) -> Any:
         """Loads a file's ControlNet for the model. Raises InputError (one line) where it cannot steer it."""
 
-    def text(self, sd_model: Any, prompt: str, negative: str, size: tuple[int, int]) -> WebUITextEncoder:
+    def text(self, sd_model: Any, prompt: str, negatives: Sequence[str],
+             size: tuple[int, int]) -> WebUITextEncoder:
         """See WebUITextEncoder."""
         from accdiff_lib.webui.hosts.text import WebUITextEncoder
 
-        return WebUITextEncoder(sd_model, prompt, negative, size)
+        return WebUITextEncoder(sd_model, prompt, negatives, size)
 
     def place(self, sd_model: Any) -> Callable[..., Any]:
         """SizeVectors.place or its like."""

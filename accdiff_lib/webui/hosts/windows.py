@@ -29,7 +29,7 @@ from accdiff_lib.webui.hosts.halves import Halves
 from accdiff_lib.webui.hosts.ldm import unet as ldm_unet
 from accdiff_lib.webui.hosts.ldm.convolutions import joints_of_ldm, structure_of_ldm
 from accdiff_lib.webui.hosts.samplers import own_view
-from accdiff_lib.webui.hosts.text import WebUIText
+from accdiff_lib.webui.hosts.text import WebUIText, apart
 from accdiff_lib.webui.hosts.webui import WebUI, loaded_once
 
 
@@ -97,9 +97,12 @@ class Session(ABC):
         would have. `given` are the keywords of `p.sample`."""
 
     @abstractmethod
-    def host(self, *, prompt: str, negative: str, size: tuple[int, int], solver: Solver, progress: Progress,
+    def host(self, *, prompt: str, negatives: Sequence[str], size: tuple[int, int], solver: Solver, progress: Progress,
              vae_tile: int) -> WindowHost:
-        """The Host for one picture, whose result has `size` = (height, width) in pixels. Only within `stages`."""
+        """The Host for one picture, whose result has `size` = (height, width) in pixels. Only within `stages`.
+
+        The first of `negatives` is the picture's negative prompt; the others are what `with_negative` may be asked for.
+        """
 
 
 class WindowHost(ABC):
@@ -112,8 +115,8 @@ class WindowHost(ABC):
     base_solver: Solver | None = None
     channels: int
 
-    def __init__(self, session: Session, *, prompt: str, negative: str, size: tuple[int, int], solver: Solver,
-                 progress: Progress) -> None:
+    def __init__(self, session: Session, *, prompt: str, negatives: Sequence[str], size: tuple[int, int],
+                 solver: Solver, progress: Progress) -> None:
         """See Session.host."""
         from modules import sd_samplers
 
@@ -128,7 +131,7 @@ class WindowHost(ABC):
         self.has_control = session.has_control
         self._halves = session.halves
         self._levels, self._prediction = webui.levels(model), webui.prediction(model)
-        self._text, self._place = webui.text(model, prompt, negative, size), webui.place(model)
+        self._text, self._place = webui.text(model, prompt, negatives, size), webui.place(model)
         self._memory = memory.LatentMemory(self.device, int(self._unet.model_channels), webui.dtype(model).itemsize)
         self._view = own_view(p)
         # Euler's is the plain one: x in sigma space in, x0 out.
@@ -159,6 +162,10 @@ class WindowHost(ABC):
     def encode_texts(self, prompts: Sequence[str]) -> list[WebUIText]:
         """See engine.host.Host."""
         return self._text.encode(prompts)
+
+    def with_negative(self, text: WebUIText, negative: str) -> WebUIText:
+        """See engine.host.Host."""
+        return self._text.with_negative(text, negative)
 
     # --- the model ---------------------------------------------------------------------------------------------
 
@@ -221,9 +228,9 @@ class WindowHost(ABC):
         """See engine.host.Host."""
         return joints_of_ldm(self._unet)
 
-    def unconditional(self, text: WebUIText) -> WebUIText:
+    def apart(self, text: WebUIText) -> tuple[WebUIText, WebUIText]:
         """See engine.host.Host."""
-        return WebUIText([(text.uncond, 1.0)], text.uncond)
+        return apart(text)
 
     def conditional(self, batch: int) -> slice:
         """See engine.host.Host."""

@@ -18,7 +18,7 @@ from accdiff_lib.errors import InputError
 from accdiff_lib.methods import METHODS, OPTIONS, names
 from accdiff_lib.settings import LARGEST, PRESETS, Option
 from accdiff_lib.webui import model
-from accdiff_lib.webui.arguments import EXTRA, NONE, POSITIONAL, REGIONS, Enlargement, parse
+from accdiff_lib.webui.arguments import BY_NAME_ONLY, EXTRA, NONE, POSITIONAL, REGIONS, Enlargement, parse
 from accdiff_lib.webui.ui import options_page
 
 #: What the lists of Hires. fix call the base pass's.
@@ -54,9 +54,15 @@ _REGIONS = {
     "description": "Parts of the picture that have prompts of their own, for methods with windows: each with its "
                    "prompt and mask, or the prompts and one mask in Regional Prompter's colours.",
     "anyOf": [{"type": "array", "items": {"type": "object", "required": ["prompt", "mask"], "properties": {
-        "prompt": {"type": "string"}, "mask": _MASK}}},
+        "prompt": {"type": "string"}, "negative": {"type": "string"}, "mask": _MASK}}},
         {"type": "object", "required": ["prompts", "mask"], "properties": {
             "prompts": {"type": "array", "items": {"type": "string"}}, "mask": _MASK}}]}
+
+_BY_NAME_ONLY = {REGIONS: _REGIONS} | {name: {
+    "type": "string", "contentEncoding": "base64", "title": name.replace("_", " "), "x-group": "control",
+    "description": f"A picture whose {what} through the ControlNet, in place of the last picture's edges.",
+} for name, what in (("control_image", "edges guide the stages"), ("control_map", "levels guide the stages as they are "
+                     "(a depth map, say)"))}
 
 
 def schema() -> dict[str, Any]:
@@ -64,7 +70,7 @@ def schema() -> dict[str, Any]:
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema", "title": "AccDiffusion", "type": "object",
         "additionalProperties": False, "x-version": __version__,
-        "properties": {row.name: _property(row) for row in [*EXTRA.values(), *OPTIONS.values()]} | {REGIONS: _REGIONS},
+        "properties": {row.name: _property(row) for row in [*EXTRA.values(), *OPTIONS.values()]} | _BY_NAME_ONLY,
         "x-positional": list(POSITIONAL), "x-presets": PRESETS,
         "x-methods": {name: {"options": names(name), "values": method.values} for name, method in METHODS.items()}}
 
@@ -93,7 +99,7 @@ def plan(body: Mapping[str, Any]) -> dict[str, Any]:
     cost = outline.cost(settings, outline.Generation(
         (given.height, given.width), given.steps, given.cfg_scale, given.sampler_name, sampler, scheduler, native,
         multiple, has_control=asked.controlnet != NONE, from_image=given.from_image,
-        regions=asked.regions))
+        regions=asked.regions, has_guide=asked.guide is not None))
     text = outline.line(cost) + (" (size, steps and start are those of Hires. fix)" if ticked else "")
     return {**outline.as_json(cost, given.batch), "native": native, "notes": list(settings.notes), "text": text}
 
@@ -103,7 +109,7 @@ def _request(body: Mapping[str, Any]) -> tuple[SimpleNamespace, Enlargement]:
 
     The options stand beside those names, or under "args" in any of the forms that `arguments.parse` knows.
     """
-    known = [*GENERATION, "args", *POSITIONAL, REGIONS]
+    known = [*GENERATION, "args", *POSITIONAL, *BY_NAME_ONLY]
     for name in body:
         if name not in known:
             raise InputError(f"{name}: there is no such option; the options are {', '.join(known)}")
