@@ -8,6 +8,7 @@ Writes there, for WebUIs that have the extension tests/live/tiny_shape:
     embedded.files/             the diffusers configs and the tokenizer, which the .yaml (by its absolute path) and the
                                 extension read
     embedded canny.safetensors  the ControlNet, for WEBUI/models/ControlNet
+    embedded lora.safetensors   a LoRA of random weights, for WEBUI/models/Lora
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import shutil
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 
 from accdiff_lib.standalone.export import to_checkpoint
@@ -37,6 +39,7 @@ def main() -> None:
     if models.controlnet is not None:
         save_file({name: value.float().contiguous() for name, value in models.controlnet.state_dict().items()},
                   options.models / f"{options.out} canny.safetensors", metadata={"format": "pt"})
+    save_file(lora(models), options.models / f"{options.out} lora.safetensors", metadata={"format": "pt"})
 
 
 def write(models, folder: Path, name: str) -> None:
@@ -77,6 +80,24 @@ def write(models, folder: Path, name: str) -> None:
     save_file(weights, folder / f"{name}.safetensors", metadata={"format": "pt"})
     (folder / f"{name}.safetensors").chmod(0o644)
     print(f"{folder / name}.safetensors: {len(weights)} tensors, {sum(w.numel() for w in weights.values()):,} numbers")
+
+
+def lora(models, rank: int = 2) -> dict[str, torch.Tensor]:
+    """A LoRA in kohya's form on the UNet's 3x3 convolutions and text keys, a tenth as large as the weights."""
+    found = {}
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in to_checkpoint(models).items():
+        of_unet = name.startswith("model.diffusion_model.")
+        if not (of_unet and name.endswith((".in_layers.2.weight", "attn2.to_k.weight"))):
+            continue
+        key = "lora_unet_" + name.removeprefix("model.diffusion_model.").removesuffix(".weight").replace(".", "_")
+        down, up = ([rank, *weight.shape[1:]], [len(weight), rank, *[1] * (weight.ndim - 2)])
+        found[f"{key}.lora_down.weight"], found[f"{key}.lora_up.weight"] = (
+            torch.randn(shape, generator=generator) for shape in (down, up))
+        size = float(weight.float().std()) / 10 / rank ** 0.5
+        found[f"{key}.lora_up.weight"] *= size
+        found[f"{key}.alpha"] = torch.tensor(float(rank))
+    return found
 
 
 def config_of(part: str, module) -> dict:

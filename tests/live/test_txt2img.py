@@ -133,6 +133,19 @@ def test_a_canvas_larger_than_the_models_own_size(webui, plain, which, own):
     assert np.array_equal(webui.generate(None).picture, plain.picture)
 
 
+@pytest.mark.parametrize("which", ["accdiffusion-v2", "scalecrafter", "elasticdiffusion"])
+def test_a_lora_counts_in_the_stages_and_is_gone_afterwards(webui, plain, which):
+    names = [each["name"] for each in webui.get("/sdapi/v1/loras") if "lora" in each["name"]]
+    if not names:
+        pytest.skip("there is no LoRA of the tests (tests/live/checkpoint.py)")
+    native = 8 * webui.get("/accdiffusion/v1/model")["native"]
+    asked = {"method": which, "target_width": native * 9 // 8, "target_height": native * 9 // 8, "stage_steps": 2}
+    pictures = [webui.generate(asked, steps=2, prompt=f"a red ball on snow{more}").picture
+                for more in ("", f" <lora:{names[0]}:1>", "")]
+    assert difference(pictures[0], pictures[1]) > 1 and np.array_equal(pictures[0], pictures[2])
+    assert np.array_equal(webui.generate(None).picture, plain.picture)
+
+
 @pytest.mark.parametrize("change", [
     {"window_prompts": False}, {"guidance_rescale": 0.5}, {"gaussian": False}, {"local_guidance": 2},
     {"dilated": False}, {"skip_residual": False}, {"jitter": False}])
@@ -283,6 +296,23 @@ def test_the_hosts_own_controlnet_in_the_base_pass(webui, options, plain, large,
 def test_an_error_beside_the_hosts_own_controlnet(webui, options, plain, unit, refusal):
     refusal({**options, "scale": 99}, alwayson_scripts={"ControlNet": {"args": [unit]}})
     assert np.array_equal(webui.generate().picture, plain.picture)
+
+
+def test_a_method_without_a_base_picture_follows_the_unit(webui, plain, controlnet):
+    if webui.script("ControlNet") is None:
+        pytest.skip("this host has no ControlNet of its own (sd-webui-controlnet)")
+    picture = encoded(plain.picture)
+    asked = {"method": "multidiffusion", "scale": 2, "window": WINDOW, "stage_steps": 5, "controlnet": True,
+             "controlnet_model": controlnet}
+    sent = webui.generate({**asked, "control_image": picture})
+    unit = {"enabled": True, "module": "canny", "model": "None", "image": picture}
+    try:
+        followed = webui.generate(asked, alwayson_scripts={"ControlNet": {"args": [unit]}})
+    except Refused as refused:
+        pytest.skip(f"the host's own ControlNet does not take this unit: {refused}")
+    assert followed.values["AccDiffusion control image"] == "ControlNet unit"
+    assert np.array_equal(followed.picture, sent.picture)
+    assert difference(sent.picture, webui.generate(asked).picture) > 1
 
 
 # --- img2img ---------------------------------------------------------------------------------------------------
