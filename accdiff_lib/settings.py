@@ -171,10 +171,21 @@ class Settings:
 
     skip_residual: bool = option(
         True, "skip residual", "Holds each step to the noised enlarged picture: keeps the composition.",
-        group="skip residual")
+        group="reference")
     cosine_scale_1: float = option(
-        3.0, "cosine scale 1", "How fast the skip residual fades; larger fades sooner.", group="skip residual",
+        3.0, "cosine scale 1", "How fast the skip residual fades; larger fades sooner.", group="reference",
         minimum=0, maximum=10, step=0.1)
+    structure_guidance: float = option(
+        0.0, "structure guidance", "Holds the coarse part of each step to the enlarged picture and leaves the fine "
+        "part free; 1 holds it wholly where a stage begins. 0 is off.", group="reference", minimum=0, maximum=1,
+        step=0.05)
+    reference: str = option(
+        "latent", "reference", "The enlarged picture that stages hold on to: latent enlarges the latent, which is "
+        "soft; mixed takes the fine part from the enlarged picture, encoded again.", group="reference",
+        choices=("latent", "mixed"))
+    enlarger: str = option(
+        "bicubic", "enlarger", "What enlarges the picture for the mixed reference.", group="reference",
+        choices=("bicubic", "lanczos"))
 
     controlnet: bool = option(
         True, "ControlNet", "Guides the windows by the edges of the previous stage's picture: crisp structure, no "
@@ -258,8 +269,9 @@ class Settings:
         for name in ("target_width", "target_height"):
             if getattr(self, name) % 8:
                 raise InputError(f"{name}: {getattr(self, name)} is not allowed; it takes a multiple of 8")
-        if self.skip_residual and not self.base_pass:
-            raise InputError("skip_residual: needs a base picture, but base_pass is off")
+        for name in ("skip_residual", "structure_guidance"):
+            if getattr(self, name) and not self.base_pass:
+                raise InputError(f"{name}: needs a base picture, but base_pass is off")
 
     def remarks(self) -> Iterator[str]:
         """What the user should know of these values, a sentence each."""

@@ -19,6 +19,7 @@ from accdiff_lib.engine.method import Call
 from accdiff_lib.engine.plan import Plan, Stage
 from accdiff_lib.engine.schedule import Script
 from accdiff_lib.engine.spread import check_stop
+from accdiff_lib.parts import reference
 from accdiff_lib.parts.regions import Region
 from accdiff_lib.parts.structure import Guide
 from accdiff_lib.parts.window_prompts import WordMask
@@ -91,6 +92,10 @@ class Canvas:
         #: The latest prediction, for previews and for Skip.
         self.denoised: Tensor | None = None
         self._calls = iter(script.calls)
+        #: The low band of what the stage holds on to, where it does.
+        self._low: Tensor | None = None
+        if inputs.upsampled is not None and settings.structure_guidance:
+            self._low = reference.reduced(inputs.upsampled)
 
     def __call__(self, x: Tensor, sigma: Tensor, **_: object) -> Tensor:
         """The x0 prediction of `x` [1, C, h, w] at noise level `sigma` ([1] or a scalar), of the same shape.
@@ -106,6 +111,9 @@ class Canvas:
         if call.first and call.c1 > 0:
             x.lerp_(whole[1:] if len(whole) > 1 else self.inputs.trajectory(call.sigma).to(x), call.c1)
         self.denoised = self.predictor(x, sigma, call)
+        if self._low is not None:
+            gain = self.settings.structure_guidance * reference.gain(call.sigma, float(self.script.sigmas[0]))
+            self.denoised = reference.held(self.denoised, self._low, gain)
         if call.first:
             self.host.progress.preview(self.denoised)
         if self.inputs.upsampled is None or len(whole) == 1:

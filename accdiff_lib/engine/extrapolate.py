@@ -21,6 +21,7 @@ from accdiff_lib.engine.plan import CELL, Plan, Stage
 from accdiff_lib.engine.schedule import make_script, rehearse
 from accdiff_lib.engine.spread import Batcher, check_stop
 from accdiff_lib.errors import Interrupted, OutOfMemory, Skipped, is_out_of_memory
+from accdiff_lib.parts import reference
 from accdiff_lib.parts.attention import AttentionRecorder, map_size
 from accdiff_lib.parts.dilation_plan import Convolution
 from accdiff_lib.parts.noise_levels import TRAINING_STEPS
@@ -132,7 +133,7 @@ class Extrapolation:
         plan, settings = request.plan, request.settings
         for remark in request.method.said(plan.stages, settings, self._structure):
             self.host.progress.comment(remark)
-        wants_all = request.intermediate or (
+        wants_all = request.intermediate or any(each.reference == "mixed" for each in settings.each) or (
             self.host.has_control and settings.wants_control and request.guide is None)
         base = maps = None
         own = dict(zip(plan.stages, self._by_stage(request), strict=True))
@@ -292,6 +293,8 @@ class Extrapolation:
         upsampled = seen = guide = None
         if last is not None:
             upsampled = F.interpolate(last.latent.to(device), size, mode="bicubic", align_corners=False)
+            if request.settings.reference == "mixed":
+                upsampled = self._mixed(request, stage, last, upsampled)
         if steered:
             guide = request.guide
             if guide is None:
@@ -301,6 +304,18 @@ class Extrapolation:
         noise = seeds.normal((1, self.host.channels, *size), request.seed, "stage", stage.number).to(device)
         return StageInputs(request.plan, stage, upsampled, noise, request.prompt, self.texts, request.guidance,
                            request.seed, words, seen, guide, request.regions)
+
+
+    def _mixed(self, request: Request, stage: Stage, last: Picture, upsampled: Tensor) -> Tensor:
+        """The enlarged latent, with the high band of the enlarged picture."""
+        image = last.image
+        if last.stage is None and isinstance(request.given, GivenImage):  # sharper than what the VAE made of it
+            crop = request.plan.crop
+            image = request.given.image[CELL * crop.top:CELL * (crop.top + crop.height),
+                                        CELL * crop.left:CELL * (crop.left + crop.width)]
+        assert image is not None
+        large = reference.enlarge(image, *stage.pixels, request.settings.enlarger)
+        return reference.mixed(self.host.encode_image(large).to(upsampled), upsampled)
 
 
 def _why_stopped(error: Exception) -> str | None:

@@ -23,7 +23,7 @@ METHODS: dict[str, Method] = {method.name: method for method in (
 )}
 
 #: The groups of the table, in the order in which users see them; those of other names come before the last.
-_GROUPS = ("main", "stages", "skip residual", "windows", "structure", "dilated")
+_GROUPS = ("main", "stages", "reference", "windows", "structure", "dilated")
 _LAST_GROUPS = ("memory and guidance",)
 
 
@@ -46,6 +46,9 @@ def _all_options() -> dict[str, Option]:
 
 
 OPTIONS: dict[str, Option] = _all_options()
+
+#: Options of the shared ones that need a base picture.
+_FROM_A_PICTURE = ("skip_residual", "structure_guidance", "reference")
 
 
 def of(settings: Settings) -> Method:
@@ -104,17 +107,17 @@ def _made(method: Method, values: Mapping[str, Any], *, checked: bool = True) ->
 
 
 def _values(method: Method, base_pass: bool) -> Mapping[str, Any]:
-    """A method's values. One that begins from noise has no use for the skip residual; where it is asked to begin from
-    a base picture it does."""
+    """A method's values. One that begins from noise has no use for what holds on to a picture; where it is asked to
+    begin from a base picture it does."""
     if base_pass and not method.values.get("base_pass", True):
-        return {name: value for name, value in method.values.items() if name != "skip_residual"}
+        return {name: value for name, value in method.values.items() if name not in _FROM_A_PICTURE}
     return method.values
 
 
 def _first(method: Method, settings: Settings, values: Mapping[str, Any], *, checked: bool = True) -> Settings:
     """The settings of a run's first stage: of what makes the run a run, and of options that both methods have, the
     run's, unless the method has a value of its own; its own options by `values`."""
-    of_the_run = {name for name, row in OPTIONS.items() if row.group in ("main", "stages", "skip residual")}
+    of_the_run = {name for name, row in OPTIONS.items() if row.group in ("main", "stages", "reference")}
     given = {name: value for name, value in method.values.items() if name not in of_the_run}
     return _made(method, {**values, **values_of(settings), **given, "method": method.name}, checked=checked)
 

@@ -219,4 +219,5 @@ def canvas(host: Host, inputs: StageInputs, settings: Settings, batcher: Batcher
 
 
 METHOD = Method("elasticdiffusion", ElasticSettings, {
-    "base_pass": False, "skip_residual": False, "progressive": False, "controlnet": False}, calls, canvas)
+    "base_pass": False, "skip_residual": False, "structure_guidance": 0.0, "reference": "latent",
+    "progressive": False, "controlnet": False}, calls, canvas)

@@ -12,7 +12,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from accdiff_lib.engine.method import Call, Columns, Method, Outlook, Work
 from accdiff_lib.engine.plan import Stage
@@ -325,11 +325,12 @@ def locate(maps: Tensor, words: Sequence[Word], settings: Settings) -> list[Word
     return word_masks(maps, words, settings.membership)
 
 
-METHODS = tuple(Method(name, FusedSettings, values, calls, canvas, locate, tally) for name, values in {
+_VALUES: dict[str, dict[str, Any]] = {
     "accdiffusion-v2": {},
     "accdiffusion-v1": {"controlnet": False},
     "demofusion": {"controlnet": False, "window_prompts": False, "interaction": False},
     "multidiffusion": {"controlnet": False, "window_prompts": False, "interaction": False, "dilated": False,
-                       "gaussian": False, "skip_residual": False, "progressive": False, "jitter": False,
-                       "base_pass": False},
-}.items())
+                       "gaussian": False, "skip_residual": False, "structure_guidance": 0.0, "reference": "latent",
+                       "progressive": False, "jitter": False, "base_pass": False}}
+
+METHODS = tuple(Method(name, FusedSettings, values, calls, canvas, locate, tally) for name, values in _VALUES.items())

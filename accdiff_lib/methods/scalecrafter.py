@@ -91,7 +91,7 @@ class ScaleCrafterSettings(Settings):
     def remarks(self) -> Iterator[str]:
         """See Settings."""
         yield from super().remarks()
-        if self.base_pass and not self.skip_residual and not self.start:
+        if self.base_pass and not (self.skip_residual or self.structure_guidance or self.start):
             yield ("skip_residual: off, and no later start: the large picture begins from noise alone, so it has "
                    "nothing of the base picture")
         if self.dilation_places != "skip" and (self.dilate or self.dilate_skip != 4):
@@ -186,5 +186,6 @@ def remarks(stage: Stage, settings: Settings, convolutions: Sequence[Convolution
 
 
 METHODS = (Method("scalecrafter", ScaleCrafterSettings, {
-    "base_pass": False, "skip_residual": False, "progressive": False, "controlnet": False}, calls, canvas,
+    "base_pass": False, "skip_residual": False, "structure_guidance": 0.0, "reference": "latent",
+    "progressive": False, "controlnet": False}, calls, canvas,
     remarks=remarks),)

@@ -117,6 +117,10 @@ _ALL = (
     Contender("demofusion", "main", "", {"method": "demofusion"}),
     Contender("accdiffusion-v1", "main", "this is v2 without the ControlNet", {"method": "accdiffusion-v1"}),
     Contender(SUBJECT, "main", ""),
+    Contender("v2, structure guidance", "ablation", "the prediction's low band is held, from half the schedule on", {
+        "skip_residual": False, "structure_guidance": 1.0, "start": 0.5}),
+    Contender("v2, mixed reference", "ablation", "the same, and the reference's high band is the enlarged picture's", {
+        "skip_residual": False, "structure_guidance": 1.0, "start": 0.5, "reference": "mixed"}),
     _without("window prompts", "each window has the whole prompt", window_prompts=False),
     _without("interaction", "the dilated views don't exchange cells", interaction=False),
     _without("dilated", "no global pass", dilated=False),

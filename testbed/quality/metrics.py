@@ -56,6 +56,8 @@ METRICS: dict[str, Metric] = {metric.name: metric for metric in (
     Metric("coarse", "coarse PSNR", "dB, both reduced to the base picture's size: colour and structure alone", 1, None),
     Metric("sharpness", "sharpness", "energy of detail that the base picture cannot have, relative to the true "
            "render's; noise counts too", 2, 1),
+    Metric("true_detail", "true detail", "how much of the true render's detail that the base picture cannot have is in "
+           "the picture: the slope of the one on the other", 3, 1),
     Metric("seams", "seams", "difference of cells (8 pixels) across the windows' borders relative to that of other "
            "neighbours, and to the same of the enlarged base picture", 2, 1),
     Metric("grid", "grid", "difference of neighbouring cells relative to that of the nearest cells of one dilated "
@@ -92,6 +94,7 @@ def measure(image: Picture, scene: Scene, truth: Picture, scale: int, base: Pict
         "psnr": psnr(image, truth) if aligned else NAN,
         "coarse": psnr(_reduced(image, scale), _reduced(truth, scale)) if aligned else NAN,
         "sharpness": _ratio(detail(image, scale), detail(truth, scale)),
+        "true_detail": true_detail(image, truth, scale) if aligned else NAN,
         "seams": _ratio(seams(image, windows), 1.0 if base is None else seams(like, windows)),
         "grid": _ratio(roughness(image, scale), roughness(like, scale)),
     }
@@ -141,6 +144,20 @@ def detail(image: Picture, scale: int) -> float:
     nyquist = 0.5 / scale
     high = (np.abs(fft.fftfreq(height))[:, None] > nyquist) | (fft.rfftfreq(width)[None] > nyquist)
     return float(energy[high].sum() / (height * width) ** 2)
+
+
+def true_detail(image: Picture, truth: Picture, scale: int) -> float:
+    """The slope of the picture's high band on the true render's: 1 where all of it is there, 0 where what is there has
+    nothing to do with it."""
+    found, true = _high_band(image, scale), _high_band(truth, scale)
+    return _ratio(float((found * true).sum()), float((true * true).sum()))
+
+
+def _high_band(image: Picture, scale: int) -> Plane:
+    """What a reduction to the base picture's size does not keep."""
+    size = image.shape[1::-1]
+    base = cv2.resize(image.astype(np.float32), (size[0] // scale, size[1] // scale), interpolation=cv2.INTER_AREA)
+    return np.asarray(image - cv2.resize(base, size, interpolation=cv2.INTER_LANCZOS4), np.float32)
 
 
 def _cells(image: Picture) -> Plane:

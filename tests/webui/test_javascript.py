@@ -233,12 +233,12 @@ def test_options_of_other_methods_are_not_shown(page):
     page.settle()
     assert page.shown("window") and page.shown("overlap") and not page.shown("toy_share")
     assert page.page.locator("h4:visible").all_text_contents() == [
-        "stages", "skip residual", "windows", "structure", "dilated", "memory and guidance"]
+        "stages", "reference", "windows", "structure", "dilated", "memory and guidance"]
     page.set(f"{PREFIX}method", "toy")
     page.settle()
     assert {name for name in OPTIONS if page.shown(name)} == set(names("toy"))
     assert page.page.locator("h4:visible").all_text_contents() == [
-        "stages", "skip residual", "structure", "toy", "memory and guidance"]
+        "stages", "reference", "structure", "toy", "memory and guidance"]
     page.says("1 whole picture per step")
     for method in METHODS:
         page.set(f"{PREFIX}method", method)
