@@ -118,6 +118,9 @@ PRESETS: dict[str, dict[str, Any]] = {
                  "window_weights": "cosine"},
 }
 
+#: What enlarges a picture in every program.
+ENLARGERS = ("bicubic", "lanczos")
+
 #: Sampler or scheduler of the stages: this one, or the base pass's.
 SAME = "Same"
 
@@ -184,8 +187,8 @@ class Settings:
         "soft; mixed takes the fine part from the enlarged picture, encoded again.", group="reference",
         choices=("latent", "mixed"))
     enlarger: str = option(
-        "bicubic", "enlarger", "What enlarges the picture for the mixed reference.", group="reference",
-        choices=("bicubic", "lanczos"))
+        ENLARGERS[0], "enlarger", f"What enlarges the picture for the mixed reference: {' or '.join(ENLARGERS)}, in a "
+        "WebUI also one of its upscalers (ESRGAN, ...).", group="reference")
 
     controlnet: bool = option(
         True, "ControlNet", "Guides the windows by the edges of the previous stage's picture: crisp structure, no "

@@ -13,7 +13,7 @@ from accdiff_lib.command import arguments
 from accdiff_lib.engine.plan import CELL, Plan, base_size, make_plan
 from accdiff_lib.errors import InputError
 from accdiff_lib.methods import make, of
-from accdiff_lib.settings import SAME, Settings
+from accdiff_lib.settings import ENLARGERS, SAME, Settings
 
 if TYPE_CHECKING:  # torch takes seconds to import; --help and typing mistakes are answered before
     import numpy as np
@@ -165,7 +165,9 @@ def _sampler(sampler: str, scheduler: str, prefix: str = "--") -> tuple[str, str
 
 
 def _stage_names(settings: Settings) -> Settings:
-    """The stages' sampler and schedule, checked."""
+    """The stages' sampler, schedule and enlarger, checked."""
+    if settings.enlarger not in ENLARGERS:
+        raise InputError(f"--enlarger: {settings.enlarger!r} is not allowed; it takes {', '.join(ENLARGERS)}")
     same_sampler, same_scheduler = (name.strip().lower() == SAME.lower() for name in (
         settings.stage_sampler, settings.stage_scheduler))
     sampler, scheduler = _sampler("Euler" if same_sampler else settings.stage_sampler,

@@ -314,7 +314,7 @@ class Extrapolation:
             image = request.given.image[CELL * crop.top:CELL * (crop.top + crop.height),
                                         CELL * crop.left:CELL * (crop.left + crop.width)]
         assert image is not None
-        large = reference.enlarge(image, *stage.pixels, request.settings.enlarger)
+        large = self.host.enlarge(image, *stage.pixels, request.settings.enlarger)
         return reference.mixed(self.host.encode_image(large).to(upsampled), upsampled)
 
 

@@ -230,6 +230,10 @@ class Host(Protocol):
         """
         ...
 
+    def enlarge(self, image: np.ndarray, height: int, width: int, enlarger: str) -> np.ndarray:
+        """A picture uint8 [H, W, 3] at height x width pixels, enlarged as the option of this name says."""
+        ...
+
     def encode_image(self, image: np.ndarray) -> Tensor:
         """The latent [1, C, h, w] of a picture uint8 [8h, 8w, 3]."""
         ...

@@ -14,8 +14,7 @@ from torch import Tensor
 #: The low band is what is left of a canvas when it is reduced to this part of its sides.
 BAND = 0.125
 
-#: How a picture is enlarged before it is encoded.
-ENLARGERS = {"bicubic": cv2.INTER_CUBIC, "lanczos": cv2.INTER_LANCZOS4}
+_INTERPOLATION = {"bicubic": cv2.INTER_CUBIC, "lanczos": cv2.INTER_LANCZOS4}
 
 
 def reduced(x: Tensor, band: float = BAND) -> Tensor:
@@ -47,5 +46,5 @@ def gain(sigma: float, first: float) -> float:
 
 
 def enlarge(image: np.ndarray, height: int, width: int, enlarger: str) -> np.ndarray:
-    """A picture uint8 [H, W, 3] at height x width pixels, by one of ENLARGERS."""
-    return np.asarray(cv2.resize(image, (width, height), interpolation=ENLARGERS[enlarger]))
+    """A picture uint8 [H, W, 3] at height x width pixels, by one of settings.ENLARGERS."""
+    return np.asarray(cv2.resize(image, (width, height), interpolation=_INTERPOLATION[enlarger]))

@@ -14,6 +14,7 @@ from accdiff_lib.engine import memory
 from accdiff_lib.engine.host import Conditioning, Progress, Solver
 from accdiff_lib.engine.vae_runner import VaeRunner
 from accdiff_lib.errors import InputError, is_out_of_memory
+from accdiff_lib.parts import reference
 from accdiff_lib.parts.dilation_plan import Convolution
 from accdiff_lib.parts.guidance import guided
 from accdiff_lib.parts.noise_levels import NoiseLevels
@@ -221,6 +222,10 @@ class StandaloneHost:
         self._hints.forget()
         self._residency.use(self._vae)
         return self._runner.decode(latent, interruptible=interruptible)
+
+    def enlarge(self, image: np.ndarray, height: int, width: int, enlarger: str) -> np.ndarray:
+        """See engine.host.Host."""
+        return reference.enlarge(image, height, width, enlarger)
 
     def encode_image(self, image: np.ndarray) -> Tensor:
         """See engine.host.Host: the mean of the posterior, so that the same picture gives the same latent."""

@@ -13,6 +13,7 @@ from accdiff_lib.engine.plan import CELL
 from accdiff_lib.methods import OPTIONS, make
 from accdiff_lib.settings import SAME, Settings
 from accdiff_lib.settings import values as values_of
+from accdiff_lib.webui import upscalers
 from accdiff_lib.webui.hosts.samplers import own_schedule
 
 
@@ -22,6 +23,9 @@ def driven(p: Any, settings: Settings, *, ticked: bool, from_image: bool) -> Set
     if ticked:
         said = values(p.width, p.height, scale=p.hr_scale, resize_x=p.hr_resize_x, resize_y=p.hr_resize_y,
                       steps=p.hr_second_pass_steps or p.steps, denoising=p.denoising_strength)
+        upscaler = upscalers.of_hires(p)
+        if upscaler is not None and settings.enlarger == OPTIONS["enlarger"].default:
+            said["enlarger"] = upscaler
     elif from_image and settings.start == OPTIONS["start"].default:
         said = {"start": _start(p.denoising_strength)}
     made = make({**values_of(settings), **said})

@@ -27,7 +27,7 @@ from accdiff_lib.methods import of
 from accdiff_lib.parts.attention import map_size
 from accdiff_lib.parts.regions import check_regions
 from accdiff_lib.settings import SAME
-from accdiff_lib.webui import controlnets, guides, hires
+from accdiff_lib.webui import controlnets, guides, hires, upscalers
 from accdiff_lib.webui.arguments import GUIDES, Enlargement, parse, stamped
 from accdiff_lib.webui.extras import Extras
 from accdiff_lib.webui.hosts import webui as webui_host
@@ -142,6 +142,7 @@ class Batch:
         self._plan = make_plan((p.height, p.width), self._settings, native=self._session.native,
                                multiple=2 ** levels)
         check_regions(self._regions, self._settings, self._plan.pixels)
+        upscalers.check(self._settings.enlarger)
         self._guide = asked.guide
         for note in self._settings.notes:
             p.comment(f"AccDiffusion: {note}")

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from accdiff_lib.command.run import BAD_INPUT, main
 from accdiff_lib.engine.extrapolate import Extrapolation
 from accdiff_lib.engine.host import GivenImage
 from accdiff_lib.errors import InputError
@@ -98,3 +99,8 @@ def test_what_is_refused_and_what_comes_back():
     assert from_infotext(infotext(settings)) == settings
     for preset in PRESETS:  # none holds on to a picture that is not there
         assert make({"method": "multidiffusion", "preset": preset}).reference == "latent"
+
+
+def test_the_command_names_the_flag(capsys, tmp_path):
+    assert main(["a sky", "--enlarger", "ESRGAN", "--out", str(tmp_path / "out")]) == BAD_INPUT
+    assert capsys.readouterr().err == "accdiff: --enlarger: 'ESRGAN' is not allowed; it takes bicubic, lanczos\n"

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from accdiff_lib.parts import reference
+from accdiff_lib.settings import ENLARGERS
 
 
 def noise(seed: int, size=(32, 48)) -> torch.Tensor:
@@ -48,7 +49,7 @@ def test_the_gain_goes_from_one_to_nothing():
     assert reference.gain(1.0, 0.5) == 1  # a sampler may ask beyond where it began
 
 
-@pytest.mark.parametrize("enlarger", reference.ENLARGERS)
+@pytest.mark.parametrize("enlarger", ENLARGERS)
 def test_pictures_are_enlarged_in_place(enlarger):
     image = np.zeros((16, 24, 3), np.uint8)
     image[:, 12:] = 200

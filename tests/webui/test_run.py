@@ -405,3 +405,31 @@ def test_a_failing_sheet(webui, large, setting):
         answer = webui.generate(OPTIONS)
     assert np.array_equal(answer.picture, large) and len(answer.pictures) == 1
     assert "the sheet that explains the run could not be made" in answer.comments
+
+
+def test_an_upscaler_of_the_webui(webui, plain, monkeypatch):
+    """It enlarges the picture that the stage holds on to; Hires. fix may say which."""
+    from types import SimpleNamespace
+
+    from modules import images, shared
+
+    asked = []
+
+    def resize_image(mode, image, width, height, upscaler_name=None):
+        asked.append((mode, image.size, width, height, upscaler_name))
+        return image.resize((width, height)).convert("RGBA")
+
+    monkeypatch.setattr(shared, "sd_upscalers", [SimpleNamespace(name=name) for name in ("None", "R-ESRGAN")],
+                        raising=False)
+    monkeypatch.setattr(images, "resize_image", resize_image, raising=False)
+    held = {**OPTIONS, "skip_residual": False, "structure_guidance": 1, "reference": "mixed", "start": 0.5}
+    answer = webui.generate({**held, "enlarger": "R-ESRGAN"})
+    height, width = plain.shape[:2]
+    assert asked == [(0, (width, height), 128, 128, "R-ESRGAN")]
+    assert "AccDiffusion enlarger: R-ESRGAN" in answer.processed.infotexts[0]
+    hires = webui.generate(held, enable_hr=True, hr_scale=2, hr_upscaler="R-ESRGAN", denoising_strength=0.5)
+    latent = webui.generate(held, enable_hr=True, hr_scale=2, hr_upscaler="Latent", denoising_strength=0.5)
+    assert len(asked) == 2 and asked[1][-1] == "R-ESRGAN"
+    assert not np.array_equal(hires.picture, latent.picture)
+    with pytest.raises(InputError, match=r"^enlarger: 'Latent' is not allowed; it takes bicubic, lanczos, R-ESRGAN$"):
+        webui.generate({**held, "enlarger": "Latent"})

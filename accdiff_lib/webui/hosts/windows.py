@@ -25,6 +25,7 @@ from accdiff_lib.parts.dilation_plan import Convolution
 from accdiff_lib.parts.guidance import guided
 from accdiff_lib.parts.prediction import denoised, output_of
 from accdiff_lib.parts.prompts import Word
+from accdiff_lib.webui import upscalers
 from accdiff_lib.webui.hosts.halves import Halves
 from accdiff_lib.webui.hosts.ldm import unet as ldm_unet
 from accdiff_lib.webui.hosts.ldm.convolutions import joints_of_ldm, structure_of_ldm
@@ -249,6 +250,10 @@ class WindowHost(ABC):
     def decode(self, latent: Tensor, *, interruptible: bool = True) -> np.ndarray:
         """See engine.host.Host."""
         return self._vae((latent.shape[-2], latent.shape[-1])).decode(latent, interruptible=interruptible)
+
+    def enlarge(self, image: np.ndarray, height: int, width: int, enlarger: str) -> np.ndarray:
+        """See engine.host.Host."""
+        return upscalers.enlarge(image, height, width, enlarger)
 
     def encode_image(self, image: np.ndarray) -> Tensor:
         """See engine.host.Host."""

@@ -117,7 +117,7 @@ def _request(body: Mapping[str, Any]) -> tuple[SimpleNamespace, Enlargement]:
     given = SimpleNamespace(**{name: row.parse(said.get(name, row.default)) for name, row in GENERATION.items()})
     given.hr_sampler_name = None if given.hr_sampler_name == SAME_SAMPLER else given.hr_sampler_name
     given.hr_scheduler = None if given.hr_scheduler == SAME_SCHEDULER else given.hr_scheduler
-    options = {name: value for name, value in said.items() if name in POSITIONAL or name == REGIONS}
+    options = {name: value for name, value in said.items() if name in (*POSITIONAL, *BY_NAME_ONLY)}
     args = said.get("args", [options])
     if not isinstance(args, list) or (options and "args" in said):
         raise InputError("args: takes a list, and no options beside it")

@@ -10,7 +10,7 @@ from typing import Any
 
 from accdiff_lib.methods import METHODS, OPTIONS, names
 from accdiff_lib.settings import SAME, Option, values
-from accdiff_lib.webui import controlnets
+from accdiff_lib.webui import controlnets, upscalers
 from accdiff_lib.webui.arguments import CONTROLNET_KEY, EXTRA, NONE, POSITIONAL, VERSION_KEY, picked, restored
 from accdiff_lib.webui.ui import options_page
 
@@ -92,6 +92,8 @@ def _choices(option: Option) -> list[str]:
         from modules import sd_schedulers
 
         return [SAME, *(scheduler.label for scheduler in sd_schedulers.schedulers)]
+    if option.name == "enlarger":
+        return upscalers.names()
     return list(option.choices)
 
 

@@ -84,6 +84,7 @@ class StableDiffusionProcessingTxt2Img(StableDiffusionProcessing):
     enable_hr: bool = False
     denoising_strength: float = 0.75
     hr_scale: float = 2.0
+    hr_upscaler: str | None = None
     hr_second_pass_steps: int = 0
     hr_resize_x: int = 0
     hr_resize_y: int = 0
