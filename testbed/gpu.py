@@ -324,6 +324,7 @@ def write(models: Models, out: Path, name: str) -> None:
             models.unet, models.vae, models.controlnet))
         copied.text_encoders = [_plain(part) for part in models.text_encoders]
         save(copied, Path(folder), dtype=torch.float16)
+        Path(folder).chmod(0o755)
         stream = io.BytesIO()
         with tarfile.open(fileobj=stream, mode="w") as archive:
             archive.add(folder, ".")
@@ -334,6 +335,15 @@ def write(models: Models, out: Path, name: str) -> None:
         os.replace(temporary, out / f"model-{name}.tar.{number}")
     for file in before:
         file.unlink()
+
+
+def unpack(folder: Path, out: Path) -> None:
+    """Writes the model whose archive lies in `folder` as a diffusers folder."""
+    parts = sorted(folder.glob("model-*.tar.*"))
+    if not parts or len({file.stem for file in parts}) != 1:
+        raise FileNotFoundError(f"{folder} must have the parts of one archive, and has {[file.name for file in parts]}")
+    with tarfile.open(fileobj=io.BytesIO(b"".join(file.read_bytes() for file in parts))) as archive:
+        archive.extractall(out, filter="data")
 
 
 def _plain(module: Any) -> Any:
@@ -397,7 +407,7 @@ def _train(options: argparse.Namespace, clock: Clock, feed: Feed) -> None:
         trainer.keep_average()
         models.vae.requires_grad_(False)
         write(models, options.out, "decoder")
-    store.pictures = store.pictures[:0]
+    store.pictures = store.pictures[:0].clone()  # their memory is free now
     store.pictured = 0
 
     networks = Networks()
