@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from testbed.scenes import COLOURS, FULL, SHAPES, Scene, Thing, View, shares, visible
+from testbed.scenes import COLOURS, FULL, SHAPES, Scene, Thing, View, cut, shares, visible
 
 #: Above this share of the view a thing's shape cannot be told any more.
 INSIDE = 0.85
@@ -27,8 +27,10 @@ def caption(scene: Scene, view: View, rng: np.random.Generator) -> str:
         return choices[int(rng.integers(len(choices)))]
 
     seen, things = shares(scene, view), visible(scene, view)
-    close = view.width < 0.6 and rng.random() < 0.4
     places = {name for name in ("ground", "sky") if seen[name] >= NAMED}
+    # Unmarked, a cut thing looks like what a caption with ground and sky asks for; windows' prompts, though, are so.
+    close = cut(scene, view) and rng.random() < (0.95 if len(places) == 2 else 0.7)
+    close = close or (view.width < 0.6 and rng.random() < 0.4)
     if not things:
         places = places or {max(("ground", "sky"), key=seen.__getitem__)}
         text = _empty(scene, places, pick)

@@ -59,7 +59,7 @@ def main() -> None:
     networks: Any = trained_networks(options.run).to(device)
     controlnet: Any = untrained(networks.unet).requires_grad_(True).to(device)
     for module in (networks, controlnet):
-        mixed_precision(module)
+        mixed_precision(module, device.type)
     optimizer = torch.optim.AdamW(controlnet.parameters(), lr=RATE, betas=(0.9, 0.99), weight_decay=1e-3)
     average = Average(controlnet, 0.998)
     checkpoint = Checkpoint(options.run / "controlnet.pt", {

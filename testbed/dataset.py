@@ -19,13 +19,12 @@ import cv2
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPTokenizer
 
 from accdiff_lib.parts.prompts import CONTEXT, split_words
 from accdiff_lib.parts.structure import canny, hint
-from accdiff_lib.standalone.loading import EMBEDDED, load_tokenizer
+from accdiff_lib.standalone.loading import EMBEDDED, load, load_tokenizer
 from testbed import vae as vae_training
 from testbed.captions import caption, word_targets
 from testbed.scenes import (
@@ -39,10 +38,10 @@ from testbed.scenes import (
     zoomed,
 )
 
-#: A VAE trained with testbed/vae.py, float16 (testbed/README.md).
-KEPT_VAE = Path(__file__).parent / "vae.fp16.safetensors"
 #: Scenes of a shard, pixels of a picture, cells of an attention map.
 SHARD, PIXELS, CELLS = 1000, 256, 16
+#: Share of the examples that show the whole scene, and of the scenes with one thing that are left out.
+WHOLE, FEWER_SINGLE = 0.82, 0.5
 #: Regions of a scene as stored.
 REGIONS = ("ground", "sky", 0, 1)
 
@@ -89,9 +88,9 @@ def cell_regions(scene: Scene, view: View) -> np.ndarray:
 def example(rng: np.random.Generator) -> tuple[np.ndarray, list[int], list[int], np.ndarray]:
     """A picture uint8 [256, 256, 3] with its tokens, their regions and the cells' regions; none that gates ask for."""
     scene = draw(rng)
-    while held_out(scene):
+    while held_out(scene) or (len(scene.things) == 1 and rng.random() < FEWER_SINGLE):
         scene = draw(rng)
-    view = FULL if rng.random() < 0.55 else zoomed(rng)
+    view = FULL if rng.random() < WHOLE else zoomed(rng)
     text = caption(scene, view, rng)
     tokens, regions = tokenize(text, word_targets(text, scene, view))
     return render(scene, PIXELS, PIXELS, view), tokens, regions, cell_regions(scene, view)
@@ -114,11 +113,11 @@ def make_edges(number: int) -> Tensor:
     """The canny edges of the shard of this number, as bits of uint8 [SHARD, PIXELS, PIXELS / 8]."""
     rng = np.random.default_rng((2000, number))
     coarse = np.random.default_rng((2500, number))
-    edges = [_edges(example(rng)[0], coarse) for _ in range(SHARD)]
+    edges = [edges_of(example(rng)[0], coarse) for _ in range(SHARD)]
     return torch.from_numpy(np.packbits(np.stack(edges), axis=-1))
 
 
-def _edges(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def edges_of(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Edges (0 or 1) of a picture, often seen at a lower resolution: a stage's hint comes from the one before."""
     side = round(PIXELS / rng.choice([1, 4 / 3, 3 / 2, 2]))
     found = canny(cv2.resize(picture, (side, side), interpolation=cv2.INTER_AREA), float(rng.uniform(0.1, 0.5)))
@@ -148,13 +147,12 @@ def load_shards(run: Path, limit: int | None = None) -> Shard:
 
 
 def trained_vae(run: Path) -> Any:
-    """The VAE with its averaged weights: the run's own, or the one that is kept in the repository."""
-    vae = AutoencoderKL.from_config(vae_training.CONFIG)
+    """The VAE with its averaged weights: the run's own, or the embedded model's."""
     if (run / "vae.pt").exists():
-        weights = torch.load(run / "vae.pt", weights_only=True)["average"]["weights"]
+        vae: Any = AutoencoderKL.from_config(vae_training.CONFIG)
+        vae.load_state_dict(torch.load(run / "vae.pt", weights_only=True)["average"]["weights"])
     else:
-        weights = load_file(KEPT_VAE)
-    vae.load_state_dict(weights)
+        vae = load(None).vae
     return vae.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ class Networks(nn.Module):
     def encode(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """States [B, 77, 64] and pooled text [B, 32] of tokens [B, 77], padded as the first tokenizer does."""
         ends = (tokens == TEXT["eos_token_id"]).cumsum(1)
-        second = torch.where(ends > 1, 0, tokens)
+        second = tokens.masked_fill(ends > 1, 0)
         first_out = self.text_1(tokens, output_hidden_states=True)
         second_out = self.text_2(second, output_hidden_states=True)
         return torch.cat([first_out.hidden_states[-2], second_out.hidden_states[-2]], -1), second_out.text_embeds
@@ -87,34 +88,47 @@ class RecordedAttention:
         text = image if encoder_hidden_states is None else encoder_hidden_states
         query, key, value = (part.unflatten(-1, (layer.heads, -1)).transpose(1, 2)
                              for part in (layer.to_q(image), layer.to_k(text), layer.to_v(text)))
-        probabilities = (query @ key.transpose(-1, -2) * layer.scale).float().softmax(dim=-1)
         if encoder_hidden_states is not None and image.shape[1] == CELLS * CELLS:
+            probabilities = (query @ key.transpose(-1, -2) * layer.scale).float().softmax(dim=-1)
             self.probabilities = probabilities.mean(1)
-        out = (probabilities.to(value.dtype) @ value).transpose(1, 2).flatten(2)
-        return layer.to_out[1](layer.to_out[0](out))
+            out = probabilities.to(value.dtype) @ value
+        else:
+            out = F.scaled_dot_product_attention(query, key, value, scale=layer.scale)
+        return layer.to_out[1](layer.to_out[0](out.transpose(1, 2).flatten(2)))
 
 
-def mixed_precision(networks: nn.Module) -> None:
-    """Prepares a module for bfloat16 autocast on the CPU: norms and softmax in float32, where bfloat16 is slower."""
+def mixed_precision(networks: nn.Module, device: str = "cpu") -> None:
+    """Prepares a module for bfloat16 autocast: on the CPU norms in float32, where bfloat16 is slower, on a GPU in
+    what they are given, where autocast would make twice the traffic; softmax with text in float32."""
     for module in networks.modules():
-        if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
+        if isinstance(module, nn.GroupNorm) and device != "cpu":
+            module.forward = partial(_norm, module)  # type: ignore[method-assign]
+        elif isinstance(module, (nn.GroupNorm, nn.LayerNorm)) and device == "cpu":
             module.register_forward_pre_hook(lambda norm, args: (args[0].float(),))
         if isinstance(module, Attention):
             module.set_processor(RecordedAttention())  # type: ignore[arg-type]
+
+
+def _norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    """A norm whose sums are in float32 (the GPU's kernels see to that), and its result in the precision of `x`."""
+    with torch.autocast(x.device.type, enabled=False):
+        weight, bias = (None if part is None else part.to(x.dtype) for part in (norm.weight, norm.bias))
+        return F.group_norm(x, norm.num_groups, weight, bias, norm.eps)
 
 
 def attention_loss(probabilities: list[Tensor], cell_regions: Tensor, token_regions: Tensor) -> Tensor:
     """-log of the attention that a cell gives to the words naming its region, over cells that have such words."""
     wanted = (cell_regions.flatten(1)[:, :, None] == token_regions[:, None, :]) & (token_regions > 0)[:, None, :]
     named = wanted.any(-1)
-    losses = [-(p.float() * wanted).sum(-1).clamp(min=1e-4).log()[named] for p in probabilities]
-    return torch.cat(losses).mean()
+    named = named.float() / named.sum().clamp(min=1)
+    losses = [-((p.float() * wanted).sum(-1).clamp(min=1e-4).log() * named).sum() for p in probabilities]
+    return torch.stack(losses).mean()
 
 
-def random_sizes(generator: torch.Generator) -> Tensor:
-    """SDXL's six numbers [BATCH, 6]: any picture size from 256 to 1024 pixels, any crop offset inside it."""
-    side = 8 * torch.randint(32, 129, (BATCH, 2), generator=generator)
-    origin = (torch.rand(BATCH, 2, generator=generator) * (side - 224)).int()
+def random_sizes(count: int, generator: torch.Generator | None, device: torch.device | str = "cpu") -> Tensor:
+    """SDXL's six numbers [count, 6]: any picture size from 256 to 1024 pixels, any crop offset inside it."""
+    side = 8 * torch.randint(32, 129, (count, 2), generator=generator, device=device)
+    origin = (torch.rand(count, 2, generator=generator, device=device) * (side - 224)).int()
     return torch.cat([side, origin, side], dim=1).float()
 
 
@@ -159,10 +173,9 @@ class Batches:
         noise = torch.randn(latents.shape, generator=generator)
         alpha = self._alphas[t]
         snr = alpha / (1 - alpha)
-        noised = _image_like(alpha.sqrt()) * latents + _image_like((1 - alpha).sqrt()) * noise
-        batch = Batch(noised, t, torch.where(dropped, self._empty, data.tokens[rows]), random_sizes(generator), noise,
-                      loss_weight(snr), torch.where(dropped, 0, data.token_regions[rows]),
-                      data.cell_regions[rows], rows)
+        batch = Batch(mixed(latents, noise, alpha), t, torch.where(dropped, self._empty, data.tokens[rows]),
+                      random_sizes(BATCH, generator), noise, loss_weight(snr),
+                      torch.where(dropped, 0, data.token_regions[rows]), data.cell_regions[rows], rows)
         for name, tensor in vars(batch).items():
             setattr(batch, name, tensor.to(self._device))
         batch.noised = batch.noised.to(memory_format=torch.channels_last)
@@ -188,8 +201,10 @@ def loss_weight(snr: Tensor) -> Tensor:
     return snr.clamp(max=5) / snr * snr.clamp(max=1).rsqrt().clamp(max=5)
 
 
-def _image_like(values: Tensor) -> Tensor:
-    return values[:, None, None, None]
+def mixed(latents: Tensor, noise: Tensor, alpha: Tensor) -> Tensor:
+    """Latents [B, 4, H, W] under noise; `alpha` [B] is alphas_cumprod."""
+    alpha = alpha[:, None, None, None]
+    return alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
 
 
 def main() -> None:
@@ -204,7 +219,7 @@ def main() -> None:
         begin_with_embedded(networks)
     networks.to(device)
     networks.unet.to(memory_format=torch.channels_last)
-    mixed_precision(networks)
+    mixed_precision(networks, device.type)
     optimizer = torch.optim.AdamW(networks.parameters(), lr=RATE, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
     average = Average(networks, 0.999)
     checkpoint = Checkpoint(options.run / "diffusion.pt", {

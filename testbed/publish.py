@@ -1,4 +1,4 @@
-"""Makes the embedded model of a training run: `python -m testbed.publish --run DIR`."""
+"""Makes the embedded model of a training run: `python -m testbed.publish --run DIR` (or `--archive DIR`, of a GPU)."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from testbed import vae as vae_training
 from testbed.controlnet import HINT, trained_networks
 from testbed.dataset import load_shards, trained_vae
 from testbed.diffusion import scaling_factor
+from testbed.gpu import unpack
 from testbed.saving import SCHEDULER, save
 
 
@@ -35,10 +36,15 @@ def trained(run: Path) -> Models:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m testbed.publish", description=__doc__)
-    parser.add_argument("--run", type=Path, required=True, help="folder of the checkpoints and shards")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run", type=Path, help="folder of the checkpoints and shards")
+    source.add_argument("--archive", type=Path, help="folder that testbed.gpu wrote into")
     parser.add_argument("--out", type=Path, default=EMBEDDED, help="folder of the model (default: %(default)s)")
     options = parser.parse_args()
-    save(trained(options.run), options.out, dtype=torch.float16)
+    if options.archive:
+        unpack(options.archive, options.out)
+    else:
+        save(trained(options.run), options.out, dtype=torch.float16)
     size = sum(file.stat().st_size for file in options.out.rglob("*") if file.is_file())
     print(f"{options.out}: {size / 1e6:.1f} MB")
 

@@ -66,5 +66,6 @@ def sample(host: StandaloneHost, captions: Sequence[str], first_seed: int, *, gu
 
             latents = host.base_solver.integrate(model,
                                             noise * host.base_solver.noise_scale, sigmas, 0)
-        found += [Base(host.decode(latent[None]), maps) for latent, maps in zip(latents, recorder.maps, strict=True)]
+        found += [Base(host.decode(latent[None]), maps.cpu())
+                  for latent, maps in zip(latents, recorder.maps, strict=True)]
     return found

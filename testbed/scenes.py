@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 
@@ -258,6 +259,12 @@ def _pyramid(name: str) -> list[Picture]:
     return levels
 
 
+def warm_textures() -> None:
+    """Makes all textures, for processes that are forked later to share."""
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(_pyramid, _TEXTURES))
+
+
 def _noise(rng: np.random.Generator, coarsest: int, roughness: float, stretch: int = 1) -> Array:
     """Noise of standard deviation 1 with cells from `coarsest` texels down to 2, x times `stretch`.
 
@@ -357,6 +364,16 @@ def masks(scene: Scene, view: View, rows: int, columns: int) -> dict[int | str, 
 def shares(scene: Scene, view: View) -> dict[int | str, float]:
     """The share of the view that each thing (by its index), "ground" and "sky" fill."""
     return {which: float(mask.mean()) for which, mask in masks(scene, view, 64, 64).items()}
+
+
+def cut(scene: Scene, view: View) -> bool:
+    """Whether the border of the view cuts a thing."""
+    for thing in scene.things:
+        right, left = view.right - thing.x, thing.x - view.left
+        bottom, top = view.bottom - thing.y, thing.y - view.top
+        if -thing.size < min(right, left, bottom, top) < thing.size:
+            return True
+    return False
 
 
 def visible(scene: Scene, view: View) -> list[int]:

@@ -33,6 +33,10 @@ CONFIG = {
 CROP = 128
 BATCH = 8
 KL = 1e-6
+#: How much more an error in a thing counts than one in ground and sky, when the decoder alone is trained.
+THINGS = 6.0
+#: Chroma (largest minus smallest RGB value, of 255) of a thing's pixels.
+_CHROMA = 66
 
 
 def crops(rng: np.random.Generator, count: int) -> Tensor:
@@ -60,6 +64,35 @@ def loss_of(vae: Any, image: Tensor, generator: torch.Generator) -> tuple[Tensor
     return F.l1_loss(decoded, image) + error + 0.5 * sharp + KL * posterior.kl().mean(), error.detach()
 
 
+def decoder_loss(decoded: Tensor, image: Tensor) -> Tensor:
+    """The loss of a decoder whose encoder stays as it is, of pictures [B, 3, H, W] in -1..1.
+
+    Things count more than what surrounds them, and colour counts beside brightness: small patches of a wrong colour are
+    things to a counter. The strength of fine detail has to be the true one, because by its errors alone a decoder
+    learns to leave out what it is not certain of.
+    """
+    chroma = image.amax(1, keepdim=True) - image.amin(1, keepdim=True)
+    inside = F.max_pool2d((chroma > _CHROMA / 127.5).float(), 7, 1, 3)  # with the rim
+    weight = 1 + (THINGS - 1) * inside
+    weight = weight / weight.mean()
+    wrong = decoded - image
+    colour = wrong - wrong.mean(1, keepdim=True)
+    sharp = sum(F.l1_loss(ours, true) for ours, true in zip(edges(decoded), edges(image), strict=True))
+    strength = sum(F.l1_loss(ours, true) for ours, true in zip(strengths(decoded), strengths(image), strict=True))
+    return (weight * (wrong.abs() + wrong.square() + colour.abs())).mean() + 0.5 * sharp + strength
+
+
+def strengths(image: Tensor, octaves: int = 2, cells: int = 8) -> list[Tensor]:
+    """The local amplitude of each of the finest octaves of the brightness, in cells of so many of its pixels."""
+    grey, found = image.mean(1, keepdim=True), []
+    for _ in range(octaves):
+        coarse = F.avg_pool2d(grey, 2)
+        fine = grey - F.interpolate(coarse, scale_factor=2, mode="bilinear", align_corners=False)
+        found.append((F.avg_pool2d(fine.square(), cells, cells // 2) + 1e-5).sqrt())
+        grey = coarse
+    return found
+
+
 def psnr(error: float) -> float:
     """Of a mean squared error of values in -1..1, in dB."""
     return 10 * math.log10(4 / error)
@@ -80,7 +113,8 @@ def quality(vae: Any, seed: int = 2, count: int = 32) -> float:
     rng = np.random.default_rng(seed)
     found = []
     for _ in range(count):
-        image = torch.from_numpy(render(draw(rng), 256, 256)).permute(2, 0, 1)[None].float() / 127.5 - 1
+        picture = torch.from_numpy(render(draw(rng), 256, 256)).to(vae.device)
+        image = picture.permute(2, 0, 1)[None].float() / 127.5 - 1
         decoded = vae.decode(vae.encode(image).latent_dist.mean).sample.clamp(-1, 1)
         found.append(psnr(float(F.mse_loss(decoded, image))))
     return float(np.mean(found))
