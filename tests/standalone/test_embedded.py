@@ -20,11 +20,11 @@ def models():
 
 
 def test_the_gates_on_eight_prompts(models):
-    """The gates of shape and count are missed (accdiff_lib/embedded/README.md): this is what the model reaches."""
+    """Of a hundred pictures all gates are reached (accdiff_lib/embedded/README.md); of eight, what these have."""
     host = make_host(models)
     results = outcomes(host, held_out_scenes(8))
     found = shares(results)
-    assert found["colour"] >= 0.9 and found["shape"] >= 0.4 and found["count"] >= 0.6, found
+    assert found["colour"] >= 0.9 and found["shape"] >= 0.8 and found["count"] >= 0.75, found
     assert attention(host, results) >= 0.85  # of eleven things; of a hundred pictures it is more
 
 
