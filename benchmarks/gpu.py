@@ -16,7 +16,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -159,7 +158,7 @@ class Bench:
     def memory(self, scale: float, offload: bool) -> dict[str, Any]:
         """The peak of a few windows one at a time: with all networks on the device and both halves of CFG at once, or
         with those at work and one half after the other, as where memory is short; the decode is not in it."""
-        settings = make({"scale": scale, "window_batch": 1})
+        settings = make({"scale": scale, "window_batch": 1, "progressive": False})
         progress = _Some()
         host = self._host(settings, offload=offload, progress=progress)
         host._apart = offload
@@ -167,7 +166,7 @@ class Bench:
         self._reset_peak()
         begin = now()
         try:
-            sample(host, of(settings), replace(settings, base_pass=False), self._plan(settings))
+            sample(host, of(settings), settings, self._plan(settings))
         except Interrupted:
             pass
         finally:
@@ -194,7 +193,7 @@ class _Some(Bar):
 
     def __init__(self) -> None:
         super().__init__("memory")
-        self._left = 5
+        self._left = 19  # all dilated views of 4x, and some windows
 
     @property
     def interrupted(self) -> bool:  # type: ignore[override]
@@ -226,21 +225,22 @@ def summary(figures: dict[str, dict[str, Any]], scales: list[float], native: int
     """The presets beside the literal schedule, with the decodes that were measured."""
     rows = []
     for scale in scales:
-        base: float | None = None
+        literal = figures.get(f"literal {scale:g}x")
         for name in (*SAMPLED, *MORE):
             found = figures.get(f"{name} {scale:g}x")
             if found is None:
                 continue
             decodes = [figures.get(f"decode {side}", {}).get("seconds") for side in found["decodes"]]
-            known = all(each is not None for each in decodes)
-            seconds = found["seconds"] + sum(each or 0.0 for each in decodes)
-            base = seconds if name == "literal" else base
+            decoding = None if None in decodes else sum(decodes)
             whole = figures.get(f"whole {name} {scale:g}x", {})
+            compared = literal is not None and name in SAMPLED
             rows.append({
                 "size": round(CELL * native * scale), "way": name, "pflop": found["pflop"],
-                "networks_s": found["seconds"], "decodes_s": _rounded(seconds - found["seconds"]) if known else None,
-                "picture_s": _rounded(seconds), "speed_up": round(base / seconds, 2) if base else None,
-                "tflops": found["tflops"], "outside": found["outside_share"], "peak_gib": found["peak_gib"],
+                "flops_x": round(literal["pflop"] / found["pflop"], 2) if compared else None,
+                "networks_s": found["seconds"],
+                "speed_up": round(literal["seconds"] / found["seconds"], 2) if compared else None,
+                "decodes_s": None if decoding is None else _rounded(decoding), "tflops": found["tflops"],
+                "outside": found["outside_share"], "peak_gib": found["peak_gib"],
                 "whole_s": whole.get("seconds"), "whole_outside": whole.get("engine_share")})
     return {"rows": rows, "figures": figures}
 

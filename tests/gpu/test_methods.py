@@ -3,6 +3,8 @@ nearly so."""
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
@@ -58,10 +60,10 @@ PATHS = {
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_method_makes_what_it_makes_on_the_cpu(name, device, on_cpu, in_float):
+def test_a_method_makes_what_it_makes_on_the_cpu(name, on_cpu, in_float_by):
     base = (128, 128) if name not in ("scalecrafter", "elasticdiffusion") else (256, 256)
     expected, there = run(on_cpu, torch.device("cpu"), {"method": name}, base=base, steps=3)
-    found, here = run(in_float, device, {"method": name}, base=base, steps=3)
+    found, here = in_float_by(name)
     assert apart(latent(found), latent(expected)) < EXACT
     assert here.progress.comments == there.progress.comments
     shown = [result.pictures[-1].image.astype(float) for result in (found, expected)]
@@ -92,10 +94,21 @@ def test_sd15_does(device):
     assert apart(latent(found), latent(expected)) < EXACT
 
 
+@pytest.fixture(scope="session")
+def in_float_by(device, in_float):
+    """What each method makes in float32 on the device, made once."""
+    @cache
+    def made(name):
+        base = (128, 128) if name not in ("scalecrafter", "elasticdiffusion") else (256, 256)
+        return run(in_float, device, {"method": name}, base=base, steps=3)
+
+    return made
+
+
 @pytest.mark.parametrize("name", METHODS)
-def test_half_precision_makes_nearly_the_same(name, device, dtype, in_float, in_half):
+def test_half_precision_makes_nearly_the_same(name, device, dtype, in_float_by, in_half):
     base = (128, 128) if name not in ("scalecrafter", "elasticdiffusion") else (256, 256)
-    expected, exact = run(in_float, device, {"method": name}, base=base, steps=3)
+    expected, exact = in_float_by(name)
     found, host = run(in_half, device, {"method": name}, base=base, steps=3)
     assert found.pictures[-1].latent.dtype == torch.float32  # the canvas; only the networks are in half precision
     assert apart(latent(found), latent(expected)) < NEAR[dtype]
