@@ -98,17 +98,18 @@ class Bench:
         return make_plan((CELL * self.native, CELL * self.native), settings, native=self.native)
 
     def networks(self) -> dict[str, Any]:
-        """The bare UNet by batch, and what other layouts and cuDNN's own search make of it."""
+        """Rows per second of the bare UNet by batch."""
+        return {f"batch_{batch}": self._rate(batch) for batch in (2, 8, 32)}
+
+    def layouts(self) -> dict[str, Any]:
+        """The same with channels last, and with the algorithms that cuDNN finds by trying."""
         unet: Any = self.models.unet
-        found: dict[str, Any] = {}
-        for batch in (2, 8, 32):
-            found[f"rows_per_second_{batch}"] = self._rate(batch)
+        unet.to(memory_format=torch.channels_last)
+        found = {"channels_last_32": self._rate(32, torch.channels_last)}
+        unet.to(memory_format=torch.contiguous_format)
         torch.backends.cudnn.benchmark = True
         found["searched_32"] = self._rate(32)
         torch.backends.cudnn.benchmark = False
-        unet.to(memory_format=torch.channels_last)
-        found["channels_last_32"] = self._rate(32, torch.channels_last)
-        unet.to(memory_format=torch.contiguous_format)
         return found
 
     def _rate(self, batch: int, layout: torch.memory_format = torch.contiguous_format) -> float:
@@ -230,17 +231,16 @@ def summary(figures: dict[str, dict[str, Any]], scales: list[float], native: int
             found = figures.get(f"{name} {scale:g}x")
             if found is None:
                 continue
-            decodes = [figures.get(f"decode {side}", {}).get("seconds") for side in found["decodes"]]
-            decoding = None if None in decodes else sum(decodes)
+            decodes = [figures[f"decode {side}"]["seconds"] for side in found["decodes"] if f"decode {side}" in figures]
             whole = figures.get(f"whole {name} {scale:g}x", {})
-            compared = literal is not None and name in SAMPLED
+            base = literal if name in SAMPLED else None
             rows.append({
                 "size": round(CELL * native * scale), "way": name, "pflop": found["pflop"],
-                "flops_x": round(literal["pflop"] / found["pflop"], 2) if compared else None,
+                "flops_x": round(base["pflop"] / found["pflop"], 2) if base else None,
                 "networks_s": found["seconds"],
-                "speed_up": round(literal["seconds"] / found["seconds"], 2) if compared else None,
-                "decodes_s": None if decoding is None else _rounded(decoding), "tflops": found["tflops"],
-                "outside": found["outside_share"], "peak_gib": found["peak_gib"],
+                "speed_up": round(base["seconds"] / found["seconds"], 2) if base else None,
+                "decodes_s": _rounded(sum(decodes)) if len(decodes) == len(found["decodes"]) else None,
+                "tflops": found["tflops"], "outside": found["outside_share"], "peak_gib": found["peak_gib"],
                 "whole_s": whole.get("seconds"), "whole_outside": whole.get("engine_share")})
     return {"rows": rows, "figures": figures}
 
@@ -275,7 +275,7 @@ def main() -> None:
     bench = Bench(models, device, dtype)
     side, full = CELL * bench.native, given.model == "sdxl"
     book.measure("device", 3, partial(_device, device, dtype))
-    book.measure("UNet", 12, bench.networks)
+    book.measure("UNet", 5, bench.networks)
     for number, scale in enumerate(given.scales):
         for name in SAMPLED:
             book.measure(f"{name} {scale:g}x", 3 * scale**2 / 4, partial(bench.way, name, scale))
@@ -288,6 +288,7 @@ def main() -> None:
         book.measure(f"memory, offload {'on' if offload else 'off'}", 8,
                      partial(bench.memory, max(given.scales), offload))
     book.measure("decode in tiles", 8, partial(bench.decode, 2 * side, tile=memory.TILE))
+    book.measure("UNet in other layouts", 12, bench.layouts)
     if full:
         for kind in (torch.float32, torch.float16):
             name = str(kind).removeprefix("torch.")
