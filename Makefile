@@ -12,7 +12,7 @@ PROMPT := a red ball and a blue star on snow, night sky
 demo test quality: export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench quality panel-venvs clean
+.PHONY: help demo test lint bench bench-plan bench-gpu quality panel-venvs clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
@@ -29,6 +29,12 @@ lint: $(VENV)/installed-dev ## ruff and mypy
 
 bench: $(VENV)/installed ## speed and memory: a table, then one JSON object
 	$(RUN) -m benchmarks
+
+bench-plan: $(VENV)/installed ## what SDXL takes at 4096x4096, counted in seconds: one JSON object
+	$(RUN) -m benchmarks.plan
+
+bench-gpu: $(VENV)/installed ## full-size SDXL on a GPU in two minutes (SECONDS=120); goes on where it was cut off
+	$(RUN) -m benchmarks.gpu --seconds $(or $(SECONDS),120)
 
 quality: $(VENV)/installed ## methods compared on drawn scenes: tables and contact sheets in out/quality
 	$(RUN) -m testbed.quality

@@ -1,10 +1,11 @@
 """Speed, memory and fidelity: `python -m benchmarks`, or `make bench`.
 
-Makes one picture at each scale in several ways, in one run on one device: by the reference's schedule to the letter
-(benchmarks/literal.py), and with the presets. For each: seconds, evaluations of the networks, the speed-up over the
-literal schedule, the relative L2 distance of the final latent to the literal one, the engine's own share of the time,
-peak memory; with the embedded model also sharpness relative to the literal picture and the things in it. Then how the
-work grows from 2x to 8x, and what memory SDXL needs, by the plan. The last line is one JSON object.
+Makes one picture at each scale in several ways, in one run on one device: by each original's schedule to the letter
+(benchmarks/literal.py), with the presets, and by ScaleCrafter and ElasticDiffusion. For each: seconds by the clock and
+of the CPU, evaluations of the networks, the speed-up over the literal schedule, and what that is in FLOPs with SDXL's
+networks; the relative L2 distance of the final latent to the literal one, the engine's own share of the time, peak
+memory; with the embedded model also sharpness relative to the literal picture and the things in it. Then how the work
+grows from 2x to 8x, and what memory SDXL needs, by the plan. The last line is one JSON object.
 
 `--model embedded` (the CPU's default) measures the built-in model, `--model sdxl` (CUDA's default) full-size SDXL
 networks with random weights in float16.
@@ -23,14 +24,12 @@ from typing import Any
 
 import torch
 
-from accdiff_lib.methods import make
-from accdiff_lib.settings import SAME
 from accdiff_lib.standalone.loading import load
-from accdiff_lib.webui.outline import Generation, cost
 from benchmarks import device as devices
 from benchmarks.figure import draw
 from benchmarks.full_size import least_memory, random_sdxl
-from benchmarks.measure import GUIDANCE, SAMPLER, SCHEDULER, STEPS, WAYS, Measurement, measure
+from benchmarks.measure import STEPS, WAYS, Measurement, is_literal, literal_of, measure
+from benchmarks.plan import gains, relative, sdxl_pflop
 from testbed.counting import find
 from testbed.quality.metrics import detail
 
@@ -42,7 +41,9 @@ def compared(run: Measurement, literal: Measurement | None, scale: float, *, sho
     record = run.record()
     if literal is not None:
         distance = float((run.latent - literal.latent).norm() / literal.latent.norm())
-        record |= {"speed_up": round(literal.seconds / run.seconds, 2), "distance": float(f"{distance:.2g}")}
+        record |= {"speed_up": round(literal.seconds / run.seconds, 2),
+                   "sdxl_flops_x": round(sdxl_pflop(literal_of(run.way), scale) / sdxl_pflop(run.way, scale), 2),
+                   "distance": float(f"{distance:.2g}")}
         if shows_things:
             record["sharpness"] = round(detail(run.image, round(scale)) / detail(literal.image, round(scale)), 2)
     if shows_things:
@@ -53,7 +54,8 @@ def compared(run: Measurement, literal: Measurement | None, scale: float, *, sho
 
 def table(records: Sequence[dict[str, Any]]) -> str:
     """The figures as a Markdown table."""
-    columns = {"size": "size", "way": "way", "seconds": "seconds", "speed_up": "speed-up", "unet": "UNet",
+    columns = {"size": "size", "way": "way", "seconds": "seconds", "cpu_seconds": "CPU seconds",
+               "speed_up": "speed-up", "sdxl_flops_x": "FLOPs, SDXL", "unet": "UNet",
                "controlnet": "ControlNet", "distance": "distance", "sharpness": "sharpness", "things": "things",
                "engine_share": "engine", "peak_gib": "peak GiB"}
     columns = {key: label for key, label in columns.items() if any(key in record for record in records)}
@@ -67,15 +69,8 @@ def table(records: Sequence[dict[str, Any]]) -> str:
 
 def growth(native: int) -> list[dict[str, Any]]:
     """The work of each way from 2x to 8x, in base pictures, by the plan."""
-    def relative(scale: int, values: dict[str, Any]) -> float:
-        settings = make({"scale": scale, **values})
-        sampler, scheduler = (given if own == SAME else own for own, given in (
-            (settings.stage_sampler, SAMPLER), (settings.stage_scheduler, SCHEDULER)))
-        return cost(settings, Generation((8 * native, 8 * native), STEPS, GUIDANCE, SAMPLER, sampler, scheduler, native,
-                                         1, True)).relative
-
-    return [{"way": way, **{f"{scale}x": round(relative(scale, values), 1) for scale in GROWTH}}
-            for way, values in WAYS.items()]
+    return [{"way": way, **{f"{scale}x": round(relative(way, scale, native), 1) for scale in GROWTH}}
+            for way in WAYS]
 
 
 def main() -> None:
@@ -102,20 +97,20 @@ def main() -> None:
         literal = None
         for way in given.ways:
             run = measure(models, way, scale, device, dtype, steps=given.steps, window=given.window)
-            literal = run if way == "literal" else literal
+            literal = run if is_literal(way) else literal
             records.append(compared(run, literal, scale, shows_things=given.model == "embedded"))
             print(json.dumps(records[-1]), file=sys.stderr)
     last = records[-1]
     speed_ups = {f"{record['way']}_x": record["speed_up"] for record in records
                  if record["size"] == last["size"] and record["way"] in ("paper", "balanced", "fast")
                  and "speed_up" in record}
-    ours = [record for record in records if record["way"] != "literal"]
+    ours = [record for record in records if not is_literal(record["way"])]
     rates = [record["tflop"] / sum(record["inside"].get(name, 0) for name in ("UNet", "ControlNet"))
              for record in records]
     summary: dict[str, Any] = {
         "device": devices.name(device), "model": given.model, "torch": torch.__version__, "steps": given.steps,
         "window": given.window or native,
-        **speed_ups,
+        **speed_ups, **gains(),
         "engine_share": max(record["engine_share"] for record in ours or records),
         "unet_throughput": round(max(record["unet"] / record["inside"]["UNet"] for record in records) / rate, 3),
         "best_unet_batch": batch, "matmul_tflops": round(devices.matmul_tflops(device, dtype), 3),
@@ -126,7 +121,7 @@ def main() -> None:
     print(f"{given.model}, {given.steps} steps, {summary['device']}, torch {torch.__version__}\n")
     print(table(records))
     print("\nWork in base pictures:\n")
-    print("\n".join(f"{row['way']:>14} " + " ".join(f"{name} {value:8}" for name, value in row.items() if name != "way")
+    print("\n".join(f"{row['way']:>26} " + " ".join(f"{name} {value:8}" for name, value in row.items() if name != "way")
                     for row in summary["growth"]))
     print("\nGiB of device memory that SDXL in float16 needs at least, estimated:\n")
     print("\n".join("  ".join(f"{name} {value}" for name, value in row.items())

@@ -30,29 +30,16 @@ def matmul_tflops(device: torch.device, dtype: torch.dtype) -> float:
     """TFLOP/s of a large matrix multiplication."""
     side = 8192 if device.type == "cuda" else 2048
     first, second = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    return 2 * side**3 / _fastest(lambda: first @ second) / 1e12
+    return 2 * side**3 / fastest(lambda: first @ second) / 1e12
 
 
 @torch.no_grad()
 def best_unet_rate(models: Models, window: int, device: torch.device, dtype: torch.dtype) -> tuple[float, int]:
     """(rows per second, batch) of the bare UNet on latents of window x window cells, at the fastest batch size."""
-    unet: Any = cast(Any, models.unet)
     found = []
-    width = int(unet.config["cross_attention_dim"])
     for batch in (1, 2, 4, 8, 16):
-        x = torch.randn(batch, 4, window, window, device=device, dtype=dtype)
-        text = torch.randn(batch, 77, width, device=device, dtype=dtype)
-        pooled = int(unet.config["projection_class_embeddings_input_dim"]) - 6 * int(
-            unet.config["addition_time_embed_dim"])
-        added = {"text_embeds": torch.randn(batch, pooled, device=device, dtype=dtype),
-                 "time_ids": torch.ones(batch, 6, device=device)}
-        t = torch.full((batch,), 500.0, device=device)
-
-        def evaluate(x=x, t=t, text=text, added=added) -> object:
-            return unet(x, t, text, added_cond_kwargs=added)
-
         try:
-            found.append((batch / _fastest(evaluate), batch))
+            found.append((unet_rate(models, batch, window, device, dtype), batch))
         except Exception as error:
             if not found or not is_out_of_memory(error):
                 raise
@@ -60,7 +47,21 @@ def best_unet_rate(models: Models, window: int, device: torch.device, dtype: tor
     return max(found)
 
 
-def _fastest(function: Callable[[], object], seconds: float = 1.0) -> float:
+@torch.no_grad()
+def unet_rate(models: Models, batch: int, window: int, device: torch.device, dtype: torch.dtype, *,
+              memory_format: torch.memory_format = torch.contiguous_format, seconds: float = 1.0) -> float:
+    """Rows per second of the bare UNet in batches of latents of window x window cells."""
+    unet: Any = cast(Any, models.unet)
+    x = torch.randn(batch, 4, window, window, device=device, dtype=dtype).contiguous(memory_format=memory_format)
+    text = torch.randn(batch, 77, int(unet.config["cross_attention_dim"]), device=device, dtype=dtype)
+    pooled = int(unet.config["projection_class_embeddings_input_dim"]) - 6 * int(unet.config["addition_time_embed_dim"])
+    added = {"text_embeds": torch.randn(batch, pooled, device=device, dtype=dtype),
+             "time_ids": torch.ones(batch, 6, device=device)}
+    t = torch.full((batch,), 500.0, device=device)
+    return batch / fastest(lambda: unet(x, t, text, added_cond_kwargs=added), seconds)
+
+
+def fastest(function: Callable[[], object], seconds: float = 1.0) -> float:
     """Seconds of the fastest of several calls, after one that warms up."""
     function()
     times: list[float] = []

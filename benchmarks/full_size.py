@@ -53,18 +53,24 @@ def _weights(controlnet: bool) -> dict[str, int]:
             for name, module in _networks(controlnet).items()}
 
 
+def configs() -> dict[str, dict[str, Any]]:
+    """diffusers' configs of the UNet, the VAE and a ControlNet of the UNet's shape."""
+    unet = _config("unet")
+    names = ("in_channels", "down_block_types", "block_out_channels", "layers_per_block", "cross_attention_dim",
+             "transformer_layers_per_block", "attention_head_dim", "use_linear_projection", "addition_embed_type",
+             "addition_time_embed_dim", "projection_class_embeddings_input_dim")
+    return {"unet": unet, "vae": _config("vae"), "controlnet": {name: unet[name] for name in names if name in unet}}
+
+
 def _networks(controlnet: bool) -> dict[str, nn.Module]:
     """The networks by name, without weights."""
-    unet_config = _config("unet")
+    found = configs()
     parts: dict[str, Any] = {
-        "unet": (UNet2DConditionModel, unet_config), "vae": (AutoencoderKL, _config("vae")),
+        "unet": (UNet2DConditionModel, found["unet"]), "vae": (AutoencoderKL, found["vae"]),
         "text_encoder": (CLIPTextModel, CLIPTextConfig(**_config("text_encoder"))),
         "text_encoder_2": (CLIPTextModelWithProjection, CLIPTextConfig(**_config("text_encoder_2")))}
     if controlnet:
-        names = ("in_channels", "down_block_types", "block_out_channels", "layers_per_block", "cross_attention_dim",
-                 "transformer_layers_per_block", "attention_head_dim", "use_linear_projection", "addition_embed_type",
-                 "addition_time_embed_dim", "projection_class_embeddings_input_dim")
-        parts["controlnet"] = (ControlNetModel, {name: unet_config[name] for name in names if name in unet_config})
+        parts["controlnet"] = (ControlNetModel, found["controlnet"])
     with torch.device("meta"):
         return {name: kind.from_config(config) if isinstance(config, dict) else kind(config)
                 for name, (kind, config) in parts.items()}

@@ -16,11 +16,11 @@ from tqdm import tqdm
 
 from accdiff_lib.engine.cost import estimate
 from accdiff_lib.engine.extrapolate import Extrapolation, Request
-from accdiff_lib.engine.host import Picture
-from accdiff_lib.engine.method import Work
+from accdiff_lib.engine.host import Picture, Progress
+from accdiff_lib.engine.method import Method, Work
 from accdiff_lib.engine.plan import CELL, Stage, make_plan
 from accdiff_lib.methods import make, of
-from accdiff_lib.settings import SAME
+from accdiff_lib.settings import SAME, Settings
 from accdiff_lib.standalone.host import StandaloneHost
 from accdiff_lib.standalone.loading import Models
 from benchmarks.literal import literal
@@ -32,16 +32,44 @@ SAMPLER, SCHEDULER, STEPS = "Euler", "Leading", 50
 #: What is compared: the settings of each way to make the same picture.
 WAYS: dict[str, dict[str, Any]] = {
     "literal": {"tolerance": 0}, "paper": {}, "paper, 1e-2": {"tolerance": 0.01}, "balanced": {"preset": "balanced"},
-    "fast": {"preset": "fast"}, "few-step": {"preset": "few-step"}}
+    "fast": {"preset": "fast"}, "few-step": {"preset": "few-step"},
+    "scalecrafter, literal": {"method": "scalecrafter"}, "scalecrafter": {"method": "scalecrafter"},
+    "elasticdiffusion, literal": {"method": "elasticdiffusion", "window_batch": 16},
+    "elasticdiffusion": {"method": "elasticdiffusion"}}
+
+
+def is_literal(way: str) -> bool:
+    """Whether it is a method's original schedule to the letter, with which the ways after it are compared."""
+    return way.endswith("literal")
+
+
+def literal_of(way: str) -> str:
+    """The literal way that a way is compared with."""
+    return [name for name in list(WAYS)[:list(WAYS).index(way) + 1] if is_literal(name)][-1]
+
+
+def method_of(way: str, settings: Settings) -> Method:
+    """The method of a way."""
+    return literal(of(settings)) if is_literal(way) else of(settings)
 
 
 @dataclass
 class Clock:
-    """Wall seconds inside the networks, by network."""
+    """Seconds inside the networks, by network; on CUDA those of the device, which nothing waits for."""
 
-    seconds: dict[str, float] = field(default_factory=dict)
+    _spans: list[tuple[str, Any, Any]] = field(default_factory=list)
     #: When the networks began that are running now; only the outermost counts.
-    _begun: list[float] = field(default_factory=list)
+    _begun: list[Any] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """The seconds of all calls so far."""
+        now()
+        found: dict[str, float] = {}
+        for name, begin, end in self._spans:
+            took = end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1000
+            found[name] = found.get(name, 0.0) + took
+        return found
 
     @contextmanager
     def measuring(self, models: Models, host: StandaloneHost) -> Iterator[None]:
@@ -63,12 +91,12 @@ class Clock:
             del host.decode, host.encode_image
 
     def _hooks(self, name: str, network: nn.Module) -> list[Any]:
-        return [network.register_forward_pre_hook(lambda *_: self._begun.append(now())),
+        return [network.register_forward_pre_hook(lambda *_: self._begun.append(_mark())),
                 network.register_forward_hook(lambda *_: self._end(name), always_call=True)]
 
     def _timed(self, name: str, function: Any) -> Any:
         def timed(*args: Any, **kwargs: Any) -> Any:
-            self._begun.append(now())
+            self._begun.append(_mark())
             try:
                 return function(*args, **kwargs)
             finally:
@@ -79,7 +107,16 @@ class Clock:
     def _end(self, name: str) -> None:
         begin = self._begun.pop()
         if not self._begun:
-            self.seconds[name] = self.seconds.get(name, 0.0) + now() - begin
+            self._spans.append((name, begin, _mark()))
+
+
+def _mark() -> Any:
+    """This moment: on CUDA when the device comes to it."""
+    if not torch.cuda.is_available():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 def now() -> float:
@@ -104,7 +141,8 @@ class Bar:
                          disable=None)
 
     def advance(self, latents: int) -> None:
-        self._bar.update(latents)
+        if self._bar is not None:
+            self._bar.update(latents)
 
     def preview(self, denoised: Tensor) -> None: ...
 
@@ -125,6 +163,8 @@ class Measurement:
     way: str
     pixels: tuple[int, int]
     seconds: float
+    #: Of all the CPU's cores.
+    cpu_seconds: float
     #: Seconds inside each network.
     inside: dict[str, float]
     #: Evaluations of one latent, with the unconditional ones.
@@ -146,6 +186,7 @@ class Measurement:
         """The figures as JSON."""
         peak = {"peak_gib": round(self.peak_bytes / 2**30, 2)} if self.peak_bytes else {}
         return {"way": self.way, "size": f"{self.pixels[1]}x{self.pixels[0]}", "seconds": round(self.seconds, 2),
+                "cpu_seconds": round(self.cpu_seconds, 2),
                 "inside": {name: round(seconds, 2) for name, seconds in self.inside.items()},
                 "engine_share": round(self.engine_share, 4), "unet": self.unet, "controlnet": self.controlnet,
                 "tflop": round(self.teraflop, 2), **peak}
@@ -159,36 +200,41 @@ def measure(models: Models, way: str, scale: float, device: torch.device, dtype:
     """
     settings = make({"scale": scale, **WAYS[way]})
     bar = Bar(f"{way} {scale:g}x")
-    own = {name: None if given in (SAME, 0) else given for name, given in (
-        ("stage_sampler", settings.stage_sampler), ("stage_scheduler", settings.stage_scheduler),
-        ("stage_steps", min(settings.stage_steps, steps)))}
-    host = StandaloneHost(models, prompt=PROMPT, negative=NEGATIVE, progress=bar, sampler=SAMPLER, scheduler=SCHEDULER,
-                          steps=steps, device=device, dtype=dtype, vae_tile=settings.vae_tile,
-                          **own)  # type: ignore[arg-type]
+    host = make_host(models, settings, device, dtype, steps=steps, progress=bar)
     window = window or host.native
     plan = make_plan((CELL * window, CELL * window), settings, native=window)
-    method = of(settings)
-    request = Request(PROMPT, SEED, GUIDANCE, literal(method) if way == "literal" else method, settings, plan,
-                      intermediate=way == "literal")
+    method = method_of(way, settings)
+    request = Request(PROMPT, SEED, GUIDANCE, method, settings, plan, intermediate=way == "literal")
     parts = estimate(method, plan, settings, base_solver=host.base_solver, stage_solver=host.stage_solver,
                      timestep=host.timestep, guidance=GUIDANCE, has_control=host.has_control)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     clock = Clock()
-    begin = now()
+    begin, cpu = now(), time.process_time()
     with clock.measuring(models, host):
         result = Extrapolation(host, settings.window_batch).run(request)
-    seconds = now() - begin
+    seconds, cpu = now() - begin, time.process_time() - cpu
     bar.close()
     picture = result.pictures[-1]
     assert picture.image is not None
-    teraflop = sum(part.priced(lambda work: _price(host, work)) for part in parts)
-    return Measurement(way, plan.pixels, seconds, clock.seconds, sum(part.unet for part in parts),
+    teraflop = sum(part.priced(lambda work: price(host, work)) for part in parts)
+    return Measurement(way, plan.pixels, seconds, cpu, clock.seconds, sum(part.unet for part in parts),
                        sum(part.controlnet for part in parts), teraflop, host.peak_bytes,
                        picture.latent.float().cpu(), picture.image)
 
 
-def _price(host: StandaloneHost, work: Work) -> tuple[float, float]:
+def make_host(models: Models, settings: Settings, device: torch.device, dtype: torch.dtype, *, steps: int = STEPS,
+              progress: Progress | None = None, offload: bool = False) -> StandaloneHost:
+    """The host of a measurement, with the solver that the settings give the stages."""
+    own = {name: None if given in (SAME, 0) else given for name, given in (
+        ("stage_sampler", settings.stage_sampler), ("stage_scheduler", settings.stage_scheduler),
+        ("stage_steps", min(settings.stage_steps, steps)))}
+    return StandaloneHost(models, prompt=PROMPT, negative=NEGATIVE, progress=progress or Bar(settings.method),
+                          sampler=SAMPLER, scheduler=SCHEDULER, steps=steps, device=device, dtype=dtype,
+                          vae_tile=settings.vae_tile, offload=offload, **own)  # type: ignore[arg-type]
+
+
+def price(host: StandaloneHost, work: Work) -> tuple[float, float]:
     """TFLOP of a latent through the UNet and the ControlNet."""
     cost = host.flops(work.height, work.width)
     return cost.unet, cost.controlnet

@@ -68,7 +68,7 @@ class Predictor(Protocol):
         ...
 
     def __call__(self, x: Tensor, sigma: Tensor, call: Call) -> Tensor:
-        """The x0 prediction of `x` [1, C, h, w] at noise level `sigma` (a scalar tensor), of the same shape.
+        """The x0 prediction of `x` [1, C, h, w] at noise level `sigma` (a scalar tensor on the CPU), of the same shape.
 
         Raises Interrupted or Skipped between two batches, OutOfMemory when not even one latent fits.
         """
@@ -103,7 +103,8 @@ class Canvas:
         Beside a stochastic sampler's canvas its trajectory is sampled, as a second latent of `x` (`run`).
         """
         call = next(self._calls)
-        sigma = sigma.flatten()[0]
+        # On the CPU: all below read its value, and each reading would wait for the device.
+        sigma = sigma.flatten()[0].cpu()
         whole, x = x, x[:1]
         if abs(float(sigma) - call.sigma) > 1e-3 * call.sigma:
             raise RuntimeError(f"the sampler left its script: sigma {float(sigma):g} instead of {call.sigma:g}")

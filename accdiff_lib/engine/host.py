@@ -188,7 +188,8 @@ class Host(Protocol):
     def denoise(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """x0 predictions [M, C, h, w] of `x` [M, C, h, w] at noise level `sigma` (a scalar tensor), after CFG.
 
-        All is on `device`. Raises whatever that raises when memory runs out; latents never influence each other.
+        All but `sigma` is on `device`. Raises whatever that raises when memory runs out; latents never influence each
+        other.
         """
         ...
 

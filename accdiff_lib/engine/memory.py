@@ -13,6 +13,8 @@ import torch
 UNET_NUMBERS = 64
 #: The same of a VAE decode, per pixel and channel of its last block: maps of twice its channels, some in float32.
 VAE_NUMBERS = 10
+#: What waits of a VAE between its operations, where it is tiled: two maps of the whole picture, which it makes larger.
+STORE_NUMBERS = 4
 #: Of a cell in the dozen float32 tensors of four channels that the canvas consists of.
 CANVAS_BYTES = 12 * 4 * 4
 #: Of a larger canvas (4096 x 4096 pixels) the device has only the windows at work.
@@ -134,3 +136,10 @@ def vae_tile(device: torch.device, height: int, width: int, channels: int, items
     `channels`: of the VAE's outermost blocks; `itemsize`: bytes of a number.
     """
     return 0 if _vae_bytes(height, width, channels, itemsize) <= free_bytes(device) else TILE
+
+
+def vae_store(device: torch.device, height: int, width: int, channels: int, itemsize: int) -> torch.device | None:
+    """Where the activations of a tiled latent wait: on the device if they fit, so that nothing is copied; else None,
+    the CPU. The arguments are those of `vae_tile`."""
+    waiting = STORE_NUMBERS * channels * itemsize * 64 * height * width
+    return device if device.type != "cpu" and waiting <= free_bytes(device) else None

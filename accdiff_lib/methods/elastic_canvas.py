@@ -362,7 +362,7 @@ class ElasticPredictor:
                 hints=None if hints is None else _of(hints, numbers, device),
                 hint_names=() if hints is None else [names[number] for number in numbers],
                 strength=self.options.control_strength)
-            return self.host.denoise(latents[numbers].to(device), sigma.to(device), given).to(latents.device)
+            return self.host.denoise(latents[numbers].to(device), sigma, given).to(latents.device)
 
         for part, found in self.batcher.run(len(texts), latents.shape[-2], latents.shape[-1], evaluate):
             predicted[part] = found

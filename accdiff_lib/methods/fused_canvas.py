@@ -62,7 +62,7 @@ class FusedPredictor:
     def _denoise(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """Of a part of the canvas, which may be elsewhere than the model."""
         device = self.host.device
-        return self.host.denoise(x.to(device), sigma.to(device), conditioning).to(x.device)
+        return self.host.denoise(x.to(device), sigma, conditioning).to(x.device)
 
     # --- the local pass ----------------------------------------------------------------------------------------
 
@@ -200,7 +200,7 @@ class FusedPredictor:
         seed = seeds.derive(self.inputs.seed, "canvas")
         key = (self.inputs.stage.number, call.step, call.trial)
         noise = torch.rand(views.shape, generator=seeds.generator(seed, "interaction", *key))
-        return noise.to(views.device).argsort(dim=0)
+        return noise.to(views.device).argsort(dim=0, stable=True)  # equal numbers alike on every device
 
 
 class Regional:

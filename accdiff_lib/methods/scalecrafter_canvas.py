@@ -93,12 +93,16 @@ class ScaleCrafterPredictor:
         def predict(x: Tensor, sigma: Tensor, halves: Halves) -> Tensor:
             return self._once(lambda: torch.cat([self._denoise(x, sigma, call, texts[half]) for half in halves]))
 
-        base, uncond, cond = evaluate(x, sigma, call.timestep, self.plan, self.convolutions, predict)
+        base, uncond, cond = self.evaluate(x, sigma, call.timestep, predict)
         found = guided(base, uncond, cond, call.scale(self.settings.canvas_guidance, self.inputs.guidance))
         if not self.settings.guidance_rescale:
             return found
         # In terms of the noise, which is x - x0 but for a factor that is the same in both.
         return x - rescaled(x - found, x - cond, self.settings.guidance_rescale)
+
+    def evaluate(self, x: Tensor, sigma: Tensor, timestep: float, predict: Predict) -> tuple[Tensor, Tensor, Tensor]:
+        """See the function of this name."""
+        return evaluate(x, sigma, timestep, self.plan, self.convolutions, predict)
 
     def _once(self, evaluate: Callable[[], Tensor]) -> Tensor:
         """A batch of one canvas: counted, stoppable, and an OutOfMemory where it does not fit."""
@@ -114,7 +118,7 @@ class ScaleCrafterPredictor:
                              hint_names=[(self, Window(0, 0, *self.size))] if steered else (),
                              strength=self.settings.control_strength)
         with freeu(self.host.joints(), self._strength()) if self.settings.freeu else nullcontext():
-            return self.host.denoise(x.to(device), sigma.to(device), given).to(x.device)
+            return self.host.denoise(x.to(device), sigma, given).to(x.device)
 
     def _strength(self) -> FreeU:
         """FreeU's factors for the model's family, told by its structure: SDXL has three levels, SD2 wider texts."""

@@ -165,7 +165,7 @@ class StandaloneHost:
             sizes = [(*canvas, *origin, *canvas) for origin in conditioning.origins] * len(halves)
             pooled = [{"cond": "pooled", "uncond": "pooled_uncond"}[half] for half in halves]
             # Not in half precision: it has no odd numbers above 2048.
-            time_ids = torch.tensor(sizes, dtype=torch.float32, device=self.device)
+            time_ids = torch.tensor(sizes, dtype=torch.float32).to(self.device, non_blocking=True)
             inputs["added_cond_kwargs"] = {"text_embeds": self._stack(conditioning, pooled), "time_ids": time_ids}
         return inputs
 

@@ -81,13 +81,16 @@ def sample(host, **kwargs):
 
 
 def test_a_canvas_on_the_cpu_gives_the_model_its_parts_on_the_device():
-    """meta stands for the device: what is not moved there is seen, and so is what is moved there and back."""
+    """meta stands for the device: what is not moved there is seen, and so is what is moved there and back.
+
+    The noise level, whose value everybody reads, stays on the CPU.
+    """
     class Elsewhere(Toy):
         device = torch.device("meta")
 
         def denoise(self, x, sigma, conditioning):
-            given = [x, sigma, conditioning.all_hints] if conditioning.steered else [x, sigma]
-            assert {tensor.device.type for tensor in given} == {"meta"}
+            given = [x, conditioning.all_hints] if conditioning.steered else [x]
+            assert {tensor.device.type for tensor in given} == {"meta"} and sigma.device.type == "cpu"
             self.hints += conditioning.steered
             return torch.zeros(x.shape)
 
