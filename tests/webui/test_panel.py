@@ -18,6 +18,7 @@ import pytest
 from accdiff_lib.errors import InputError
 from accdiff_lib.methods import OPTIONS, make, names
 from accdiff_lib.parts import infotext
+from accdiff_lib.settings import SUGGESTED, values
 from accdiff_lib.webui import arguments
 from accdiff_lib.webui.arguments import Enlargement
 from accdiff_lib.webui.ui import api
@@ -121,9 +122,10 @@ def paste(page, values: dict) -> None:
     press(page, "paste")
 
 
-def test_defaults_are_the_tables(page):
+def test_defaults_are_those_of_the_suggested_preset(page):
     sent = generate(page)
-    assert sent == {"enabled": False, "controlnet_model": "None", **{n: o.default for n, o in OPTIONS.items()}}
+    assert sent == {"enabled": False, "controlnet_model": "None", **{n: o.default for n, o in OPTIONS.items()},
+                    **values(make({"preset": SUGGESTED}))}
     assert arguments.parse(list(sent.values())) is None
 
 

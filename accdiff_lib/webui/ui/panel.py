@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from accdiff_lib.methods import METHODS, OPTIONS, names
-from accdiff_lib.settings import SAME, Option, values
+from accdiff_lib.settings import SAME, SUGGESTED, Option, values
 from accdiff_lib.webui import controlnets, upscalers
 from accdiff_lib.webui.arguments import CONTROLNET_KEY, EXTRA, NONE, POSITIONAL, VERSION_KEY, picked, restored
 from accdiff_lib.webui.ui import options_page
@@ -60,6 +60,12 @@ def label(option: Option) -> str:
     return option.label[0].upper() + option.label[1:]
 
 
+def first_values() -> dict[str, Any]:
+    """What the controls begin with: the table's values, with those of the suggested preset."""
+    return {**{name: option.default for name, option in OPTIONS.items()}, "preset": SUGGESTED,
+            **picked("preset", OPTIONS["method"].default, SUGGESTED)}
+
+
 def slider_step(option: Option) -> float:
     """The option's step, or a finer one where the default would lie between two steps."""
     assert option.step is not None and option.minimum is not None
@@ -71,7 +77,7 @@ def _control(option: Option, made: dict[str, Any], elem_id: Callable[[str], str]
     import gradio as gr
 
     common: dict[str, Any] = {"label": label(option), "elem_id": elem_id(option.name)}
-    value: Any = options_page.value("vae_tile") if option.name == "vae_tile" else option.default
+    value: Any = options_page.value("vae_tile") if option.name == "vae_tile" else first_values()[option.name]
     if option.kind is bool:
         made[option.name] = gr.Checkbox(value=value, **common)
     elif option.kind is str:
