@@ -113,11 +113,12 @@ _HELD = {"start": 0.5, "doubling": True, "skip_residual": False, "structure_guid
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "balanced": {**_HELD, "stage_steps": 16, "stage_sampler": "DPM++ 2M", "stage_scheduler": "Karras",
-                 "guidance_end": 0.75},
+                 "guidance_end": 0.75, "control_end": 0.75},
     "fast": {**_HELD, "stage_steps": 8, "stage_sampler": "DPM++ 2M", "stage_scheduler": "Karras",
-             "guidance_end": 0.75, "dilated_end": 0.75, "control_end": 0.75},
+             "guidance_end": 0.75, "control_end": 0.75, "dilated_end": 0.75, "overlap": 0.25,
+             "window_weights": "cosine"},
     "few-step": {**_HELD, "stage_steps": 8, "local_guidance": 1.0, "dilated_guidance": 1.0, "canvas_guidance": 1.0,
-                 "elastic_guidance": 1.0},
+                 "elastic_guidance": 1.0, "control_end": 0.75, "dilated_end": 0.75},
 }
 
 #: The preset that the panel begins with: the best for its time (docs/quality).

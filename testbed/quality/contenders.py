@@ -117,6 +117,10 @@ _ALL = (
     Contender("demofusion", "main", "", {"method": "demofusion"}),
     Contender("accdiffusion-v1", "main", "this is v2 without the ControlNet", {"method": "accdiffusion-v1"}),
     Contender(SUBJECT, "main", ""),
+    Contender("balanced", "main", "the preset: v2 with the mixed reference, 8 computed steps a stage", {
+        "preset": "balanced", "stage_steps": 16}),
+    Contender("fast", "main", "the preset: the same with 4 computed steps, fewer windows", {
+        "preset": "fast", "stage_steps": 8}),
     Contender("v2, structure guidance", "ablation", "the prediction's low band is held, from half the schedule on", {
         "skip_residual": False, "structure_guidance": 1.0, "start": 0.5}),
     Contender("v2, mixed reference", "ablation", "the same, and the reference's high band is the enlarged picture's", {
