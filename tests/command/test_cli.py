@@ -19,7 +19,8 @@ from PIL import Image
 from accdiff_lib import __version__
 from accdiff_lib.command import arguments, docs
 from accdiff_lib.command import run as cli
-from accdiff_lib.command.files import Folder, read_image
+from accdiff_lib.command.files import read_image
+from accdiff_lib.command.folder import Folder
 from accdiff_lib.command.report import Terminal
 from accdiff_lib.methods import OPTIONS, from_infotext, make
 from accdiff_lib.parts import infotext
