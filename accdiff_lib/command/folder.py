@@ -167,8 +167,9 @@ class Claim:
         self.remember()
 
     def remember(self) -> None:
-        """Writes what is remembered. Raises OSError."""
-        write_whole(self.hidden / _KEPT, lambda stream: stream.write(json.dumps(self.kept, indent=1).encode()))
+        """Writes what is remembered, where there is room."""
+        with suppress(OSError):
+            write_whole(self.hidden / _KEPT, lambda stream: stream.write(json.dumps(self.kept, indent=1).encode()))
 
     def clear(self, suffix: str, inputs: Sequence[Path]) -> None:
         """Removes an earlier run's pictures whose names end in `suffix`, so that none lies among the new ones."""
@@ -178,20 +179,21 @@ class Claim:
             if old and not same_as_any(path, inputs):
                 path.unlink(missing_ok=True)
 
-    def release(self) -> None:
-        """The run is over; if it is not `done`, the same command can go on from what is kept."""
+    def release(self) -> int:
+        """The run is over; if it is not `done`, the same command can go on from what is kept: so many bytes."""
         worth = not self.done and (self.kept.get("images") or any(self.hidden.glob("*.npz")))
         if not worth:
             with suppress(OSError):
                 (self.hidden / _KEPT).unlink()  # while nobody else can have it
         if self._lock is not None:
             self._lock.release()
-        if worth:
-            return
-        shutil.rmtree(self.hidden, ignore_errors=True)
         with suppress(OSError):
+            if worth:
+                return sum(path.stat().st_size for path in self.hidden.iterdir())
+            shutil.rmtree(self.hidden, ignore_errors=True)
             for folder in self.made:
                 folder.rmdir()
+        return 0
 
 
 def name(number: int, stem: str) -> str:

@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import closing, nullcontext, suppress
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -127,6 +127,7 @@ def _teraflop(job: Job, part: Part) -> float:
 def run(job: Job, told: dict[str, Any], stop: Stop) -> int:
     """Makes and writes the pictures, and tells of them."""
     from accdiff_lib.command import resume
+    from accdiff_lib.command.folder import size_text
     from accdiff_lib.command.output import Output
     from accdiff_lib.command.report import Terminal
     from accdiff_lib.standalone.loading import load
@@ -140,6 +141,7 @@ def run(job: Job, told: dict[str, Any], stop: Stop) -> int:
         claim = job.folder.claim(resume.key(job), overwrite=given.overwrite, fresh=given.fresh)
         try:
             job.general["seed"] = claim.kept.setdefault("seed", job.general["seed"])
+            claim.remember()
             # With --json the object is all that stdout gets.
             lines = sys.stderr if given.json else sys.stdout
             with closing(Terminal(job.parts, job.general["batch"], lines, sys.stderr, stop)) as terminal:
@@ -154,7 +156,10 @@ def run(job: Job, told: dict[str, Any], stop: Stop) -> int:
                                      "PATH, or --no-use-controlnet)")
                 code = Pictures(job, terminal, host, Output(claim, given.spare, terminal)).make(told["images"], stop)
         finally:
-            claim.release()
+            left = claim.release()
+            if left:
+                print(f"accdiff: the same command goes on from here (--fresh begins anew); {size_text(left)} are kept "
+                      f"in {claim.hidden}", file=sys.stderr)
         told["seconds"] = round(time.perf_counter() - begin, 3)
     return code
 
@@ -205,8 +210,7 @@ class Pictures:
             if not images[-1]["stopped"]:
                 finished[str(seed)] = images[-1]
                 self._batches.save("batches", self.extrapolation.batcher.state())
-                with suppress(OSError):
-                    claim.remember()
+                claim.remember()
         claim.done = len(finished) == len(images)
         return DONE if claim.done and not self.output.astray else LESS
 
