@@ -38,7 +38,7 @@ GENERAL: dict[str, Option] = {row.name: row for row in (
            "device's memory is too small for all of them. The picture stays the same.", "auto", "model",
            choices=("auto", "on", "off")),
     Option("keep_every", "keep every", "Seconds after which a run keeps anew what it has computed, to go on from there "
-           "when it was stopped or killed; less often where that would take more than 1 % of the time.", 10.0, "output",
+           "when it was stopped or killed; less often where that would take more than 2 % of the time.", 10.0, "output",
            0, 3600),
 )}
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from accdiff_lib.command.folder import size_text, write_whole
+from accdiff_lib.command.folder import write_whole
 from accdiff_lib.command.job import Job
 from accdiff_lib.settings import values
 from accdiff_lib.standalone.loading import EMBEDDED
@@ -99,12 +99,12 @@ class Disk:
         try:
             free = shutil.disk_usage(self._folder).free
             if free < size + self._reserve:
-                raise OSError(f"{size_text(free)} free, which the pictures need")
+                raise OSError("the pictures need what is free")
             write_whole(self._path(name), lambda stream: np.savez(stream, **arrays))
         except OSError as error:
             self._full = True
-            self._comment(f"nothing more is kept to go on from, should the run be stopped: {self._folder} cannot take "
-                          f"{size_text(size)} ({error.strerror or error})")
+            self._comment("nothing more is kept to go on from, should the run be stopped: there is no room in "
+                          f"{self._folder} ({error.strerror or error})")
 
     def load(self, name: str) -> dict[str, Tensor]:
         """See Store."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from accdiff_lib.engine.method import Call
 
 #: Predictions are kept so rarely that it takes at most this part of the time.
-COST = 0.01
+COST = 0.02
 
 
 class Store(Protocol):
