@@ -24,6 +24,8 @@ from accdiff_lib.standalone.loading import EMBEDDED
 
 #: Arguments and general options that do not decide the pictures.
 _APART = {"out", "spare", "overwrite", "fresh", "explain", "json", "dry_run", "keep_every", "offload"}
+#: Arguments that name pictures, which count by their pixels.
+_PICTURES = {"image", "control_image"}
 #: Packages that compute them.
 _PACKAGES = ("torch", "numpy", "opencv-python-headless", "diffusers", "transformers", "k-diffusion", "torchsde")
 #: Files of up to so many bytes are known by what is in them, larger ones by size and time.
@@ -32,16 +34,22 @@ _SMALL = 2**24
 
 def key(job: Job) -> str:
     """What decides a run's pictures, bit by bit, in one word."""
-    given = {name: value for name, value in vars(job.arguments).items()
+    given = {name: str(value) if name in _PICTURES else value for name, value in vars(job.arguments).items()
              if name not in _APART and not name.startswith(("general_", "option_"))}
     general = {name: value for name, value in job.general.items() if name not in _APART}
     if job.drawn:
         general["seed"] = -1  # the same command would draw another one
     device = torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else str(job.device)
-    decides = {"arguments": _named(given), "masks": _named([Path(mask) for _, mask in given.get("region", [])]),
-               "embedded": _named(EMBEDDED) if job.arguments.model is None else "", "general": general,
-               "settings": values(job.settings), "dtype": str(job.dtype), "device": device, "program": _program()}
-    return hashlib.blake2b(json.dumps(decides, sort_keys=True).encode(), digest_size=16).hexdigest()
+    pictures = [job.image, None if job.guide is None else job.guide.image, *(region.mask for region in job.regions)]
+    decides = {"arguments": _named(given), "embedded": _named(EMBEDDED) if job.arguments.model is None else "",
+               "pictures": [None if each is None else [each.shape, _hash(each.tobytes())] for each in pictures],
+               "general": general, "settings": values(job.settings), "dtype": str(job.dtype), "device": device,
+               "program": _program()}
+    return _hash(json.dumps(decides, sort_keys=True).encode())
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def _named(value: Any) -> Any:
@@ -57,19 +65,17 @@ def _named(value: Any) -> Any:
 
 
 def _of_file(path: Path) -> list[Any]:
-    stat = path.stat()
-    known: Any = stat.st_mtime_ns
-    if stat.st_size <= _SMALL:
-        known = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
-    return [path.name, stat.st_size, known]
+    try:
+        stat = path.stat()
+        return [path.name, stat.st_size, _hash(path.read_bytes()) if stat.st_size <= _SMALL else stat.st_mtime_ns]
+    except OSError:  # one that nothing was read from, or it would have been said
+        return [path.name]
 
 
 def _program() -> list[Any]:
     """The versions of what computes: of this program its very text."""
-    own = hashlib.blake2b(digest_size=16)
-    for path in sorted(Path(__file__).resolve().parents[1].rglob("*.py")):
-        own.update(path.read_bytes())
-    return [own.hexdigest(), *map(_version, _PACKAGES)]
+    files = sorted(Path(__file__).resolve().parents[1].rglob("*.py"))
+    return [_hash(b"".join(file.read_bytes() for file in files)), *map(_version, _PACKAGES)]
 
 
 def _version(package: str) -> str:
