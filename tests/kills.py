@@ -32,6 +32,7 @@ from accdiff_lib.command.process import Stop
 from accdiff_lib.command.run import main as command
 from accdiff_lib.standalone import loading
 
+SIGNALS = [signal.SIGINT, signal.SIGTERM]
 ROOT = Path(__file__).resolve().parents[1]
 COMMON = ["a red ball and a blue star", "--width", "64", "--height", "64", "--steps", "3", "--json", "--keep-every",
           "0"]
@@ -61,9 +62,11 @@ class Process:
             self.pid = self._child.pid
             return
         self._child = None
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the child hears them
         self.pid = os.fork()
         if not self.pid:
             self._run(argv, folder)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def _run(self, argv: list[str], folder: Path) -> None:
         code = 1
@@ -74,6 +77,7 @@ class Process:
             sys.argv[1:] = argv
             sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
             with Stop(program=True) as stop:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
                 code = command(argv, stop)
                 sys.stdout.flush()
         except BaseException:
@@ -111,7 +115,7 @@ def one(argv: list[str], whole: dict[str, np.ndarray], seconds: float, folder: P
     for _ in range(kills):
         process = Process(argv, folder, programs)
         time.sleep(chance.uniform(0, seconds))
-        number = chance.choice([signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+        number = chance.choice([*SIGNALS, signal.SIGKILL])
         process.kill(number)
         code = process.wait()
         ended = [0, -number] if number == signal.SIGKILL or programs else [0]
@@ -164,16 +168,17 @@ def problem(counts: Counter, kind: str, argv: list[str], what: object, process: 
     print(f"{kind}: {' '.join(argv)}: {what}\n{process.err.read_text()[-2000:]}", file=sys.stderr)
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.kills", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kills", type=int)
     parser.add_argument("--programs", action="store_true", help="kill whole programs")
     parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     torch.set_num_threads(1)
-    models = loading.load(None)
-    loading.load = lambda *args, **kwargs: models
+    if not given.programs:
+        models = loading.load(None)
+        loading.load = lambda *args, **kwargs: models
     chance, counts = random.Random(given.seed), Counter({"kills": 0, "half files": 0, "runs that went on": 0})
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)

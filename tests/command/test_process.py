@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pty
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from accdiff_lib.command import resume
 from accdiff_lib.command import run as cli
 from accdiff_lib.command.job import prepare
 from accdiff_lib.command.report import Terminal
-from tests import tiny
+from tests import kills, tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ["a ball", "--width", "64", "--height", "64", "--steps", "2", "--window", "8", "--no-use-controlnet", "--json"]
@@ -57,17 +59,15 @@ def run(capsys, *args: str) -> tuple[int, dict, str]:
     return code, json.loads(out), err
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_keeps_what_is_finished_and_the_same_command_goes_on(capsys, models, monkeypatch, number, code):
+def test_a_signal_keeps_what_is_finished_and_the_same_command_goes_on(capsys, models, monkeypatch):
     argv = ["--scale", "2", "--batch", "2", "--seed", "-1"]
-    before = signal.getsignal(number)
-    press(monkeypatch, number, when="2x")
+    press(monkeypatch, signal.SIGINT, when="2x")
     stopped, first, err = run(capsys, *argv)
     seed = first["seeds"][0]
-    assert stopped == code and [image["stopped"] for image in first["images"]] == ["interrupted"]
+    assert stopped == 130 and [image["stopped"] for image in first["images"]] == ["interrupted"]
     assert set(first["images"][0]["files"]) == {"base", "explain"}
     assert "stopping" in err and "the same command goes on from here" in err and "Traceback" not in err
-    assert signal.getsignal(number) is before
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert run(capsys, "--scale", "2", "--seed", f"{seed}", "--out", "whole")[0] == 0
     done, second, _ = run(capsys, *argv)
     assert done == 0 and second["seeds"] == [seed, seed + 1]
@@ -152,7 +152,7 @@ def program(*args: str, **streams: object) -> subprocess.Popen:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="tells by /proc when signals are heard")
-@pytest.mark.parametrize(("number", "seconds"), [(signal.SIGINT, 0.0), (signal.SIGINT, 0.5), (signal.SIGTERM, 1.0)])
+@pytest.mark.parametrize(("number", "seconds"), [(signal.SIGINT, 0.0), (signal.SIGTERM, 0.3)])
 def test_a_signal_while_it_starts_is_no_traceback(number, seconds):
     process = program("--json", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     status = Path(f"/proc/{process.pid}/status")
@@ -166,20 +166,21 @@ def test_a_signal_while_it_starts_is_no_traceback(number, seconds):
 
 
 def test_readers_who_leave_stop_nothing():
-    """`(python -m accdiff_lib ...; echo rc=$?) 2>&1 | head`: both of its streams, one of them from the start."""
+    """A pipe like `| head` for stdout, a terminal that is closed for the rest; the exit code is the pictures'."""
     reader, writer = os.pipe()
-    process = program(stdout=writer, stderr=writer)
-    os.close(writer)
-    os.read(reader, 10)
-    os.close(reader)
-    assert process.wait(timeout=120) == 0 and Path("out/final.png").exists()
-
-
-def test_a_terminal_that_is_closed_stops_nothing():
     ours, its = pty.openpty()
-    process = program(stdin=its, stdout=its, stderr=its, start_new_session=True,
-                      preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0))
-    os.close(its)
+    process = program(stdin=its, stdout=writer, stderr=its, start_new_session=True,
+                      preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+    for descriptor in (writer, its, reader):
+        os.close(descriptor)
     os.read(ours, 10)
     os.close(ours)  # which sends SIGHUP
     assert process.wait(timeout=120) == 0 and Path("out/final.png").exists()
+
+
+def test_kills_at_random_moments(capsys, models):
+    """`python -m tests.kills 100` takes longer."""
+    code = kills.main(["2", "--seed", "2"])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    assert json.loads(out.splitlines()[-1])["kills"] == 2

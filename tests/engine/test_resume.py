@@ -28,7 +28,7 @@ RUNS = {
     "v2 from a picture, two calls a step": ("accdiffusion-v2", "Heun", {}, {"given": GivenImage(PICTURE)}),
     "v1, ancestral": ("accdiffusion-v1", "Euler a", {}, {}),
     "demofusion, a path of noise": ("demofusion", "DPM++ SDE", {}, {}),
-    "multidiffusion, regions": ("multidiffusion", "LMS", {}, {"regions": (Region("a star", None, MASK),)}),
+    "multidiffusion, regions": ("multidiffusion", "LMS", {"stride": 8}, {"regions": (Region("a star", None, MASK),)}),
     "scalecrafter, three steps back": ("scalecrafter", "DPM++ 3M SDE", {}, {}),
     "elasticdiffusion, which rewrites x": ("elasticdiffusion", "DPM++ 2M", {"resampling_steps": 1}, {}),
 }
