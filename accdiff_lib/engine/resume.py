@@ -142,11 +142,8 @@ class Part:
             return denoised.to(x.device)
         before = x._version
         denoised = predict()
-        self._new.append((_copy(denoised), _copy(x) if x._version != before else None))
-        self._keeps = bool(torch.isfinite(self._new[-1][0]).all())
-        if not self._keeps:  # nothing to go on from
-            self._new.clear()
-            return denoised
+        # Where they are: to look at them now would be to wait for the device.
+        self._new.append((denoised.detach().clone(), x.detach().clone() if x._version != before else None))
         self._calls += 1
         self._state = self._grown()
         if self._kept.due:
@@ -168,7 +165,10 @@ class Part:
             self._restore(last)
 
     def _keep(self) -> None:
-        """Keeps the new predictions."""
+        """Keeps the new predictions, unless there is nothing to go on from."""
+        if not all(bool(torch.isfinite(denoised).all()) for denoised, _ in self._new):
+            self._keeps = False
+            self._new.clear()
         if not self._new:
             return
         tensors = {"first": torch.tensor(self._calls - len(self._new)), "count": torch.tensor(len(self._new))}
@@ -200,7 +200,3 @@ class Resumable:
     def __call__(self, x: Tensor, sigma: Tensor, call: Call) -> Tensor:
         """See engine.canvas.Predictor."""
         return self._part.predict(x, sum(work.count for work in call.work), lambda: self._predictor(x, sigma, call))
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True).contiguous()
