@@ -189,7 +189,7 @@ class Pictures:
         self._batches = Disk(output.claim.hidden, "", job.room, terminal.comment)
         kept = self._batches.load("batches")
         if kept:
-            self.extrapolation.batcher.restore(kept)
+            self.extrapolation.batches.restore(kept)
 
     def make(self, images: list[dict[str, Any]], stop: Stop) -> int:
         """Makes all, tells of each in `images`; the exit code."""
@@ -209,7 +209,7 @@ class Pictures:
                 return stop.code
             if not images[-1]["stopped"]:
                 finished[str(seed)] = images[-1]
-                self._batches.save("batches", self.extrapolation.batcher.state())
+                self._batches.save("batches", self.extrapolation.batches.state())
                 claim.remember()
         claim.done = len(finished) == len(images)
         return DONE if claim.done and not self.output.astray else LESS

@@ -95,7 +95,12 @@ class Extrapolation:
         """`window_batch` latents are evaluated at once; 0 asks the host what fits."""
         self.host = host
         self._texts: dict[str, Text] = {}
-        self.batcher = Batcher(host, window_batch)
+        self._batcher = Batcher(host, window_batch)
+
+    @property
+    def batches(self) -> Batcher:
+        """How many latents are evaluated at once, which a run that goes on keeps to."""
+        return self._batcher
 
     def run(self, request: Request) -> Result:
         """Makes one image.
@@ -282,10 +287,10 @@ class Extrapolation:
                              regions=request.regions)
         host.progress.begin(stage, script.latents)
         inputs = self._inputs(request, stage, last, words, steered=any(call.control for call in script.calls))
-        predictor = method.canvas(host, inputs, settings, self.batcher)
+        predictor = method.canvas(host, inputs, settings, self._batcher)
         if predictor.explanation is not None:
             result.explanation.stages.append((stage, predictor.explanation))
-        part = request.kept.part(stage.name, script.latents, explanation=predictor.explanation, batches=self.batcher)
+        part = request.kept.part(stage.name, script.latents, explanation=predictor.explanation, batches=self._batcher)
         canvas = Canvas(host, script, settings, inputs, Resumable(predictor, part))
         seed = seeds.derive(request.seed, "stage sampler", stage.number)
         try:
