@@ -195,9 +195,10 @@ def main(argv: list[str] | None = None) -> int:
                 if process.wait():
                     raise SystemExit(process.err.read_text())
                 whole[which] = pictures(root / f"whole-{which}" / "out")[0], time.monotonic() - process.began
+            print(f"{counts['kills']} kills", file=sys.stderr)
             one(argv, *whole[which], root / str(number), chance, min(chance.randint(1, 3),
                 given.kills - counts["kills"]), given.programs, counts)
-    print(json.dumps(dict(counts)))
+    print(json.dumps(counts))
     wrong = {"half files", "wrong exit codes", "tracebacks or no object", "pictures lost", "runs that did not go on",
              "other pictures", "leftovers"}
     return int(any(counts[kind] for kind in wrong))

@@ -225,14 +225,10 @@ class Extrapolation:
         def model(x: Tensor, sigma: Tensor, **_: object) -> Tensor:
             nonlocal denoised
             check_stop(host.progress)
-            denoised = part.predict(x, 1, lambda: evaluate(x, sigma.flatten()[0]))
+            denoised = part.predict(x, lambda: host.denoise(x, sigma.flatten()[0], conditioning))
+            host.progress.advance(1)
             host.progress.preview(denoised)
             return denoised
-
-        def evaluate(x: Tensor, sigma: Tensor) -> Tensor:
-            found = host.denoise(x, sigma, conditioning)
-            host.progress.advance(1)
-            return found
 
         recorder = self._recorder(size)
         part = request.kept.part("base", calls, attention=recorder)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from itertools import count
 from typing import Any, Protocol, runtime_checkable
 
@@ -95,12 +96,10 @@ class Part:
 
     def __init__(self, kept: Kept, name: str, latents: int, growing: Mapping[str, Growing]) -> None:
         self._kept, self._name, self._latents, self._growing = kept, name, latents, growing
-        self._keeps = kept.store is not None
         #: How many predictions there are, and in how many pieces they are kept.
         self._calls = self._pieces = 0
-        #: Predictions to be kept, each with what became of `x` where that was changed, and what grew by then.
-        self._new: list[tuple[Tensor, Tensor | None]] = []
-        self._state: dict[str, Tensor] = {}
+        #: Predictions to be kept, each with what became of `x` where that was changed, and with what grew by then.
+        self._new: list[tuple[Tensor, Tensor | None, dict[str, Tensor]]] = []
         self._replay = self._kept_predictions()
 
     def sampled(self, sample: Callable[[], Tensor]) -> Tensor:
@@ -117,21 +116,23 @@ class Part:
         try:
             latent = sample()
         except BaseException:
-            self._keep()
+            with suppress(Exception):  # of the two the first counts
+                self._keep()
             raise
         for _ in self._replay:  # the run may have been stopped after the last prediction
             pass
-        self._kept.save(self._name, {"latent": latent, **self._grown()})
-        for piece in range(self._pieces):
-            store.forget(f"{self._name}.{piece}")
+        if bool(torch.isfinite(latent).all()):
+            self._kept.save(self._name, {"latent": latent, **self._grown()})
+            for piece in range(self._pieces):
+                store.forget(f"{self._name}.{piece}")
         return latent
 
-    def predict(self, x: Tensor, latents: int, predict: Callable[[], Tensor]) -> Tensor:
-        """The next prediction of `x`: a kept one, or what `predict()` makes by evaluating so many latents.
+    def predict(self, x: Tensor, predict: Callable[[], Tensor], latents: int = 0) -> Tensor:
+        """The next prediction of `x`: a kept one, or what `predict()` makes. `x` is afterwards as that leaves it.
 
-        `x` is afterwards as that leaves it.
+        `latents`: as how many evaluated ones a kept prediction counts.
         """
-        if not self._keeps:
+        if self._kept.store is None:
             return predict()
         found = next(self._replay, None)
         if found is not None:
@@ -142,11 +143,11 @@ class Part:
             return denoised.to(x.device)
         before = x._version
         denoised = predict()
-        # Where they are: to look at them now would be to wait for the device.
-        self._new.append((denoised.detach().clone(), x.detach().clone() if x._version != before else None))
+        # Where they are: to bring them away now would be to wait for the device.
+        self._new.append((denoised.detach().clone(), x.detach().clone() if x._version != before else None,
+                          self._grown()))
         self._calls += 1
-        self._state = self._grown()
-        if self._kept.due:
+        if self._kept.due and self._sound:
             self._keep()
         return denoised
 
@@ -165,20 +166,26 @@ class Part:
             self._restore(last)
 
     def _keep(self) -> None:
-        """Keeps the new predictions, unless there is nothing to go on from."""
-        if not all(bool(torch.isfinite(denoised).all()) for denoised, _ in self._new):
-            self._keeps = False
-            self._new.clear()
+        """Keeps the new predictions, up to the last from which it can go on."""
+        while self._new and not self._sound:
+            self._new.pop()
+            self._calls -= 1
         if not self._new:
             return
-        tensors = {"first": torch.tensor(self._calls - len(self._new)), "count": torch.tensor(len(self._new))}
-        for call, (denoised, after) in enumerate(self._new):
+        tensors = {"first": torch.tensor(self._calls - len(self._new)), "count": torch.tensor(len(self._new)),
+                   **self._new[-1][2]}
+        for call, (denoised, after, _) in enumerate(self._new):
             tensors[f"{call}.denoised"] = denoised
             if after is not None:
                 tensors[f"{call}.x"] = after
-        self._kept.save(f"{self._name}.{self._pieces}", {**tensors, **self._state})
+        self._kept.save(f"{self._name}.{self._pieces}", tensors)
         self._pieces += 1
         self._new.clear()
+
+    @property
+    def _sound(self) -> bool:
+        """The last prediction is one of numbers; one with NaN might be about to be made again."""
+        return bool(torch.isfinite(self._new[-1][0]).all())
 
     def _grown(self) -> dict[str, Tensor]:
         return {f"{key}/{name}": tensor for key, each in self._growing.items() for name, tensor in each.state().items()}
@@ -199,4 +206,4 @@ class Resumable:
 
     def __call__(self, x: Tensor, sigma: Tensor, call: Call) -> Tensor:
         """See engine.canvas.Predictor."""
-        return self._part.predict(x, sum(work.count for work in call.work), lambda: self._predictor(x, sigma, call))
+        return self._part.predict(x, lambda: self._predictor(x, sigma, call), sum(work.count for work in call.work))
