@@ -22,7 +22,7 @@ from testbed.counting import find
 PROMPT = "a red ball and a blue star on snow, night sky"
 SEED = 51
 COMMON = ("--scale", "4", "--steps", "20", "--sampler", "DPM++ 2M", "--scheduler", "Karras", "--cfg", "5",
-          "--seed", str(SEED))
+          "--seed", str(SEED), "--overwrite")
 RUNS = {"MultiDiffusion": ("--method", "multidiffusion", "--no-intermediate"),
         "AccDiffusion v2": ("--method", "accdiffusion-v2", "--preset", "balanced", "--stage-steps", "14")}
 #: Share of the picture that a thing covers at least; smaller are parts of a thing's rim in a colour of their own.

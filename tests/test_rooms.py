@@ -24,7 +24,8 @@ APART = {("webui", "standalone"), ("command", "webui")}
 #: No tensors are loaded by what answers --help and typing mistakes, and by what says what a method is.
 WITHOUT_TENSORS = ("errors", "settings", "engine/plan", "engine/method", "methods/__init__", "methods/fused",
                    "methods/elastic", "parts/local_views", "parts/prompts", "parts/infotext", "parts/windows",
-                   "command/arguments", "command/files", "webui/arguments")
+                   "command/arguments", "command/files", "command/folder", "command/process",
+                   "webui/arguments")
 
 
 def imports(file: Path) -> set[str]:

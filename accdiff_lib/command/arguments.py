@@ -37,6 +37,9 @@ GENERAL: dict[str, Option] = {row.name: row for row in (
     Option("offload", "offload", "Keep networks in main memory while they have nothing to do; auto does where the "
            "device's memory is too small for all of them. The picture stays the same.", "auto", "model",
            choices=("auto", "on", "off")),
+    Option("keep_every", "keep every", "Seconds after which a run keeps anew what it has computed, to go on from there "
+           "when it was stopped or killed; less often where that would take more than 2 % of the time.", 10.0, "output",
+           0, 3600),
 )}
 
 #: Flags that are not made from the option's name: --controlnet names the file of the ControlNet.
@@ -113,6 +116,13 @@ def parser() -> Parser:
 
     output = result.add_argument_group("output")
     output.add_argument("--out", metavar="DIR", default="out", help="Folder for the pictures. (default: out)")
+    output.add_argument("--spare", metavar="DIR", help="Folder for pictures that --out cannot take, full or gone. "
+                        "Without it, or where that is too, they go to the system's folder for temporary files.")
+    output.add_argument("--overwrite", action="store_true", default=False, help="Write final.png and so on even where "
+                        "an earlier run has, in place of its pictures. Without it every run has names of its own.")
+    output.add_argument("--fresh", action="store_true", default=False, help="Begin anew, also where the same command "
+                        "was stopped or killed and could go on from there.")
+    _add(output, (row for row in GENERAL.values() if row.group == "output"), prefix="general")
     output.add_argument("--intermediate", action=argparse.BooleanOptionalAction, default=True,
                         help="Write the base picture and every stage as soon as it is finished. (default: on)")
     output.add_argument("--explain", action=argparse.BooleanOptionalAction, default=True,
@@ -198,7 +208,7 @@ def read(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, dict[st
     for name, text in (("PROMPT", namespace.prompt), ("--negative", general["negative"])):
         if not text.isprintable() and any(0xD800 <= ord(letter) <= 0xDFFF for letter in text):
             raise InputError(f"{name}: {text!a} is not allowed; it takes text in UTF-8")
-    for name in ("image", "control_image", "model", "vae", "controlnet", "config", "out"):
+    for name in ("image", "control_image", "model", "vae", "controlnet", "config", "out", "spare"):
         setattr(namespace, name, _path(namespace, name))
     return namespace, general, chosen
 

@@ -1,74 +1,21 @@
-"""Picture files: written completely or not at all, and read whatever program made them."""
+"""Picture files: read, whatever program made them."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
-from PIL.PngImagePlugin import PngInfo
 
 from accdiff_lib.engine.plan import CELL
 from accdiff_lib.errors import InputError
-from accdiff_lib.parts import infotext
 
 SMALLEST = 8 * CELL
 LARGEST = 8192
 #: One that is shrunk when it is read may have so many.
 MOST_PIXELS = 2**28
-
-
-class Folder:
-    """Where the pictures of a run go."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def check(self, size: int) -> None:
-        """Raises InputError unless files of together `size` bytes can be written; leaves nothing behind."""
-        existing = next(folder for folder in (self.path.absolute(), *self.path.absolute().parents) if _exists(folder))
-        if not existing.is_dir():
-            raise InputError(f"--out: {self.path} is not allowed, since {existing} is a file; it takes a folder")
-        try:
-            for part in (self.path.absolute(), *self.path.absolute().parents):
-                if part.is_symlink() and not part.exists():
-                    raise InputError(f"--out: {self.path} is not allowed, since {part} is a link to nowhere; it takes "
-                                     "a folder")
-            with tempfile.TemporaryFile(dir=existing):
-                pass
-            free = shutil.disk_usage(existing).free
-        except OSError as error:
-            raise InputError(f"--out: cannot write to {self.path} ({error.strerror}); it takes a folder you may write "
-                             "to") from error
-        if free < size:
-            raise InputError(f"--out: {self.path} has {free / 1e6:.0f} MB free, but the pictures may take "
-                             f"{size / 1e6:.0f} MB")
-
-    def write(self, name: str, image: np.ndarray, parameters: str = "") -> Path:
-        """Writes a picture uint8 [H, W, 3] with its generation parameters as PNG: under a temporary name, then renamed.
-
-        Raises InputError when the disk is full or the folder cannot be written any more.
-        """
-        chunks = PngInfo()
-        if parameters:
-            chunks.add_text(infotext.CHUNK, parameters)
-        temporary = self.path / f".{name}.{os.getpid()}.part"
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as stream:
-                Image.fromarray(image).save(stream, "PNG", pnginfo=chunks)
-            os.replace(temporary, self.path / name)
-        except OSError as error:
-            raise InputError(f"--out: cannot write {self.path / name} ({error.strerror or error})") from error
-        finally:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-        return self.path / name
 
 
 def read_image(path: Path, fit: tuple[int, int] | None = None, flag: str = "--image") -> np.ndarray:
@@ -129,11 +76,3 @@ def _any_size() -> Iterator[None]:
         yield
     finally:
         Image.MAX_IMAGE_PIXELS = before
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # the name is too long, or no permission
-        return False
-

@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # torch takes seconds to import; --help and typing mistakes a
     import numpy as np
     import torch
 
-    from accdiff_lib.command.files import Folder
+    from accdiff_lib.command.folder import Folder
     from accdiff_lib.engine.cost import Part
     from accdiff_lib.engine.memory import Need
     from accdiff_lib.parts.regions import Region
@@ -44,6 +44,8 @@ class Job:
     regions: tuple[Region, ...] = ()
     #: What guides the stages through the ControlNet, instead of the last picture's edges.
     guide: Guide | None = None
+    #: The seed was left to chance.
+    drawn: bool = False
 
     @property
     def stage_solver(self) -> tuple[str, str, int]:
@@ -73,9 +75,31 @@ class Job:
 
     @property
     def folder(self) -> Folder:
-        from accdiff_lib.command.files import Folder
+        from accdiff_lib.command.folder import Folder
 
         return Folder(self.arguments.out)
+
+    @property
+    def inputs(self) -> list[Path]:
+        """The picture files that are read."""
+        given = self.arguments
+        named = [given.image, given.control_image, *(Path(mask) for _, mask in getattr(given, "region", []))]
+        return [path for path in named if path is not None]
+
+    @property
+    def room(self) -> int:
+        """Bytes that the pictures may take on the disk."""
+        parts = self.parts if self.arguments.intermediate else self.parts[-1:]
+        return 3 * self.general["batch"] * sum(part.pixels[0] * part.pixels[1] for part in parts)
+
+    def stems(self, seed: int) -> list[str]:
+        """What the pictures of a seed are called at most."""
+        stages = [f"stage-{stage.name}" for stage in self.plan.stages]
+        return [stem + self.suffix(seed) for stem in ("base", *stages, "final", "explain")]
+
+    def suffix(self, seed: int) -> str:
+        """What the names of a seed's pictures end in."""
+        return f"-{seed}" if self.general["batch"] > 1 else ""
 
 
 def prepare(argv: Sequence[str] | None) -> Job:
@@ -103,13 +127,12 @@ def prepare(argv: Sequence[str] | None) -> Job:
     if general["seed"] + general["batch"] > 2**32:
         raise InputError(f"--batch: {general['batch']} pictures from --seed {general['seed']} need seeds beyond "
                          f"{2**32 - 1}; give a smaller seed")
-    if general["seed"] == -1:
+    drawn = general["seed"] == -1
+    if drawn:
         general["seed"] = random.SystemRandom().randrange(2**32 - general["batch"])
-    job = Job(namespace, general, settings, model, plan, parts, device, dtype, image, regions, guide)
+    job = Job(namespace, general, settings, model, plan, parts, device, dtype, image, regions, guide, drawn)
     if not namespace.dry_run:
-        pixels = sum(part.pixels[0] * part.pixels[1] for part in parts)
-        job.folder.check(3 * pixels * general["batch"])
-        _check_names(job)
+        _check_output(job)
     return job
 
 
@@ -234,12 +257,19 @@ def _cost(general: dict[str, Any], settings: Settings, model: ModelShape, plan: 
                     has_guide=has_guide, regions=regions)
 
 
-def _check_names(job: Job) -> None:
-    """Raises InputError where a folder lies in the way of a picture."""
-    names = ["base", "final", "explain", *(f"stage-{stage.name}" for stage in job.plan.stages)]
-    first, batch = job.general["seed"], job.general["batch"]
-    for suffix in [f"-{seed}" for seed in range(first, first + batch)] if batch > 1 else [""]:
-        for name in names:
-            path = job.folder.path / f"{name}{suffix}.png"
-            if path.is_dir():
-                raise InputError(f"--out: {path} is a folder, so no picture of this name can be written")
+def _check_output(job: Job) -> None:
+    """Raises InputError where the pictures cannot be written, or would take the place of what is none of theirs."""
+    from accdiff_lib.command.folder import Folder, name, same_as_any
+
+    job.folder.check(job.room)
+    if job.arguments.spare is not None:
+        Folder(job.arguments.spare, "--spare").check(0)
+    if not job.arguments.overwrite:
+        return
+    first = job.general["seed"]
+    for stem in (stem for seed in range(first, first + job.general["batch"]) for stem in job.stems(seed)):
+        path = job.folder.path / name(1, stem)
+        if path.is_dir():
+            raise InputError(f"--out: {path} is a folder, so no picture of this name can be written")
+        if same_as_any(path, job.inputs):
+            raise InputError(f"--overwrite: {path} is one of the pictures to start from; give another --out")

@@ -2,36 +2,33 @@
 
 from __future__ import annotations
 
-import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from pathlib import Path
-from types import FrameType
+from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
 from torch import Tensor
 from tqdm import tqdm
 
+from accdiff_lib.command.process import Stop
 from accdiff_lib.engine.cost import Part
 from accdiff_lib.engine.host import Picture
 from accdiff_lib.engine.plan import CELL, Stage
 
-#: Writes a finished picture; returns where to.
-Save = Callable[[Picture], "Path | None"]
+#: Writes a finished picture.
+Save = Callable[[Picture], None]
 
 
 class Terminal:
     """Progress on the terminal (implements engine.host.Progress): a bar on stderr, a line for each finished part."""
 
-    def __init__(self, parts: Sequence[Part], images: int, lines: TextIO, bar: TextIO):
+    def __init__(self, parts: Sequence[Part], images: int, lines: TextIO, bar: TextIO, stop: Stop):
         self.comments: list[str] = []
         #: Parts of the current image, for the JSON object.
         self.done: list[dict[str, Any]] = []
         self.save: Save = lambda picture: None
         self._parts = {part.name: part for part in parts}
         self._lines = lines
-        self._stop = False
+        self._stop, self._stopping = stop, False
         self._since = time.perf_counter()
         latents = sum(part.latents for part in parts)
         # Every 10 s is enough for a log file.
@@ -42,7 +39,10 @@ class Terminal:
 
     @property
     def interrupted(self) -> bool:
-        return self._stop
+        if self._stop.asked and not self._stopping:  # not said by the signal's handler: a stream may be at work then
+            self._stopping = True
+            self.say("stopping (Ctrl-C again to abort) ...")
+        return self._stop.asked
 
     @property
     def skipped(self) -> bool:
@@ -82,28 +82,11 @@ class Terminal:
         self._since = time.perf_counter()
 
     def say(self, line: str) -> None:
-        """A line above the bar. Whoever reads the lines may have gone; the pictures are still wanted."""
-        with suppress(OSError):
-            self._bar.write(line, file=self._lines)
+        """A line above the bar."""
+        self._bar.write(line, file=self._lines)
 
     def close(self) -> None:
         self._bar.close()
-
-    @contextmanager
-    def stopped_by_ctrl_c(self) -> Iterator[None]:
-        """The first Ctrl-C asks the engine to stop, which keeps what is finished; the second one aborts."""
-
-        def handle(number: int, frame: FrameType | None) -> None:
-            if self._stop:
-                raise KeyboardInterrupt
-            self._stop = True
-            self.say("stopping (Ctrl-C again to abort) ...")
-
-        before = signal.signal(signal.SIGINT, handle)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
 
 
 def part_line(part: Part, seconds: float) -> str:

@@ -1,7 +1,8 @@
 """The standalone command: from its arguments to pictures in a folder.
 
 Everything that can be checked without the model's weights is checked before they are loaded, and before anything is
-written. Exit codes: 0 all pictures are made, 1 less than that, 2 bad input, 130 Ctrl-C.
+written. Exit codes: 0 all pictures are made, 1 less than that or not where they were to be, 2 bad input, 130 Ctrl-C,
+143 SIGTERM.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accdiff_lib import __version__
 from accdiff_lib.command import arguments
 from accdiff_lib.command.job import Job, prepare
+from accdiff_lib.command.process import Stop, lasting_streams
 from accdiff_lib.engine.plan import CELL
 from accdiff_lib.errors import InputError, Interrupted, OutOfMemory
 from accdiff_lib.methods import infotext as settings_infotext
@@ -27,6 +30,7 @@ from accdiff_lib.settings import values
 if TYPE_CHECKING:  # torch takes seconds to import; --help and typing mistakes are answered before
     import numpy as np
 
+    from accdiff_lib.command.output import Output
     from accdiff_lib.command.report import Terminal
     from accdiff_lib.engine.cost import Part
     from accdiff_lib.engine.extrapolate import Result
@@ -35,29 +39,37 @@ if TYPE_CHECKING:  # torch takes seconds to import; --help and typing mistakes a
     from accdiff_lib.standalone.host import StandaloneHost
     from accdiff_lib.standalone.loading import Models
 
-DONE, LESS, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+DONE, LESS, BAD_INPUT = 0, 1, 2
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code."""
-    try:
-        job = prepare(argv)
-        return dry_run(job) if job.arguments.dry_run else run(job)
-    except InputError as error:
-        print(f"accdiff: {' '.join(str(error).splitlines())}", file=sys.stderr)
-        return BAD_INPUT
-    except KeyboardInterrupt:
-        print("accdiff: aborted", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:  # nobody reads what is left to say
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return LESS
+def main(argv: Sequence[str] | None = None, stop: Stop | None = None) -> int:
+    """Runs the command; returns its exit code. A `stop` that is given has been entered."""
+    #: The JSON object, filled while there is more to tell, and printed whatever happens.
+    told: dict[str, Any] = {}
+    with lasting_streams(), nullcontext(stop) if stop else Stop() as stop:
+        try:
+            job = prepare(argv)
+            return dry_run(job, told) if job.arguments.dry_run else run(job, told, stop)
+        except InputError as error:
+            told["error"] = " ".join(str(error).splitlines())
+            print(f"accdiff: {told['error']}", file=sys.stderr)
+            return BAD_INPUT
+        except KeyboardInterrupt:
+            told["error"] = "aborted"
+            print("accdiff: aborted", file=sys.stderr)
+            return stop.code
+        except Exception as error:
+            told["error"] = f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            if told and "--json" in (sys.argv if argv is None else argv):
+                print(json.dumps(told, indent=2))  # ASCII: safe in every terminal's and pipe's encoding
 
 
 # --- dry run ---------------------------------------------------------------------------------------------------
 
-def dry_run(job: Job) -> int:
-    """Prints what would be computed."""
+def dry_run(job: Job, told: dict[str, Any]) -> int:
+    """Prints what would be computed, or tells it."""
     from accdiff_lib.command import report
 
     costs = [_teraflop(job, part) for part in job.parts]
@@ -65,8 +77,8 @@ def dry_run(job: Job) -> int:
         parts = [{**report.as_json(part), "tflop": round(cost, 6)} for part, cost in zip(job.parts, costs, strict=True)]
         total = {key: sum(part[key] for part in parts) for key in ("unet", "controlnet", "tflop")}
         memory = {"resident": job.need.resident, "offloaded": job.need.offloaded, "main": job.need.main}
-        _print_json({**_described(job), "dry_run": True, "comments": [*_notes(job), *_remarks(job)], "parts": parts,
-                     "total": total, "memory": memory})
+        told |= {**_described(job), "dry_run": True, "comments": [*_notes(job), *_remarks(job)], "parts": parts,
+                 "total": total, "memory": memory}
         return DONE
     (base_height, base_width), (height, width) = (tuple(CELL * side for side in job.plan.base), job.plan.pixels)
     print(f"model {job.model.name}: {base_width}x{base_height} to {width}x{height}, {job.general['sampler']}, "
@@ -112,10 +124,12 @@ def _teraflop(job: Job, part: Part) -> float:
 
 # --- the run ---------------------------------------------------------------------------------------------------
 
-def run(job: Job) -> int:
-    """Makes and writes the pictures."""
+def run(job: Job, told: dict[str, Any], stop: Stop) -> int:
+    """Makes and writes the pictures, and tells of them."""
+    from accdiff_lib.command import resume
+    from accdiff_lib.command.folder import size_text
+    from accdiff_lib.command.output import Output
     from accdiff_lib.command.report import Terminal
-    from accdiff_lib.engine.extrapolate import Extrapolation
     from accdiff_lib.standalone.loading import load
 
     begin = time.perf_counter()
@@ -123,32 +137,30 @@ def run(job: Job) -> int:
     offload = job.offloads
     models = load(given.model, vae=given.vae, controlnet=given.controlnet, config=given.config,
                   device="cpu" if offload else job.device, dtype=job.dtype)
-    # With --json the object is all that stdout gets.
-    lines = sys.stderr if given.json else sys.stdout
-    terminal = Terminal(job.parts, job.general["batch"], lines, sys.stderr)
-    try:
-        for note in _notes(job):
-            terminal.comment(note)
-        host = _host(job, models, terminal, offload)
-        if job.settings.wants_control and job.plan.stages and not host.has_control:
-            terminal.comment("no ControlNet is loaded, so edges do not guide the windows (give --controlnet PATH, or "
-                             "--no-use-controlnet)")
-        extrapolation = Extrapolation(host, job.settings.window_batch)
-        images: list[dict[str, Any]] = []
-        code = DONE
-        with terminal.stopped_by_ctrl_c():
-            for seed in range(job.general["seed"], job.general["seed"] + job.general["batch"]):
-                if terminal.interrupted:
-                    code = INTERRUPTED
-                if code != DONE:
-                    break
-                record, code = _one(job, terminal, host, extrapolation, seed)
-                images.append(record)
-    finally:
-        terminal.close()
-    if given.json:
-        _print_json({**_described(job), "images": images, "comments": terminal.comments,
-                     "seconds": round(time.perf_counter() - begin, 3)})
+    with stop.working():
+        claim = job.folder.claim(resume.key(job), overwrite=given.overwrite, fresh=given.fresh)
+        try:
+            job.general["seed"] = claim.kept.setdefault("seed", job.general["seed"])
+            claim.remember()
+            # With --json the object is all that stdout gets.
+            lines = sys.stderr if given.json else sys.stdout
+            with closing(Terminal(job.parts, job.general["batch"], lines, sys.stderr, stop)) as terminal:
+                told |= {**_described(job), "images": [], "comments": terminal.comments}
+                if claim.goes_on:
+                    terminal.say("going on from where the same command was stopped (--fresh begins anew)")
+                for note in _notes(job):
+                    terminal.comment(note)
+                host = _host(job, models, terminal, offload)
+                if job.settings.wants_control and job.plan.stages and not host.has_control:
+                    terminal.comment("no ControlNet is loaded, so edges do not guide the windows (give --controlnet "
+                                     "PATH, or --no-use-controlnet)")
+                code = Pictures(job, terminal, host, Output(claim, given.spare, terminal)).make(told["images"], stop)
+        finally:
+            left = claim.release()
+            if left:
+                print(f"accdiff: the same command goes on from here (--fresh begins anew); {size_text(left)} are kept "
+                      f"in {claim.hidden}", file=sys.stderr)
+        told["seconds"] = round(time.perf_counter() - begin, 3)
     return code
 
 
@@ -165,51 +177,94 @@ def _host(job: Job, models: Models, terminal: Terminal, offload: bool) -> Standa
         device=job.device, dtype=job.dtype, offload=offload)
 
 
-def _one(job: Job, terminal: Terminal, host: StandaloneHost, extrapolation: Any,
-         seed: int) -> tuple[dict[str, Any], int]:
-    """Makes one picture: what the JSON object says of it, and the exit code."""
-    from accdiff_lib.engine.extrapolate import Request
-    from accdiff_lib.engine.host import GivenImage
+class Pictures:
+    """The pictures of a run, one after the other."""
 
-    files = Files(job, seed)
-    terminal.save = files.save
-    terminal.next_image()
-    if job.general["batch"] > 1:
-        terminal.say(f"seed {seed}")
-    request = Request(job.arguments.prompt, seed, job.general["cfg"], of(job.settings), job.settings, job.plan,
-                      intermediate=job.arguments.intermediate,
-                      given=None if job.image is None else GivenImage(job.image), regions=job.regions,
-                      guide=job.guide)
-    record: dict[str, Any] = {"seed": seed, "stopped": ""}
-    try:
-        result = extrapolation.run(request)
-    except (Interrupted, OutOfMemory, ArithmeticError) as error:
-        record["stopped"] = "interrupted" if isinstance(error, Interrupted) else str(error)
-        print(f"accdiff: {record['stopped']}; no picture was finished", file=sys.stderr)
-    else:
-        record["stopped"] = result.stopped
-        if result.stopped:
-            files.keep(result.pictures[-1])
-        files.explain(result, host)
-        height, width = result.pictures[-1].image.shape[:2]
-        record |= {"width": width, "height": height}
-    record |= {"files": {name: str(path) for name, path in files.written.items()}, "parts": terminal.done}
-    if files.written:
-        terminal.say(f"wrote {', '.join(path.name for path in files.written.values())} in {job.folder.path}/")
-    if record["stopped"] == "interrupted":
-        return record, INTERRUPTED
-    return record, LESS if record["stopped"] else DONE
+    def __init__(self, job: Job, terminal: Terminal, host: StandaloneHost, output: Output) -> None:
+        from accdiff_lib.command.resume import Disk
+        from accdiff_lib.engine.extrapolate import Extrapolation
+
+        self.job, self.terminal, self.host, self.output = job, terminal, host, output
+        self.extrapolation = Extrapolation(host, job.settings.window_batch)
+        self._batches = Disk(output.claim.hidden, "", job.room, terminal.comment)
+        kept = self._batches.load("batches")
+        if kept:
+            self.extrapolation.batches.restore(kept)
+
+    def make(self, images: list[dict[str, Any]], stop: Stop) -> int:
+        """Makes all, tells of each in `images`; the exit code."""
+        claim, first = self.output.claim, self.job.general["seed"]
+        finished = claim.kept.setdefault("images", {})
+        for seed in range(first, first + self.job.general["batch"]):
+            if stop.asked:
+                return stop.code
+            known = finished.get(str(seed))
+            if known and all(map(os.path.exists, known["files"].values())):
+                images.append({**known, "resumed": "finished"})
+                self.terminal.advance(sum(part.latents for part in self.job.parts))
+                continue
+            images.append({"seed": seed, "stopped": "", "resumed": ""})
+            self._one(seed, images[-1])
+            if images[-1]["stopped"] == "interrupted":
+                return stop.code
+            if not images[-1]["stopped"]:
+                finished[str(seed)] = images[-1]
+                self._batches.save("batches", self.extrapolation.batches.state())
+                claim.remember()
+        claim.done = len(finished) == len(images)
+        return DONE if claim.done and not self.output.astray else LESS
+
+    def _one(self, seed: int, record: dict[str, Any]) -> None:
+        """Makes one picture, and tells of it."""
+        from accdiff_lib.command.resume import Disk
+        from accdiff_lib.engine.extrapolate import Request
+        from accdiff_lib.engine.host import GivenImage
+        from accdiff_lib.engine.resume import Kept
+
+        job, terminal = self.job, self.terminal
+        files = Files(job, seed, self.output)
+        terminal.save = files.save
+        terminal.next_image()
+        if job.general["batch"] > 1:
+            terminal.say(f"seed {seed}")
+        disk = Disk(self.output.claim.hidden, f"{seed}-", job.room, terminal.comment)
+        kept = Kept(disk, job.general["keep_every"], terminal.advance)
+        request = Request(job.arguments.prompt, seed, job.general["cfg"], of(job.settings), job.settings, job.plan,
+                          intermediate=job.arguments.intermediate,
+                          given=None if job.image is None else GivenImage(job.image), regions=job.regions,
+                          guide=job.guide, kept=kept)
+        record |= {"files": files.written, "parts": terminal.done}
+        try:
+            result = self.extrapolation.run(request)
+        except (Interrupted, OutOfMemory, ArithmeticError) as error:
+            record["stopped"] = "interrupted" if isinstance(error, Interrupted) else str(error)
+            print(f"accdiff: {record['stopped']}; no picture was finished", file=sys.stderr)
+        else:
+            record["stopped"] = result.stopped
+            if result.stopped:
+                files.keep(result.pictures[-1])
+            elif "final" not in files.written:
+                record["stopped"] = "no folder could take the picture"
+            files.explain(result, self.host)
+            record |= {"width": result.pictures[-1].latent.shape[3] * CELL,
+                       "height": result.pictures[-1].latent.shape[2] * CELL}
+        record["resumed"] = kept.resumed
+        if not record["stopped"]:
+            disk.clear()
+        names = [path for path in files.written.values() if os.path.dirname(path) == str(job.folder.path)]
+        if names:
+            terminal.say(f"wrote {', '.join(map(os.path.basename, names))} in {job.folder.path}/")
 
 
 class Files:
     """The files of one picture."""
 
-    def __init__(self, job: Job, seed: int):
-        self.job = job
+    def __init__(self, job: Job, seed: int, output: Output) -> None:
+        self.job, self.output = job, output
         self.parameters = parameters(job, seed)
         #: Paths by "base", "2x", ..., "final", "explain".
-        self.written: dict[str, Path] = {}
-        self._suffix = f"-{seed}" if job.general["batch"] > 1 else ""
+        self.written: dict[str, str] = {}
+        self._suffix = job.suffix(seed)
 
     def save(self, picture: Picture) -> None:
         """Writes a finished picture if the user wants it: the last stage's as final.png, others as they are called."""
@@ -228,7 +283,15 @@ class Files:
 
     def _write(self, name: str, stem: str, image: np.ndarray | None) -> None:
         assert image is not None
-        self.written[name] = self.job.folder.write(f"{stem}{self._suffix}.png", image, self.parameters)
+        claim, stem = self.output.claim, stem + self._suffix
+        path: Path | None = claim.path(stem)
+        # What a run that goes on has written already is good, but for the explanation, of which there is more now.
+        if not claim.goes_on or claim.overwrites or name == "explain" or not claim.path(stem).exists():
+            path = self.output.write(stem, image, self.parameters, replace=claim.goes_on)
+        if path is not None:
+            self.written[name] = str(path)
+            if claim.overwrites:
+                claim.clear(self._suffix, self.job.inputs)
 
     def explain(self, result: Result, host: StandaloneHost) -> None:
         """Writes explain.png if there is something to explain."""
@@ -273,7 +336,3 @@ def _described(job: Job) -> dict[str, Any]:
             "base": {"width": base_width, "height": base_height}, "target": {"width": width, "height": height},
             "regions": [{"prompt": prompt, "mask": mask} for prompt, mask in getattr(given, "region", [])],
             "settings": values(job.settings)}
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(value, indent=2))  # ASCII: safe in every terminal's and pipe's encoding

@@ -18,6 +18,7 @@ from accdiff_lib.engine.canvas import Canvas, StageInputs, match_statistics
 from accdiff_lib.engine.host import Conditioning, Given, GivenImage, Host, Picture, Text
 from accdiff_lib.engine.method import Method
 from accdiff_lib.engine.plan import CELL, Plan, Stage
+from accdiff_lib.engine.resume import Kept, Resumable
 from accdiff_lib.engine.schedule import make_script, rehearse
 from accdiff_lib.engine.spread import Batcher, check_stop
 from accdiff_lib.errors import Interrupted, OutOfMemory, Skipped, is_out_of_memory
@@ -83,6 +84,8 @@ class Request:
     regions: Sequence[Region] = ()
     #: What guides all stages through the ControlNet, instead of each last picture's edges.
     guide: Guide | None = None
+    #: What an interrupted run of the same request has left, and what this one leaves.
+    kept: Kept = field(default_factory=Kept)
 
 
 class Extrapolation:
@@ -93,6 +96,11 @@ class Extrapolation:
         self.host = host
         self._texts: dict[str, Text] = {}
         self._batcher = Batcher(host, window_batch)
+
+    @property
+    def batches(self) -> Batcher:
+        """How many latents are evaluated at once, which a run that goes on keeps to."""
+        return self._batcher
 
     def run(self, request: Request) -> Result:
         """Makes one image.
@@ -139,7 +147,7 @@ class Extrapolation:
         own = dict(zip(plan.stages, self._by_stage(request), strict=True))
         if request.given is not None or settings.base_pass or not plan.stages:
             base, maps = self._base(request, result)
-            self._finish(result, base, decode=wants_all or bool(result.stopped) or not plan.stages)
+            self._finish(request, result, base, decode=wants_all or bool(result.stopped) or not plan.stages)
         words = {each.settings: self.locate(each, maps) for each in own.values()
                  if maps is not None and each.settings.records_attention}
         if words:
@@ -150,7 +158,7 @@ class Extrapolation:
                 break
             each = own[stage]
             last = self._stage(each, result, stage, base, last, words.get(each.settings, ()))
-            self._finish(result, last, decode=wants_all or bool(result.stopped) or stage is plan.stages[-1])
+            self._finish(request, result, last, decode=wants_all or bool(result.stopped) or stage is plan.stages[-1])
 
     def _structure(self) -> list[Convolution]:
         return [record for record, _ in self.host.convolutions()]
@@ -161,9 +169,11 @@ class Extrapolation:
         made_by = (request.method.of_stage(stage, request.settings) for stage in request.plan.stages)
         return [replace(request, method=method, settings=settings) for method, settings in made_by]
 
-    def _finish(self, result: Result, picture: Picture, *, decode: bool) -> None:
+    def _finish(self, request: Request, result: Result, picture: Picture, *, decode: bool) -> None:
         if decode:
-            picture.image = self.host.decode(picture.latent)
+            last = picture.stage == (request.plan.stages[-1] if request.plan.stages else None)
+            kept = Kept() if last or result.stopped else request.kept  # what comes last is about to be written
+            picture.image = kept.picture(picture.name, lambda: self.host.decode(picture.latent))
         result.pictures.append(picture)
         self.host.progress.finished(picture)
 
@@ -191,12 +201,13 @@ class Extrapolation:
             latent, maps, latents = self._sample_base(request, result, record)
         else:
             if isinstance(given, GivenImage):
-                latent, maps = host.encode_image(given.image), None
+                latent, maps = request.kept.part("given", 0).sampled(lambda: host.encode_image(given.image)), None
+                latent = latent.to(host.device)
             else:
                 latent, maps = given.latent, given.maps
             if record and maps is None:
                 host.progress.begin(None, 1)
-                maps, latents = self.record(request, latent), 1
+                maps, latents = request.kept.part("maps", 0).sampled(lambda: self.record(request, latent)), 1
                 host.progress.advance(1)
         crop = request.plan.crop
         latent = latent[..., crop.rows, crop.columns]
@@ -214,16 +225,18 @@ class Extrapolation:
         def model(x: Tensor, sigma: Tensor, **_: object) -> Tensor:
             nonlocal denoised
             check_stop(host.progress)
-            denoised = host.denoise(x, sigma.flatten()[0], conditioning)
+            denoised = part.predict(x, lambda: host.denoise(x, sigma.flatten()[0], conditioning))
             host.progress.advance(1)
             host.progress.preview(denoised)
             return denoised
 
         recorder = self._recorder(size)
+        part = request.kept.part("base", calls, attention=recorder)
         x = solver.noise_scale * seeds.first_noise((1, host.channels, *size), request.seed).to(host.device)
         try:
             with recorder if record else nullcontext():
-                latent = solver.integrate(model, x, solver.sigmas, seeds.derive(request.seed, "base sampler"))
+                latent = part.sampled(lambda: solver.integrate(
+                    model, x, solver.sigmas, seeds.derive(request.seed, "base sampler"))).to(host.device)
         except Skipped:
             if denoised is None:
                 raise
@@ -273,10 +286,11 @@ class Extrapolation:
         predictor = method.canvas(host, inputs, settings, self._batcher)
         if predictor.explanation is not None:
             result.explanation.stages.append((stage, predictor.explanation))
-        canvas = Canvas(host, script, settings, inputs, predictor)
+        part = request.kept.part(stage.name, script.latents, explanation=predictor.explanation, batches=self._batcher)
+        canvas = Canvas(host, script, settings, inputs, Resumable(predictor, part))
         seed = seeds.derive(request.seed, "stage sampler", stage.number)
         try:
-            latent = canvas.run(host.stage_solver, seed)
+            latent = part.sampled(lambda: canvas.run(host.stage_solver, seed))
         except Skipped:
             if canvas.denoised is None:
                 raise

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
+import torch
 from torch import Tensor
 
 from accdiff_lib.engine import memory
@@ -27,6 +28,9 @@ class Batcher:
         self.host = host
         self.size = size
         self._largest: int | None = None  # learned from running out of memory
+        #: How many at once by height and width: the latest, and those of a run that goes on, whose roundings are these.
+        self._latest: dict[tuple[int, int], int] = {}
+        self._kept: dict[tuple[int, int], int] = {}
 
     def run(self, count: int, height: int, width: int,
             evaluate: Callable[[slice], Tensor]) -> Iterator[tuple[slice, Tensor]]:
@@ -34,11 +38,11 @@ class Batcher:
 
         Raises Interrupted or Skipped between two parts, OutOfMemory when not even one latent fits.
         """
-        size = self.size or self.host.latents_that_fit(height, width)
+        size = self.size or self._kept.get((height, width)) or self.host.latents_that_fit(height, width)
         begin = 0
         while begin < count:
             check_stop(self.host.progress)
-            size = max(1, min(size, self._largest or size))
+            size = self._latest[height, width] = max(1, min(size, self._largest or size))
             part = slice(begin, min(begin + size, count))
             result = self._try(evaluate, part)
             if result is None:
@@ -60,3 +64,11 @@ class Batcher:
             if not is_out_of_memory(error):
                 raise
             return None
+
+    def state(self) -> dict[str, Tensor]:
+        """See resume.Growing."""
+        return {"sizes": torch.tensor([(*side, size) for side, size in self._latest.items()])}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """See resume.Growing."""
+        self._kept = {(height, width): size for height, width, size in state["sizes"].tolist()}

@@ -8,7 +8,7 @@ the same x, sums with weights that add up to 1 (or to 0 in a direction) are the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -293,6 +293,25 @@ class ElasticExplanation:
     looks: list[Look] = field(default_factory=list)
     #: (timestep, weight of the reduced-resolution guidance) of each step.
     weights: list[tuple[float, float]] = field(default_factory=list)
+
+    def state(self) -> dict[str, Tensor]:
+        """What was seen so far, for a run that goes on from there."""
+        found = {"weights": torch.tensor(self.weights, dtype=torch.float64)}
+        for number, look in enumerate(self.looks):
+            found[f"{number}.at"] = torch.tensor([look.step, look.timestep], dtype=torch.float64)
+            for name in ("direction", "local", "sampled"):
+                if getattr(look, name) is not None:
+                    found[f"{number}.{name}"] = torch.from_numpy(getattr(look, name))
+        return found
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Goes on from there."""
+        self.weights[:] = [(timestep, weight) for timestep, weight in state["weights"].tolist()]
+        pictures = {name: tensor.numpy() for name, tensor in state.items() if name != "weights"}
+        self.looks[:] = [Look(int(pictures[f"{number}.at"][0]), float(pictures[f"{number}.at"][1]),
+                              pictures[f"{number}.direction"], pictures[f"{number}.local"],
+                              pictures.get(f"{number}.sampled"))
+                         for number in range(sum(name.endswith(".at") for name in pictures))]
 
 
 class ElasticPredictor:

@@ -58,6 +58,14 @@ class AttentionRecorder:
             raise RuntimeError(f"no cross-attention layer of the model has maps of {self.size[1]}x{self.size[0]} cells")
         return (self._sum / self._count).reshape(-1, *self.size, self._sum.shape[-1]).cpu()
 
+    def state(self) -> dict[str, Tensor]:
+        """All that was recorded so far."""
+        return {} if self._sum is None else {"sum": self._sum, "count": torch.tensor(self._count)}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Goes on from that."""
+        self._sum, self._count = state["sum"], int(state["count"])
+
     def _record(self, layer: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
         image, text = _inputs(args, kwargs)
         if text is None or image.ndim != 3 or image.shape[1] != self.size[0] * self.size[1]:
@@ -69,7 +77,7 @@ class AttentionRecorder:
         with torch.no_grad():
             probabilities = attention_probabilities(layer, image, text)
             total = probabilities.sum(dim=1)
-        self._sum = total if self._sum is None else self._sum + total
+        self._sum = total if self._sum is None else self._sum.to(total.device) + total
         self._count += probabilities.shape[1]
 
 

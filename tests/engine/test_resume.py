@@ -1,0 +1,129 @@
+"""A run that is stopped anywhere, again and again, makes the picture that it makes in one go, bit by bit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from accdiff_lib.engine.extrapolate import Extrapolation, Result
+from accdiff_lib.engine.host import GivenImage
+from accdiff_lib.engine.resume import Kept
+from accdiff_lib.errors import Interrupted
+from accdiff_lib.methods import names
+from accdiff_lib.parts.regions import Region
+from tests import tiny
+from tests.engine.test_extrapolate import make_host, request
+
+PICTURE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+MASK = np.zeros((16, 16), np.float32)
+MASK[:, 8:] = 1
+
+#: Method, sampler, and what else makes its runs other than the next one's.
+RUNS = {
+    "v2, a sampler that remembers": ("accdiffusion-v2", "DPM++ 2M", {"c": 0.5}, {}),
+    "v2 from a picture, two calls a step": ("accdiffusion-v2", "Heun", {}, {"given": GivenImage(PICTURE)}),
+    "v1, ancestral": ("accdiffusion-v1", "Euler a", {}, {}),
+    "demofusion, a path of noise": ("demofusion", "DPM++ SDE", {}, {}),
+    "multidiffusion, regions": ("multidiffusion", "LMS", {"stride": 8}, {"regions": (Region("a star", None, MASK),)}),
+    "scalecrafter, three steps back": ("scalecrafter", "DPM++ 3M SDE", {}, {}),
+    "elasticdiffusion, which rewrites x": ("elasticdiffusion", "DPM++ 2M", {"resampling_steps": 1}, {}),
+}
+
+
+class Memory:
+    """A store that forgets nothing by itself; a killed run saves nothing more."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, dict[str, torch.Tensor]] = {}
+        self.killed, self.fails_at = False, ""
+
+    def save(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        if name == self.fails_at:
+            raise SystemError("killed")
+        if not self.killed:
+            self.kept[name] = {key: tensor.clone() for key, tensor in tensors.items()}
+
+    def load(self, name: str) -> dict[str, torch.Tensor]:
+        return {key: tensor.clone() for key, tensor in self.kept.get(name, {}).items()}
+
+    def forget(self, name: str) -> None:
+        del self.kept[name]
+
+
+def attempt(run: str, kept: Kept, stop_at: int = 0, kill: bool = False) -> tuple[Result | None, int]:
+    """One process: its result, None where it was stopped at its n-th model call; and how many calls it made."""
+    method, sampler, values, more = RUNS[run]
+    host = make_host(tiny.sdxl(sample_size=8), sampler=sampler, scheduler="Karras", steps=3)
+
+    def watch(number: int) -> None:
+        if number == stop_at:
+            if kill:
+                kept.store.killed = True
+            raise SystemError("killed") if kill else Interrupted
+
+    host.watch = watch
+    if "window" in names(method):
+        values = {"window": 8, **values}
+    wanted = replace(request(host, {"method": method, **values}, base=(64, 64), **more), kept=kept)
+    try:
+        result = Extrapolation(host, 4).run(wanted)
+    except (Interrupted, SystemError):
+        return None, host.calls
+    return (None if result.stopped else result), host.calls
+
+
+def same(one: object, other: object) -> bool:
+    if isinstance(one, np.ndarray):
+        return np.array_equal(one, other)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    if hasattr(one, "__dict__"):
+        return same(list(vars(one).values()), list(vars(other).values()))
+    return bool(torch.equal(one, other)) if isinstance(one, torch.Tensor) else one == other
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_run_goes_on_to_the_same_picture(run):
+    """Stopped, which keeps what is new, and killed, which does not, in turn."""
+    whole, calls = attempt(run, Kept())
+    store, lives, result = Memory(), 0, None
+    while result is None:
+        store.killed, lives = False, lives + 1
+        assert lives < 20, "it never gets further"
+        kept = Kept(store, every=0)
+        result, _ = attempt(run, kept, stop_at=1 + 2 * calls // 5 + lives % 2, kill=lives % 2 == 0)
+    assert lives > 1 and kept.resumed
+    for one, other in zip(result.pictures, whole.pictures, strict=True):
+        assert torch.equal(one.latent, other.latent) and np.array_equal(one.image, other.image)
+    assert same(result.explanation.stages, whole.explanation.stages)
+    assert same(result.explanation.words, whole.explanation.words)
+
+
+def test_attention_goes_on_in_the_middle_of_the_base_pass():
+    """Stopped before its last prediction, then killed between that and the latent."""
+    run = next(iter(RUNS))
+    whole, calls = attempt(run, Kept())
+    store = Memory()
+    assert attempt(run, Kept(store), stop_at=3) == (None, 3)
+    store.fails_at = "base"
+    assert attempt(run, Kept(store, every=0)) == (None, 1)
+    store.fails_at = ""
+    kept = Kept(store)
+    result, again = attempt(run, kept)
+    assert kept.resumed == "after call 3 of base" and again == calls - 3
+    assert same(result.explanation.words, whole.explanation.words)
+    assert torch.equal(result.pictures[-1].latent, whole.pictures[-1].latent)
+
+
+def test_what_is_finished_is_not_computed_again():
+    run = next(iter(RUNS))
+    store = Memory()
+    _, calls = attempt(run, Kept(store))
+    kept = Kept(store)
+    result, again = attempt(run, kept)
+    assert calls > 10 and again == 0 and kept.resumed == "after 2x"
+    assert result.stopped == "" and set(store.kept) == {"base", "base.picture", "2x"}
