@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from accdiff_lib import __version__
-from accdiff_lib.errors import InputError
+from accdiff_lib.errors import InputError, named, shown
 from accdiff_lib.methods import METHODS, OPTIONS, from_infotext, make, names
 from accdiff_lib.methods import infotext as settings_infotext
 from accdiff_lib.settings import PRESETS, SAME, Option, Settings
@@ -93,7 +93,7 @@ def parse(args: Sequence[Any], *, overrides: Mapping[str, Any] | None = None,
     given_regions, *guides = (values.pop(name, None) for name in BY_NAME_ONLY)
     for name in [*values, *overrides]:
         if name not in POSITIONAL:
-            raise InputError(f"{name}: there is no such option; the options are "
+            raise InputError(f"{named(name)}: there is no such option; the options are "
                              f"{', '.join((*POSITIONAL, *BY_NAME_ONLY))}")
     if not EXTRA["enabled"].parse(overrides.get("enabled", values.get("enabled", False))):
         return None
@@ -107,7 +107,7 @@ def parse(args: Sequence[Any], *, overrides: Mapping[str, Any] | None = None,
 
 
 def _regions(given: Any) -> tuple[Region, ...]:
-    if not given:
+    if given is None or (isinstance(given, list) and not given):
         return ()
     from accdiff_lib.parts.regions import read_regions
 
@@ -130,7 +130,7 @@ def _guide(settings: Settings, model: str, *given: Any) -> Guide | None:
 def _by_name(given: Mapping[Any, Any]) -> dict[str, Any]:
     """The API's dict."""
     if not all(isinstance(name, str) for name in given):
-        raise InputError(f"args: {given!r} is not allowed; the keys are the options' names")
+        raise InputError(f"args: {shown(given)} is not allowed; the keys are the options' names")
     return {"enabled": True, **given}
 
 
@@ -149,7 +149,7 @@ def _method(values: Mapping[str, Any]) -> str:
 
 def _page(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """The settings page's defaults that neither the caller nor their preset decides."""
-    preset = PRESETS.get(str(values.get("preset", OPTIONS["preset"].default)).strip().lower(), {})
+    preset = PRESETS.get(OPTIONS["preset"].parse(values.get("preset", OPTIONS["preset"].default)), {})
     return {name: value for name, value in defaults.items() if name not in values and name not in preset}
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from accdiff_lib import seeds
 from accdiff_lib.engine.host import Denoiser, Solver
 from accdiff_lib.engine.schedule import rehearse
-from accdiff_lib.errors import InputError
+from accdiff_lib.errors import InputError, named
 from accdiff_lib.parts.step_noise import brownian_noise, step_noise
 
 Callback = Callable[[Mapping[str, Any]], None]
@@ -80,7 +80,7 @@ def webui_solver(p: Any, name: str, scheduler: str, steps: int) -> Solver:
         if hasattr(sampler, "scheduler_name"):  # reForge's samplers of ComfyUI look there
             sampler.scheduler_name = scheduler
     except Exception as error:
-        raise InputError(f"stage_sampler: {name} is not allowed with this model ({error})") from error
+        raise InputError(f"stage_sampler: {named(name)} is not allowed with this model ({named(str(error))})") from error
     kind = KSampler if hasattr(sampler, "get_sigmas") else TimestepSampler
     try:
         solver = kind(name, sampler, view, steps)

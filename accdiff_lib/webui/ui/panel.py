@@ -12,7 +12,7 @@ from accdiff_lib.methods import METHODS, OPTIONS, names
 from accdiff_lib.settings import SAME, SUGGESTED, Option, values
 from accdiff_lib.webui import controlnets, upscalers
 from accdiff_lib.webui.arguments import CONTROLNET_KEY, EXTRA, NONE, POSITIONAL, VERSION_KEY, picked, restored
-from accdiff_lib.webui.ui import options_page
+from accdiff_lib.webui.ui import api, options_page
 
 #: The options in sight, by rows; all others are under "Advanced", by the table's groups.
 IN_SIGHT = (("method", "preset"), ("scale", "target_width", "target_height"), ("control_strength", "c"))
@@ -171,7 +171,7 @@ def _live_line(elem_id: Callable[[str], str]) -> str:
     boxes = {_row_name(row): list(row) for rows in (IN_SIGHT, *groups().values()) for row in rows}
     for number, rows in enumerate(groups().values()):
         boxes[f"group_{number}"] = [name for row in rows for name in row]
-    table = {"prefix": elem_id(""), "positional": POSITIONAL, "hideable": hideable, "lacks": lacks,
+    table = {"prefix": elem_id(""), "key": {api.PAGE_HEADER: api.PAGE_KEY}, "positional": POSITIONAL, "hideable": hideable, "lacks": lacks,
              "boxes": {name: inside for name, inside in boxes.items() if set(inside) <= set(hideable)},
              "help": {option.name: option.help for option in (EXTRA["controlnet_model"], *OPTIONS.values())}}
     return ("<div class='accdiff-cost'></div>"
