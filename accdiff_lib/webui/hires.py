@@ -14,7 +14,7 @@ from accdiff_lib.methods import OPTIONS, make
 from accdiff_lib.settings import SAME, Settings
 from accdiff_lib.settings import values as values_of
 from accdiff_lib.webui import upscalers
-from accdiff_lib.webui.hosts.samplers import own_schedule
+from accdiff_lib.webui.hosts.samplers import check_schedule, own_schedule
 
 if TYPE_CHECKING:  # the page has it, but needs none
     import numpy as np
@@ -111,7 +111,9 @@ def stage_sampler(p: Any, settings: Settings, *, ticked: bool) -> tuple[str, str
     sampler, scheduler = settings.stage_sampler, settings.stage_scheduler
     if sampler == SAME:
         sampler = (ticked and p.hr_sampler_name) or p.sampler_name
-    if scheduler == SAME:
+    if scheduler != SAME:
+        check_schedule(scheduler)
+    else:
         scheduler = (ticked and p.hr_scheduler) or p.scheduler or "Automatic"
         if scheduler == p.scheduler:
             scheduler = own_schedule(p.sampler_name, scheduler)

@@ -57,11 +57,16 @@ _MASK = {"type": "string", "description": "A picture in base64, also as a data U
 _REGIONS = {
     "title": REGIONS, "default": [], "x-group": "windows",
     "description": "Parts of the picture that have prompts of their own, for methods with windows: each with its "
-                   "prompt and mask, or the prompts and one mask in Regional Prompter's colours.",
+                   "prompt and mask, or the prompts and one mask in Regional Prompter's colours or Forge Couple's "
+                   "mapping.",
     "anyOf": [{"type": "array", "items": {"type": "object", "required": ["prompt", "mask"], "properties": {
         "prompt": {"type": "string"}, "negative": {"type": "string"}, "mask": _MASK}}},
         {"type": "object", "required": ["prompts", "mask"], "properties": {
-            "prompts": {"type": "array", "items": {"type": "string"}}, "mask": _MASK}}]}
+            "prompts": {"type": "array", "items": {"type": "string"}}, "mask": _MASK}},
+        {"type": "object", "required": ["prompts", "mapping"], "properties": {
+            "prompts": {"type": "array", "items": {"type": "string"}}, "mapping": {
+                "type": "array", "description": "For each prompt [left, right, top, bottom, weight] in parts of the "
+                "picture, or a mask and its weight."}}}]}
 
 _BY_NAME_ONLY = {REGIONS: _REGIONS} | {name: {
     "type": "string", "contentEncoding": "base64", "title": name.replace("_", " "), "x-group": "control",
