@@ -23,7 +23,7 @@ from accdiff_lib.methods import METHODS, OPTIONS, names
 from accdiff_lib.parts import infotext
 from accdiff_lib.settings import SAME, Option, is_text
 from accdiff_lib.webui import arguments
-from accdiff_lib.webui.arguments import BY_NAME_ONLY, EXTRA, POSITIONAL
+from accdiff_lib.webui.arguments import BY_NAME_ONLY, POSITIONAL
 
 #: What a message to a user may have of characters, the list of all options included.
 LONGEST_MESSAGE = 3000
@@ -44,7 +44,7 @@ def junk(rng: random.Random, depth: int = 0) -> Any:
         lambda: rng.choice([10 ** 400, -10 ** 400, 2 ** 63, 10 ** 18, -1]),
         lambda: rng.choice([float("nan"), float("inf"), -float("inf"), 1e308, -0.0, 5e-324, 0.1]),
         lambda: rng.choice(["", " ", "on", "None", "Same", "nan", "1e400", "9" * 400, "\ud800", "a\nb", "\0", "\u202e",
-                            "1_0", "١", "x" * 200_000, PIXEL, PIXEL[:40], "data:,", "/etc/passwd", "../../x"]),
+                            "1_0", "\u0661", "x" * 200_000, PIXEL, PIXEL[:40], "data:,", "/etc/passwd", "../../x"]),
         lambda: "".join(chr(rng.choice([rng.randrange(32, 127), rng.randrange(0x3000)])) for _ in range(9)),
     ]
     if depth < 4:
@@ -172,8 +172,9 @@ def is_off(args: list[Any]) -> bool:
     """Whether arguments say so themselves."""
     given = args[0] if args else None
     switch = given.get("enabled", True) if isinstance(given, dict) else given
-    return switch is None and not isinstance(given, dict) or switch in (False, 0) \
-        or isinstance(switch, str) and switch.strip().lower() in ("off", "false", "no", "0")
+    if isinstance(switch, str):
+        return switch.strip().lower() in ("off", "false", "no", "0")
+    return switch in (False, 0) or (switch is None and not isinstance(given, dict))
 
 
 def generations(count: int, rng: random.Random) -> Iterator[str]:

@@ -57,6 +57,7 @@ class Page:
             route.fulfill(body=written(), content_type="text/html")
             return
         assert route.request.url == f"{ADDRESS}accdiffusion/v1/plan"
+        assert route.request.headers[api.PAGE_HEADER.lower()] == api.PAGE_KEY  # with --api-auth it needs no password
         self.asked.append(json.loads(route.request.post_data))
         self.serve(route)
 

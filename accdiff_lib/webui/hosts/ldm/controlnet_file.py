@@ -100,7 +100,7 @@ def check_pickle(path: Path) -> None:
     if path.suffix.lower() not in PICKLES:
         return
     given = GivenControlNet(path)
-    if torch.torch_version.TorchVersion(torch.__version__) < (2, 6):
+    if torch.torch_version.TorchVersion(torch.__version__) < "2.6":
         raise given.error(f"torch {torch.__version__} cannot read {path.suffix} files safely, 2.6 can; take its "
                           ".safetensors file, or convert it")
     if not zipfile.is_zipfile(path):
