@@ -239,8 +239,10 @@ class Cloned(Patcher):
 @pytest.mark.parametrize("fails", ["", "a script", "the stages", "loading"])
 def test_stages_see_a_hires_pass_and_leave_nothing(unet, monkeypatch, is_hires, fails):
     def patches(p: Any, **given: Any) -> None:
-        seen.append((p.is_hr_pass, p.sd_model.forge_objects.unet.model_options, tuple(given["x"].shape)))
-        p.sd_model.forge_objects.unet.model_options["patched"] = p.modified_noise = True
+        seen.append((p.is_hr_pass, tuple(given["x"].shape)))
+        p.modified_noise = True
+        if fails:  # some patch a clone, others nothing
+            p.sd_model.forge_objects.unet = p.sd_model.forge_objects.unet.clone()
         if fails == "a script":
             raise KeyError("its own affair")
 
@@ -252,12 +254,16 @@ def test_stages_see_a_hires_pass_and_leave_nothing(unet, monkeypatch, is_hires, 
         from modules import sd_models
 
         seen: list[Any] = []
+        done: list[str] = []
         script = SimpleNamespace(title=lambda: "Other", args_from=0, args_to=0, filename="other.py",
                                  process_before_every_sampling=patches)
-        only_base = SimpleNamespace(title=lambda: "ControlNet", process_before_every_sampling=load)
+        only_base = SimpleNamespace(title=lambda: "ControlNet", args_from=0, args_to=0, filename="control.py",
+                                    process_before_every_sampling=patches)
         p = generation(unet)
         before = p.sd_model.forge_objects = Objects(unet=Cloned(unet))
-        p.sd_model.forge_objects_after_applying_lora = Objects(unet=Cloned(unet))
+        lora = Cloned(unet)
+        with_lora = p.sd_model.forge_objects_after_applying_lora = Objects(unet=lora)
+        lora.controlnet_linked_list = "the base pass's"
         vars(p).update(scripts=SimpleNamespace(alwayson_scripts=[only_base, script]), script_args=[], width=64,
                        height=72, disable_extra_networks=True, is_hr_pass="as before", modified_noise=None,
                        get_token_merging_ratio=lambda for_hr=False: 0.5 if for_hr else 0.0)
@@ -265,18 +271,22 @@ def test_stages_see_a_hires_pass_and_leave_nothing(unet, monkeypatch, is_hires, 
             monkeypatch.setattr(sd_models, "apply_token_merging", load)
         adapter = Forge()
         monkeypatch.setattr(adapter, "reload", lambda p, hires: None)
+        for name in ("prepare", "cleanup"):
+            monkeypatch.setattr(adapter, name, lambda *_, name=name: done.append(name))
         session = adapter.session(p, hires=is_hires)
         try:
             with session.stages({"seeds": [1, 2]}):
                 assert p.sd_model.forge_objects is not before and p.sd_model.applied_token_merged_ratio == 0.5
                 assert p.is_hr_pass == "as before" and p.modified_noise is None
+                session.stage_unet.require(torch.zeros(1, 4, 8, 8))
                 if fails == "the stages":
                     raise ZeroDivisionError
         except ZeroDivisionError:
             assert fails in ("the stages", "loading")
-        assert p.sd_model.forge_objects is before and session.stage_unet is None and not before.unet.model_options
+        assert p.sd_model.forge_objects is before and session.stage_unet is None
+        assert with_lora.unet is lora and lora.controlnet_linked_list == "the base pass's"
         if fails != "loading":
-            assert [(hires, size) for hires, _, size in seen] == [(is_hires, (2, 4, 9, 8))]
+            assert seen == [(is_hires, (2, 4, 9, 8))] and done == ["prepare", "cleanup"]
 
 
 # --- halves ----------------------------------------------------------------------------------------------------
