@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import reprlib
+from typing import Any
+
 
 class InputError(ValueError):
     """A value the user gave cannot be used: the message names the option, the value and what is allowed."""
@@ -17,6 +20,23 @@ class Interrupted(Exception):
 
 class Skipped(Exception):
     """The user pressed Skip: the rest of the sampling is left out, the decode still happens."""
+
+
+_brief = reprlib.Repr()
+_brief.maxstring = _brief.maxother = 100
+
+
+def shown(value: Any) -> str:
+    """A value as messages show it: in one line that every terminal and reply can carry, however large or deep it is."""
+    try:
+        return _brief.repr(value)
+    except ValueError:  # a whole number of more digits than Python writes
+        return f"a {type(value).__name__}"
+
+
+def named(name: str) -> str:
+    """A name that somebody else gave, as messages begin with it; plain text stays as it is."""
+    return name if name.isprintable() and len(name) <= _brief.maxstring else shown(name)
 
 
 _MEMORY_MESSAGES = ("out of memory", "can't allocate memory", "not enough memory", "failed to allocate")

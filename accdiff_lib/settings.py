@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from accdiff_lib.errors import InputError
+from accdiff_lib.errors import InputError, shown
 
 #: The longest side of a result in pixels.
 LARGEST = 16384
@@ -64,18 +64,16 @@ class Option:
         Raises InputError naming the option (as `name`, where the user knows it by another), the value and what is
         allowed.
         """
-        wrong = InputError(f"{name or self.name}: {value!r} is not allowed; it takes {self.allowed}")
+        wrong = InputError(f"{name or self.name}: {shown(value)} is not allowed; it takes {self.allowed}")
         if self.kind is bool:
-            if isinstance(value, bool):
-                return value
-            text = str(value).strip().lower()
-            if text in ("on", "true", "yes", "1"):
+            text = value.strip().lower() if isinstance(value, str) else value
+            if text in ("on", "true", "yes", "1", 1):
                 return True
-            if text in ("off", "false", "no", "0"):
+            if text in ("off", "false", "no", "0", 0):
                 return False
             raise wrong
         if self.kind is str:
-            if not isinstance(value, str):
+            if not isinstance(value, str) or not is_text(value):
                 raise wrong
             if not self.choices:
                 return value
@@ -87,13 +85,22 @@ class Option:
             raise wrong
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):  # a whole number may be too large for any float
             raise wrong from None
         if not math.isfinite(number) or (self.kind is int and number != int(number)):
             raise wrong
         if (self.minimum is not None and number < self.minimum) or (self.maximum is not None and number > self.maximum):
             raise wrong
         return self.kind(number)
+
+
+def is_text(value: str) -> bool:
+    """Whether this can be written anywhere: JSON may have halves of characters (lone surrogates), which cannot."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def option(default: Any, label: str, help: str, *, group: str, minimum: float | None = None,

@@ -56,7 +56,7 @@
         const waiting = setTimeout(() => show(line, "", "asking ...", false), PATIENCE);
         try {
             const answer = await fetch("accdiffusion/v1/plan", {  // relative: the page may be under a path
-                method: "POST", headers: {"Content-Type": "application/json"}, credentials: "same-origin",
+                method: "POST", headers: {"Content-Type": "application/json", ...tab.table.headers}, credentials: "same-origin",
                 body: tab.asked, signal: AbortSignal.timeout?.(TIMEOUT),
             });
             if (!answer.ok && answer.status !== 422) throw new Error(answer.statusText);

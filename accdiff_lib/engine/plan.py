@@ -121,11 +121,12 @@ def make_plan(base: tuple[int, int], settings: Settings, *, native: int, multipl
             raise InputError(f"{name}: {side} is not allowed; it takes a multiple of {CELL}, at least {8 * CELL}")
     target = target_size(base, settings)
     ratios = [t / b for t, b in zip(target, base, strict=True)]
-    if not 1 - _EPS <= max(ratios) <= 8 + _EPS or min(target) < 8 * CELL:
+    if not 1 - _EPS <= max(ratios) <= 8 + _EPS:
         raise InputError(f"target: {target[1]}x{target[0]} is {max(ratios):.3g} times the base picture's "
                          f"{base[1]}x{base[0]}; it takes 1 to 8 times")
-    if max(target) > LARGEST:
-        raise InputError(f"target: {target[1]}x{target[0]} is not allowed; it takes at most {LARGEST} pixels a side")
+    if min(target) < 8 * CELL or max(target) > LARGEST:
+        raise InputError(f"target: {target[1]}x{target[0]} is not allowed; it takes {8 * CELL} to {LARGEST} pixels a "
+                         "side")
     cells = (base[0] // CELL, base[1] // CELL)
     crop = _crop(cells, (target[0] // CELL, target[1] // CELL))
     coherent = coherent_size((crop.height, crop.width), native)

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from accdiff_lib.engine.method import Method
-from accdiff_lib.errors import InputError
+from accdiff_lib.errors import InputError, named
 from accdiff_lib.methods import elastic, fused, scalecrafter
 from accdiff_lib.settings import PRESETS, SAME, Option, Settings, table, text
 from accdiff_lib.settings import values as values_of
@@ -73,7 +73,7 @@ def make(given: Mapping[str, Any] | None = None) -> Settings:
     """
     for name in given or {}:
         if name not in OPTIONS:
-            raise InputError(f"{name}: there is no such option; the options are {', '.join(OPTIONS)}")
+            raise InputError(f"{named(name)}: there is no such option; the options are {', '.join(OPTIONS)}")
     parsed = {name: OPTIONS[name].parse(value) for name, value in (given or {}).items()}
     notes = []
     for name, value in parsed.items():

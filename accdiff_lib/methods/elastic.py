@@ -16,10 +16,10 @@ from accdiff_lib.errors import InputError
 from accdiff_lib.parts.local_views import (
     JOINS,
     REDUCTIONS,
+    count_views,
     enlargement,
     evaluated_size,
     fits,
-    local_views,
     reduced_size,
 )
 from accdiff_lib.settings import Settings, option
@@ -205,7 +205,7 @@ def work(size: tuple[int, int], native: int, options: ElasticSettings, *, repain
         return (Work("whole picture", 2, *seen(size), guided=False, control=control),)
     reduced = seen(evaluated_size(reduced_size(size, native, options.reduction), native, options.reduction))
     times = 2 if repaint else 1
-    views = len(local_views(size, native, options.patch_size))
+    views = count_views(size, native, options.patch_size)
     return (Work("reduced picture", 2 * (options.resampling_steps + times), *reduced, guided=False, control=control),
             Work("view", views * times, *seen((native, native)), guided=False, control=control))
 

@@ -39,6 +39,9 @@ BORDERS = ("mirror", "zeros")
 #: How words get into the windows' prompts (parts/window_prompts.py).
 MEMBERSHIPS = ("relative", "paper")
 
+#: So many windows can have regions.
+MOST_WITH_REGIONS = 2 ** 16
+
 #: A dilated view may be this much larger than what the model draws as one whole, before there are more views.
 _VIEW_SLACK = 0.1
 
@@ -291,6 +294,9 @@ def _windows(outlook: Outlook) -> int:
     own = grid_of(outlook.stage, settings)
     if not (outlook.regions and settings.windows):
         return own.window_count
+    if own.window_count > MOST_WITH_REGIONS:
+        raise InputError(f"regions: {own.window_count} windows are too many to look for regions in; it takes at most "
+                         f"{MOST_WITH_REGIONS} (window, stride)")
     return sum(map(len, regions_of(own, outlook.regions, settings)[1]))
 
 

@@ -104,6 +104,12 @@ def local_views(size: tuple[int, int], native: int, patch: int = 0) -> tuple[Vie
                  for left, width, seen_left, seen_width in columns)
 
 
+def count_views(size: tuple[int, int], native: int, patch: int = 0) -> int:
+    """How many `local_views` there are."""
+    patch = min(patch or native // 2, native)
+    return math.prod(math.ceil(side / min(patch, side)) for side in size)
+
+
 def _axis(side: int, native: int, patch: int) -> list[tuple[int, int, int, int]]:
     """(start, length, start of the seen part, its length) of each window of an axis."""
     window, seen = min(patch, side), min(native, side)

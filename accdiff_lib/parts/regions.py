@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from accdiff_lib.errors import InputError
+from accdiff_lib.errors import InputError, shown
 from accdiff_lib.parts.sent_pictures import PictureSource, read_picture
-from accdiff_lib.settings import Settings
+from accdiff_lib.settings import Settings, is_text
 
 #: A picture, or numbers [h, w] (0..1, or 0..255 as integers).
 MaskSource: TypeAlias = "PictureSource | np.ndarray"
@@ -32,6 +32,12 @@ _SHAPE_TOLERANCE = 0.05
 
 #: Colours of a Regional Prompter mask may be off by so much in each channel (JPEG, resizing), of 255.
 _COLOUR_TOLERANCE = 12
+
+#: What is read: so many regions, with so many pixels in one mask and in all.
+_MOST, _LARGEST, _LARGEST_OF_ALL = 32, 4096 ** 2, 2 * 4096 ** 2
+
+#: Boxes become masks of this side.
+_BOX = 1024
 
 #: Weight of the only predictions there are in cells of a window whose regions were too small to evaluate.
 _REMAINDER = 1e-4
@@ -62,6 +68,8 @@ class Region:
     negative: str | None
     #: float32 [h, w] in 0..1, of the picture's shape, at any size.
     mask: np.ndarray
+    #: It is told in parts of the picture, so it goes with a picture of any shape.
+    any_shape: bool = False
 
 
 # --- reading ---------------------------------------------------------------------------------------------------
@@ -69,32 +77,58 @@ class Region:
 def read_regions(given: Any, option: str = "regions") -> list[Region]:
     """Regions from a list of {"prompt": ..., "mask": ..., "negative": ... (optional)}, as the API has them.
 
-    Or {"prompts": [...], "mask": ...} with the masks of all in one picture, as Regional Prompter paints them. Raises
-    InputError naming the option and the region.
+    Or {"prompts": [...], "mask": ...} with the masks of all in one picture, as Regional Prompter paints them, or
+    {"prompts": [...], "mapping": [...]} with Forge Couple's boxes or masks. Raises InputError naming the option and the
+    region.
     """
     if isinstance(given, Mapping):
-        return _painted(given, option)
+        return _together(given, option)
     if not isinstance(given, Sequence) or isinstance(given, str | bytes):
         raise InputError(f"{option}: takes a list of regions, each with a prompt and a mask")
+    _check_count(given, option)
     regions = []
     for number, each in enumerate(given, 1):
         name = f"{option}: region {number}"
         if not isinstance(each, Mapping) or not {"prompt", "mask"} <= set(each) <= {"prompt", "mask", "negative"}:
             raise InputError(f"{name} must have a prompt and a mask, may have a negative, and nothing else")
-        if not isinstance(each["prompt"], str) or not isinstance(each.get("negative"), str | None):
+        if not _is_text(each["prompt"]) or not (each.get("negative") is None or _is_text(each["negative"])):
             raise InputError(f"{name}: its prompt and negative must be text")
         regions.append(Region(each["prompt"], each.get("negative"), read_mask(each["mask"], name, files=False)))
+        _check_pixels(sum(region.mask.size for region in regions), option)
     return regions
 
 
-def _painted(given: Mapping[Any, Any], option: str) -> list[Region]:
+def _together(given: Mapping[Any, Any], option: str) -> list[Region]:
+    """Regions whose prompts are one list, and their masks another thing."""
     prompts = given.get("prompts")
-    if set(given) != {"prompts", "mask"} or not isinstance(prompts, list) or not prompts or not all(
-            isinstance(prompt, str) for prompt in prompts):
+    if set(given) not in ({"prompts", "mask"}, {"prompts", "mapping"}) or not isinstance(prompts, list) \
+            or not prompts or not all(map(_is_text, prompts)):
         raise InputError(f"{option}: takes a list of regions, or prompts (a list of texts) and one mask in Regional "
-                         "Prompter's colours")
-    masks = read_colour_masks(given["mask"], len(prompts), option, files=False)
-    return [Region(prompt, None, mask) for prompt, mask in zip(prompts, masks, strict=True)]
+                         "Prompter's colours or Forge Couple's mapping")
+    _check_count(prompts, option)
+    if "mask" in given:
+        masks = read_colour_masks(given["mask"], len(prompts), option, files=False)
+        return [Region(prompt, None, mask) for prompt, mask in zip(prompts, masks, strict=True)]
+    mapping = given["mapping"]
+    if not isinstance(mapping, list) or len(mapping) != len(prompts):
+        raise InputError(f"{option}: the mapping must have an entry for each of the {len(prompts)} prompts")
+    return [Region(prompt, None, mask, any_shape=not isinstance(entry, Mapping)) for prompt, mask, entry in
+            zip(prompts, read_couple(mapping, (_BOX, _BOX), option), mapping, strict=True)]
+
+
+def _check_count(regions: Sequence[Any], option: str) -> None:
+    if len(regions) > _MOST:
+        raise InputError(f"{option}: {len(regions)} regions are not allowed; it takes at most {_MOST}")
+
+
+def _check_pixels(pixels: int, option: str) -> None:
+    if pixels > _LARGEST_OF_ALL:
+        raise InputError(f"{option}: the masks have {pixels >> 20} million pixels in all; they may have "
+                         f"{_LARGEST_OF_ALL >> 20} million")
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and is_text(value)
 
 
 def read_mask(source: MaskSource, option: str = "regions", *, files: bool = True) -> np.ndarray:
@@ -107,13 +141,12 @@ def read_mask(source: MaskSource, option: str = "regions", *, files: bool = True
     if isinstance(source, np.ndarray):
         mask = _levels(source, option)
     else:
-        picture = read_picture(source, option, files=files)
-        transparent = picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info
-        channels = np.asarray(picture.convert("RGBA"), np.float32) / 255
-        opacity = channels[..., 3] if transparent else np.ones(channels.shape[:2], np.float32)
-        bright = np.asarray(picture.convert("RGB").convert("L"), np.float32) / 255
-        drawn_black = transparent and opacity.min() < 1 and not (bright * opacity).any()
-        mask = opacity if drawn_black else bright * opacity
+        picture = read_picture(source, option, files=files, largest=_LARGEST)
+        mask = bright = np.asarray(picture.convert("RGB").convert("L"), np.float32) / 255
+        if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+            opacity = np.asarray(picture.convert("RGBA").getchannel("A"), np.float32) / 255
+            drawn_black = opacity.min() < 1 and not (bright * opacity).any()
+            mask = opacity if drawn_black else bright * opacity
     if not mask.any():
         raise InputError(f"{option}: the mask is empty, it marks no part of the picture")
     return mask
@@ -126,12 +159,17 @@ def read_colour_masks(source: MaskSource, count: int, option: str = "regions", *
     Region n has the n-th of its colours: hues 0, 180, 90, 270, 45, 135, ... degrees at half saturation and value. Other
     colours are no region's; there the picture's own prompt goes. Raises InputError naming the `option`.
     """
-    picture = Image.fromarray(source) if isinstance(source, np.ndarray) else read_picture(source, option, files=files)
+    picture = Image.fromarray(source) if isinstance(source, np.ndarray) else read_picture(
+        source, option, files=files, largest=_LARGEST)
+    _check_pixels(count * picture.width * picture.height, option)
     pixels = np.asarray(picture.convert("RGB"), np.int16)
-    colours = np.array([region_colour(number) for number in range(count)], np.int16)
-    apart = np.abs(pixels[:, :, None] - colours).max(axis=-1)
-    nearest, near = apart.argmin(axis=-1), apart.min(axis=-1) <= _COLOUR_TOLERANCE
-    masks = [((nearest == number) & near).astype(np.float32) for number in range(count)]
+    nearest = np.full(pixels.shape[:2], -1, np.int16)
+    least = np.full(pixels.shape[:2], _COLOUR_TOLERANCE + 1, np.int16)
+    for number in range(count):
+        apart = np.abs(pixels - np.array(region_colour(number), np.int16)).max(axis=-1)
+        nearest[apart < least] = number
+        np.minimum(least, apart, out=least)
+    masks = [(nearest == number).astype(np.float32) for number in range(count)]
     for number, mask in enumerate(masks):
         if not mask.any():
             red, green, blue = region_colour(number)
@@ -192,7 +230,8 @@ def check_regions(regions: Sequence[Region], settings: Settings, size: tuple[int
         name = f"{option}: region {number}"
         if not region.prompt.strip():
             raise InputError(f"{name} has no prompt; it takes some text")
-        check_shape(region.mask, size, name)
+        if not region.any_shape:
+            check_shape(region.mask, size, name)
 
 
 def _levels(values: np.ndarray, option: str) -> np.ndarray:
@@ -207,8 +246,8 @@ def _levels(values: np.ndarray, option: str) -> np.ndarray:
 
 
 def _number(value: Any, option: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-        raise InputError(f"{option} has {value!r} where a number from 0 belongs")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e6:
+        raise InputError(f"{option} has {shown(value)} where a number from 0 belongs")
     return float(value)
 
 
@@ -268,12 +307,24 @@ def window_regions(weights: Tensor, windows: Sequence[Rectangle], padding: int =
 
     `weights` as by `region_weights`. Every window has one; the work is the sum of their numbers.
     """
-    found = []
-    for window in windows:
-        share = window_weights(weights, window, padding).mean(dim=(1, 2))
-        found.append(tuple(number for number, each in enumerate(share.tolist()) if each >= least)
-                     or (int(share.argmax()),))
-    return found
+    shares = torch.stack([_shares(each, windows, padding) for each in weights], dim=1)
+    return [tuple(number for number, share in enumerate(row) if share >= least) or (int(np.argmax(row)),)
+            for row in shares.tolist()]
+
+
+def _shares(weights: Tensor, windows: Sequence[Rectangle], padding: int) -> Tensor:
+    """[N] the mean of a region's weights [H, W] in each window, by sums over rectangles from the first cell on."""
+    height, width = weights.shape
+    top, left, rows, columns = torch.tensor(
+        [(each.top - padding, each.left - padding, each.height, each.width) for each in windows]).T
+    above, before = max(0, -int(top.min())), max(0, -int(left.min()))
+    below, behind = max(0, int((top + rows).max()) - height), max(0, int((left + columns).max()) - width)
+    sums = F.pad(weights[None, None], (before, behind, above, below), mode="replicate")[0, 0].double()
+    sums = F.pad(sums.cumsum(0).cumsum(1), (1, 0, 1, 0))
+    top, left = top + above, left + before
+    bottom, right = top + rows, left + columns
+    inside = sums[bottom, right] - sums[top, right] - sums[bottom, left] + sums[top, left]
+    return (inside / (rows * columns)).float()
 
 
 def dominant_regions(weights: Tensor, windows: Sequence[Rectangle], padding: int = 0) -> list[int]:

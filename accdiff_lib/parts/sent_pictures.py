@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 from PIL import Image
 
-from accdiff_lib.errors import InputError
+from accdiff_lib.errors import InputError, shown
 
 #: A path, base64 (also as a data URL), an encoded picture, or a picture.
 PictureSource: TypeAlias = "str | bytes | os.PathLike[str] | Image.Image"
@@ -17,21 +17,30 @@ PictureSource: TypeAlias = "str | bytes | os.PathLike[str] | Image.Image"
 #: Text shorter than this is no picture in base64, and longer than that no path.
 _SHORTEST_PICTURE, _LONGEST_PATH = 80, 4096
 
+#: What is read: for some other kinds Pillow starts programs. A picture of a few bytes can have gigabytes of pixels.
+_FORMATS, _LARGEST = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"), 8192 * 4096
 
-def read_picture(source: PictureSource, option: str, *, files: bool = True) -> Image.Image:
-    """The picture. Without `files` text is base64 only: over an API nobody may have this machine's files opened.
+
+def read_picture(source: PictureSource, option: str, *, files: bool = True,
+                 largest: int = _LARGEST) -> Image.Image:
+    """The picture, of at most `largest` pixels. Without `files` text is base64 only: over an API nobody may have this
+    machine's files opened.
 
     Raises InputError naming the `option`.
     """
     if isinstance(source, Image.Image):
         return source
     try:
-        picture = Image.open(_opened(source, files))
-        picture.load()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # Pillow raises all of these
-        shown = f"{len(source)} bytes" if isinstance(source, bytes) else repr(str(source)[:60])
+        picture = Image.open(_opened(source, files), formats=_FORMATS)
+        if picture.width * picture.height <= largest:
+            picture.load()
+    except Exception:  # of a damaged picture Pillow raises whatever comes
+        what = f"{len(source)} bytes" if isinstance(source, bytes) else shown(source)
         wanted = "a picture file or a picture in base64" if files else "a picture in base64"
-        raise InputError(f"{option}: {shown} is not {wanted}") from None
+        raise InputError(f"{option}: {what} is not {wanted}") from None
+    if picture.width * picture.height > largest:
+        raise InputError(f"{option}: a picture of {picture.width}x{picture.height} is not allowed; it takes at most "
+                         f"{largest >> 20} million pixels")
     return picture
 
 

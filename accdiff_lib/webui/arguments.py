@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from accdiff_lib import __version__
-from accdiff_lib.errors import InputError
+from accdiff_lib.errors import InputError, named, shown
 from accdiff_lib.methods import METHODS, OPTIONS, from_infotext, make, names
 from accdiff_lib.methods import infotext as settings_infotext
 from accdiff_lib.settings import PRESETS, SAME, Option, Settings
@@ -51,7 +51,7 @@ EXTRA: dict[str, Option] = {row.name: row for row in (
     Option("controlnet_model", "ControlNet model", "A canny ControlNet of the checkpoint's family, by its file name; "
            "None runs without.", NONE, "panel"))}
 
-#: The order of the panel's first values. Never change it.
+#: The order of the panel's values as callers know it. Never change it; what is new goes to its end.
 _FIRST: tuple[str, ...] = (
     "enabled", "controlnet_model",
     "method", "preset", "scale", "target_width", "target_height",
@@ -61,9 +61,14 @@ _FIRST: tuple[str, ...] = (
     "controlnet", "control_strength", "control_start", "control_end", "canny_sigma",
     "dilated", "cosine_scale_2", "gaussian", "gaussian_sigma", "cosine_scale_3", "interaction", "dilated_guidance",
     "guidance_rescale", "window_batch", "vae_tile", "doubling", "overlap", "window_weights", "dilated_end",
-    "guidance_start", "guidance_end", "border")
+    "guidance_start", "guidance_end", "border",
+    "first_method", "region_border", "bootstrapping",
+    "dilation_ratio", "dilation_places", "dilate", "dilate_skip", "dilate_tau", "ndcfg_tau", "progressive_dilate",
+    "inflate_tau", "low_pass", "freeu", "canvas_guidance",
+    "resampling_steps", "new_p", "rrg_init_weight", "rrg_scale", "rrg_stop", "repaint", "patch_size", "view_join",
+    "reduction", "elastic_guidance")
 
-#: The order of all the panel's values; a new method's own options come last.
+#: The order of all the panel's values; options that are not there yet come last.
 POSITIONAL: tuple[str, ...] = (*_FIRST, *(name for name in OPTIONS if name not in _FIRST))
 
 
@@ -93,7 +98,7 @@ def parse(args: Sequence[Any], *, overrides: Mapping[str, Any] | None = None,
     given_regions, *guides = (values.pop(name, None) for name in BY_NAME_ONLY)
     for name in [*values, *overrides]:
         if name not in POSITIONAL:
-            raise InputError(f"{name}: there is no such option; the options are "
+            raise InputError(f"{named(name)}: there is no such option; the options are "
                              f"{', '.join((*POSITIONAL, *BY_NAME_ONLY))}")
     if not EXTRA["enabled"].parse(overrides.get("enabled", values.get("enabled", False))):
         return None
@@ -107,7 +112,7 @@ def parse(args: Sequence[Any], *, overrides: Mapping[str, Any] | None = None,
 
 
 def _regions(given: Any) -> tuple[Region, ...]:
-    if not given:
+    if given is None or (isinstance(given, list) and not given):
         return ()
     from accdiff_lib.parts.regions import read_regions
 
@@ -115,11 +120,11 @@ def _regions(given: Any) -> tuple[Region, ...]:
 
 
 def _guide(settings: Settings, model: str, *given: Any) -> Guide | None:
-    if not any(given):
+    name = next((name for name, value in zip(GUIDES, given, strict=True) if value is not None), None)
+    if name is None:
         return None
     from accdiff_lib.webui.guides import read
 
-    name = next(name for name, value in zip(GUIDES, given, strict=True) if value)
     if not settings.wants_control:
         raise InputError(f"{name}: it would guide nothing, as the ControlNet is off; give controlnet true")
     if model == NONE:
@@ -130,7 +135,7 @@ def _guide(settings: Settings, model: str, *given: Any) -> Guide | None:
 def _by_name(given: Mapping[Any, Any]) -> dict[str, Any]:
     """The API's dict."""
     if not all(isinstance(name, str) for name in given):
-        raise InputError(f"args: {given!r} is not allowed; the keys are the options' names")
+        raise InputError(f"args: {shown(given)} is not allowed; the keys are the options' names")
     return {"enabled": True, **given}
 
 
@@ -149,7 +154,7 @@ def _method(values: Mapping[str, Any]) -> str:
 
 def _page(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """The settings page's defaults that neither the caller nor their preset decides."""
-    preset = PRESETS.get(str(values.get("preset", OPTIONS["preset"].default)).strip().lower(), {})
+    preset = PRESETS.get(OPTIONS["preset"].parse(values.get("preset", OPTIONS["preset"].default)), {})
     return {name: value for name, value in defaults.items() if name not in values and name not in preset}
 
 
@@ -199,6 +204,12 @@ def restored(parameters: Mapping[str, str]) -> Enlargement | None:
     if VERSION_KEY not in parameters:
         return None
     return Enlargement(from_infotext(parameters), parameters.get(CONTROLNET_KEY, NONE))
+
+
+def lost(parameters: Mapping[str, str]) -> list[str]:
+    """The keys of a picture's generation parameters that `restored` knows nothing of, or that stand for pictures."""
+    known = {CONTROLNET_KEY, *(option.infotext for option in OPTIONS.values())}
+    return [named(key) for key in parameters if key.startswith(f"{VERSION_KEY} ") and key not in known]
 
 
 def stamped(parameters: Mapping[str, Any], asked: Enlargement | None) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from accdiff_lib.errors import InputError
+from accdiff_lib.errors import InputError, shown
 from accdiff_lib.webui.arguments import NONE
 from accdiff_lib.webui.hosts import webui as webui_host
 
@@ -40,7 +40,7 @@ def find(name: str, places: Iterable[Path] | None = None) -> Path | None:
     files = _files(folders() if places is None else places)
     by_name = {key(known): path for known, path in files.items()}
     if key(name) not in by_name:
-        raise InputError(f"controlnet_model: {name!r} is not allowed; it takes {', '.join([NONE, *files])}")
+        raise InputError(f"controlnet_model: {shown(name)} is not allowed; it takes {', '.join([NONE, *files])}")
     return by_name[key(name)]
 
 

@@ -27,16 +27,16 @@ _STRETCHED = ("just resize", "0", "scale to fit (inner fit)")
 
 def read(image: Any, depth: Any) -> Guide | None:
     """The guide of an API's dict, by its values of IMAGE and MAP. Raises InputError."""
-    if image and depth:
+    if image is not None and depth is not None:
         raise InputError(f"{IMAGE}, {MAP}: only one of them can guide the stages")
-    if not image and not depth:
+    if image is None and depth is None:
         return None
     from accdiff_lib.parts.structure import Guide
 
-    name, given = (MAP, depth) if depth else (IMAGE, image)
+    name, given = (IMAGE, image) if depth is None else (MAP, depth)
     if not isinstance(given, str):
         raise InputError(f"{name}: takes a picture in base64")
-    return Guide(_pixels(read_picture(given, name, files=False)), is_map=bool(depth))
+    return Guide(_pixels(read_picture(given, name, files=False)), is_map=name == MAP)
 
 
 def of_units(p: Any) -> tuple[Guide | None, str]:

@@ -8,7 +8,7 @@ those the numbers are estimates.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor
 from accdiff_lib.engine.cost import Part, estimate
 from accdiff_lib.engine.method import Work
 from accdiff_lib.engine.plan import CELL, Plan, make_plan
+from accdiff_lib.errors import InputError
 from accdiff_lib.methods import of
 from accdiff_lib.parts.dilation_plan import structure
 from accdiff_lib.parts.noise_levels import NoiseLevels, alphas_cumprod
@@ -28,6 +29,9 @@ from accdiff_lib.settings import Settings
 
 #: What one ControlNet evaluation costs, as a part of a UNet evaluation of the same size (SDXL and SD1.5).
 CONTROLNET_COST = 0.4
+
+#: A plan with regions looks at so many cells of all stages' regions, and at so many pixels of their masks: a second.
+_MOST_CELLS, _MOST_PIXELS = 2 ** 22, 2 ** 26
 
 _LEVELS = NoiseLevels(alphas_cumprod({}))
 
@@ -143,6 +147,8 @@ def cost(settings: Settings, given: Generation) -> Cost:
     solver = Outline(given.sampler, "Normal", given.steps)  # of the base pass, only the number of its calls counts
     stage_solver = Outline(given.stage_sampler, given.stage_scheduler, settings.stage_steps or given.steps)
     check_regions(given.regions, settings, plan.pixels)
+    if given.regions:
+        _check_size(plan, given.regions)
     parts = estimate(of(settings), plan, settings, base_solver=solver, stage_solver=stage_solver,
                      timestep=stage_solver.timestep, guidance=given.cfg, has_control=given.has_control,
                      from_image=given.from_image, has_guide=given.has_guide, regions=given.regions)
@@ -150,6 +156,15 @@ def cost(settings: Settings, given: Generation) -> Cost:
     # SDXL has three levels, SD1.5 and SD2 four: one more than the halvings that make the multiple.
     said = of(settings).said(plan.stages, settings, lambda: structure(max(3, given.multiple.bit_length())))
     return Cost(plan, tuple(parts), sum(map(cells, parts)) / whole, tuple(said))
+
+
+def _check_size(plan: Plan, regions: Sequence[Region]) -> None:
+    """Raises InputError where looking for the regions in the windows would take long."""
+    cells = (1 + len(regions)) * sum(stage.height * stage.width for stage in plan.stages)
+    pixels = len(plan.stages) * sum(region.mask.size for region in regions)
+    if cells > _MOST_CELLS or pixels > _MOST_PIXELS:
+        raise InputError("regions: these take too long to be counted; a plan is made of smaller pictures, fewer "
+                         "regions or smaller masks")
 
 
 def cells(part: Part) -> float:

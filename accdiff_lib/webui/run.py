@@ -8,6 +8,7 @@ wrong is found out there and before the base pass: errors of the WebUI's callbac
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -44,15 +45,14 @@ def process(_script: Any, p: Any, args: Sequence[Any]) -> None:
     """The generation begins: its parameters are known from here on."""
     if _is_inner(p):
         return
-    error = None
-    asked = None
+    asked: Enlargement | Exception | None
     try:
         asked = parse(args, overrides=xyz.overrides(p), defaults=options_page.defaults())
-    except InputError as wrong:
-        error = wrong
-    p.extra_generation_params = stamped(p.extra_generation_params, asked)
-    if asked is not None or error is not None:
-        setattr(p, RUN_ATTRIBUTE, Run(p, asked, error))
+        p.extra_generation_params = stamped(p.extra_generation_params, asked)
+    except Exception as error:  # of any kind: the WebUI would swallow it, and make the plain picture
+        asked = error
+    if asked is not None:
+        setattr(p, RUN_ATTRIBUTE, Run(p, asked))
 
 
 def process_batch(_script: Any, p: Any, _args: Sequence[Any], **_: Any) -> None:
@@ -66,9 +66,9 @@ def postprocess(_script: Any, p: Any, processed: Any, _args: Sequence[Any]) -> N
     """The generation ends: what it made besides goes into the gallery."""
     run = getattr(p, RUN_ATTRIBUTE, None)
     if run is not None:
-        run.extras.show(processed)
         delattr(p, RUN_ATTRIBUTE)
         webui_host.forget_controlnet(p)
+        run.extras.show(processed)
 
 
 def _is_inner(p: Any) -> bool:
@@ -79,8 +79,9 @@ def _is_inner(p: Any) -> bool:
 class Run:
     """One generation: all its batches."""
 
-    def __init__(self, p: Any, asked: Enlargement | None, error: InputError | None) -> None:
-        self._p, self._asked, self._error = p, asked, error
+    def __init__(self, p: Any, asked: Enlargement | Exception) -> None:
+        """`asked`: what was asked for, or why that cannot be known."""
+        self._p, self._asked = p, asked
         self._find = cache(controlnets.find)  # a file that goes away after the first batch is loaded already
         self.extras = Extras(p)
 
@@ -89,7 +90,7 @@ class Run:
         p = self._p
         before = p.__dict__.get("sample")
         original = p.sample
-        put_back = webui_host.current().remember(p)
+        put_back = None
 
         def restore() -> None:
             if before is None:
@@ -101,17 +102,23 @@ class Run:
             restore()
             try:
                 return self._sample(original, *args, **kwargs)
-            except BaseException:
+            except BaseException as error:
                 _forget_conds(p)
-                put_back()
+                if put_back is not None:
+                    put_back()
+                if isinstance(error, InputError):  # the API answers with what it finds here, else with a 500
+                    vars(error).update(status_code=422, detail=str(error))
                 raise
 
         p.sample = sample
+        try:
+            put_back = webui_host.current().remember(p)
+        except Exception as error:  # swallowed as those of `process`
+            self._asked = error
 
     def _sample(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if self._error is not None:
-            raise self._error
-        assert self._asked is not None
+        if isinstance(self._asked, Exception):
+            raise self._asked
         batch = Batch(self._p, self._asked, self._find, self.extras)
         with torch.no_grad():
             return batch.sample(lambda: original(*args, **kwargs), kwargs)
@@ -134,12 +141,14 @@ class Batch:
         self._from_image = getattr(p, "init_latent", None) is not None
         self._hires = not self._from_image and bool(getattr(p, "enable_hr", False))
         self._session = webui_host.current().session(p, hires=self._hires)
-        self._settings = hires.driven(p, asked.settings, ticked=self._hires, from_image=self._from_image)
+        self._selected = hires.selected(p) if self._hires else None
+        self._settings = hires.driven(p, asked.settings, ticked=self._hires, from_image=self._from_image,
+                                      picture=self._selected)
         if getattr(p, "image_mask", None) is not None:
             raise InputError("AccDiffusion: inpainting is not possible; use it without a mask")
         self._regions = asked.regions
         deepest, levels = self._session.halvings
-        self._plan = make_plan((p.height, p.width), self._settings, native=self._session.native,
+        self._plan = make_plan(hires.base_size(p, self._selected), self._settings, native=self._session.native,
                                multiple=2 ** levels)
         check_regions(self._regions, self._settings, self._plan.pixels)
         upscalers.check(self._settings.enlarger)
@@ -180,7 +189,7 @@ class Batch:
                     results = [self._extrapolate(index, first_job, base) for index in range(len(given["seeds"]))]
         finally:
             p.sampler = None
-        return self._decoded([result.pictures[-1] for result in results])
+        return self._decoded([self._shown(result.pictures[-1]) for result in results])
 
     def _base(self, original: Callable[[], Any]) -> Given | None:
         """What the batch starts from: one picture for all, or latents [B, C, h, w] and maps [B, rows, columns, tokens].
@@ -188,8 +197,8 @@ class Batch:
         p = self._p
         if self._from_image:
             return GivenLatent(p.init_latent)
-        if self._hires and getattr(p, "firstpass_image", None) is not None:  # the WebUI's button under the gallery
-            return GivenImage(np.asarray(p.firstpass_image.convert("RGB")))
+        if self._selected is not None:
+            return GivenImage(self._selected)
         settings = self._settings
         if not settings.base_pass:
             return None
@@ -230,7 +239,7 @@ class Batch:
             p.comment("AccDiffusion: the prompt has parts joined by AND, so all windows get the whole of it")
             settings = settings.without_attention()
         shared.state.job_no = first_job + index * sum(self._jobs)
-        progress = WebUIProgress(p, self._jobs, lambda picture: self._extras.keep(index, picture, plan))
+        progress = WebUIProgress(p, self._jobs, lambda picture: self._extras.keep(index, self._shown(picture), plan))
         own = [region.negative for region in self._regions if region.negative is not None]
         host = self._session.host(prompt=prompt, negatives=[negative, *own], size=plan.pixels,
                                   solver=self._solver, progress=progress, vae_tile=settings.vae_tile)
@@ -269,6 +278,12 @@ class Batch:
         state.processing_has_refined_job_count = True
         shared.total_tqdm.updateTotal(p.steps * state.job_count)
         return state.job_no
+
+    def _shown(self, picture: Picture) -> Picture:
+        """A picture of the run without what pads the selected one."""
+        if self._selected is None or picture.image is None:
+            return picture
+        return replace(picture, image=hires.cut(self._p, picture.image, self._selected))
 
     def _decoded(self, pictures: Sequence[Picture]) -> Any:
         """All pictures in the largest one's size: the WebUI cannot take others in one batch."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from accdiff_lib.errors import InputError
+from accdiff_lib.errors import InputError, shown
 from accdiff_lib.settings import ENLARGERS
 
 
@@ -18,7 +18,7 @@ def names() -> list[str]:
 def check(name: str) -> None:
     """Raises InputError for an enlarger that there is not."""
     if name not in names():
-        raise InputError(f"enlarger: {name!r} is not allowed; it takes {', '.join(names())}")
+        raise InputError(f"enlarger: {shown(name)} is not allowed; it takes {', '.join(names())}")
 
 
 def of_hires(p: Any) -> str | None:

@@ -134,7 +134,9 @@ def test_a_large_picture_is_seen_in_views_of_native_area():
 @pytest.mark.parametrize(("base", "values", "named"), [
     ((1000, 1004), {}, "width: 1004"), ((32, 64), {}, "height: 32"),
     ((256, 256), {"target_width": 128, "target_height": 128}, "target: 128x128"),
-    ((256, 256), {"target_width": 4096, "target_height": 256}, "target: 4096x256")])
+    ((256, 256), {"target_width": 4096, "target_height": 256}, "target: 4096x256"),
+    ((64, 1024), {"target_width": 1024, "target_height": 56}, "target: 1024x56 is not allowed; it takes 64 to 16384"),
+    ((8192, 8192), {"scale": 2.05}, "target: 16792x16792 is not allowed; it takes 64 to 16384")])
 def test_impossible_sizes_are_named(base, values, named):
     with pytest.raises(InputError, match=named):
         make_plan(base, make(values), native=32)

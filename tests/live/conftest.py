@@ -102,6 +102,6 @@ def refusal(webui: WebUI) -> Any:
     def refused(*args: Any, **more: Any) -> str:
         with pytest.raises(Refused) as caught:
             webui.generate(*args, **more)
-        assert caught.value.status == 500
+        assert caught.value.status == 422
         return caught.value.text
     return refused

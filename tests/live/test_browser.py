@@ -262,17 +262,21 @@ def test_an_error_is_shown(txt2img, webui):
 
 
 def test_the_button_under_the_gallery(txt2img, webui):
-    """With Hires. fix's size, steps and strength, on the picture that is shown."""
-    txt2img.switch(False)
-    plain, _ = txt2img.generate()
-    assert plain.shape == size(BASE)
-    txt2img.switch(True)
-    txt2img.switch(True, "#txt2img_hr")
-    txt2img.number("#txt2img_hr_scale", 1.5)
-    txt2img.number("#txt2img_hires_steps", 3)
-    txt2img.number("#txt2img_denoising_strength", 0.5)
-    txt2img.press("#txt2img_upscale")
-    picture, text = txt2img.done()
-    txt2img.shot("upscaled")
-    assert picture.shape == size(BASE * 3 // 2) and alike(picture, plain)
-    assert "AccDiffusion" in parse(text).values
+    """With Hires. fix's size, steps and strength, on the whole picture that is shown, whatever the sliders say."""
+    for name, side in (("upscaled", BASE), ("upscaled-with-other-sliders", BASE * 3 // 4)):
+        txt2img.switch(False)
+        txt2img.switch(False, "#txt2img_hr")
+        txt2img.number("#txt2img_width", BASE)
+        plain, _ = txt2img.generate()
+        assert plain.shape == size(BASE)
+        txt2img.switch(True)
+        txt2img.switch(True, "#txt2img_hr")
+        txt2img.number("#txt2img_hr_scale", 1.5)
+        txt2img.number("#txt2img_hires_steps", 3)
+        txt2img.number("#txt2img_denoising_strength", 0.5)
+        txt2img.number("#txt2img_width", side)
+        txt2img.press("#txt2img_upscale")
+        picture, text = txt2img.done()
+        txt2img.shot(name)
+        assert picture.shape == size(BASE * 3 // 2) and alike(picture, plain)
+        assert "AccDiffusion" in parse(text).values and parse(text).values["Size"] == f"{BASE}x{BASE}"

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from accdiff_lib.errors import InputError
+from accdiff_lib.methods import make
 from accdiff_lib.parts import regions as r
 
 
@@ -97,6 +98,8 @@ def test_regions_of_the_api():
     "text", {"prompt": "a"}, [1], [{"prompt": "a"}], [{"mask": "x"}], [{"prompt": 1, "mask": "x"}],
     [{"prompt": "a", "mask": "x", "negative": 3}], [{"prompt": "a", "mask": "x", "strength": 1}],
     [{"prompt": "a", "mask": "x"}], [{"prompt": "a", "mask": None}], [{"prompt": "a", "mask": 0}],
+    [{"prompt": "\ud800", "mask": "x"}], [{"prompt": "a", "mask": "x" * 200_000}], [{"prompt": "a", "mask": [[[]]]}],
+    {}, 0, {"prompts": ["a"], "mapping": "x"}, {"prompts": ["a"], "mask": "x", "mapping": []},
 ])
 def test_bad_regions_are_one_sentence(wrong):
     with pytest.raises(InputError, match=r"^regions: ") as caught:
@@ -121,6 +124,53 @@ def test_regional_prompters_colours():
         np.testing.assert_array_equal(mask, expected)
     with pytest.raises(InputError, match="region 4, which is #60"):
         r.read_colour_masks(picture, 4)
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "EPS", "PPM"])
+def test_what_starts_programs_is_no_picture(format):
+    """Pillow runs Ghostscript for EPS."""
+    buffer = io.BytesIO()
+    grey(left_half()).convert("RGB").save(buffer, format)
+    if format in ("EPS", "PPM"):
+        with pytest.raises(InputError, match="is not a picture"):
+            r.read_mask(buffer.getvalue())
+    else:
+        np.testing.assert_allclose(r.read_mask(buffer.getvalue()), left_half(), atol=0.1)
+
+
+def test_pictures_of_very_many_pixels_are_not_read(monkeypatch):
+    """Nor many of them; each has some hundred bytes."""
+    def coded(*size: int) -> str:
+        return base64.b64encode(png(Image.new("1", size, 1))).decode()
+
+    with pytest.raises(InputError, match=r"^regions: region 1: a picture of 4096x4097 is not allowed; .* 16 million"):
+        r.read_regions([{"prompt": "a", "mask": coded(4096, 4097)}])
+    monkeypatch.setattr(r, "_LARGEST_OF_ALL", 2 ** 20)
+    many = [{"prompt": "a", "mask": coded(700, 800)}] * 2
+    with pytest.raises(InputError, match=r"^regions: the masks have 1 million pixels in all; they may have 1 million"):
+        r.read_regions(many)
+    with pytest.raises(InputError, match=r"^regions: the masks have 1 million"):
+        r.read_regions({"prompts": ["a", "b"], "mask": many[0]["mask"]})
+    for wrong in (many * 20, {"prompts": ["a"] * 40, "mask": "x"}, {"prompts": ["a"] * 40, "mapping": []}):
+        with pytest.raises(InputError, match=r"^regions: 40 regions are not allowed; it takes at most 32"):
+            r.read_regions(wrong)
+
+
+def test_forge_couple_over_the_api():
+    """Boxes go with pictures of every shape, masks with those of their own."""
+    encoded = base64.b64encode(png(grey(left_half()))).decode()
+    boxed, drawn = r.read_regions({"prompts": ["a", "b"], "mapping": [[0.5, 1, 0, 0.25, 2], {"mask": encoded}]})
+    settings = make({"method": "multidiffusion"})
+    for size in ((1024, 1024), (512, 2048)):
+        r.check_regions([boxed], settings, size)
+    with pytest.raises(InputError, match="the mask is 64x64"):
+        r.check_regions([boxed, drawn], settings, (512, 2048))
+    weight = r.region_weights([boxed.mask], (64, 32))[1]
+    assert weight[:16, 16:].min() == 1 and weight[17:].max() == weight[:, :15].max() == 0
+    for wrong in ({"prompts": ["a"], "mapping": []}, {"prompts": ["a"], "mapping": [[0, 1, 0, 1, 10 ** 400]]},
+                  {"prompts": ["\ud800"], "mapping": [[0, 1, 0, 1, 1]]}, {"mapping": [[0, 1, 0, 1, 1]]}):
+        with pytest.raises(InputError, match=r"^regions: "):
+            r.read_regions(wrong)
 
 
 def test_forge_couples_mappings():
@@ -197,6 +247,18 @@ def test_windows_get_their_regions():
     padded = [Window(w.top + 4, w.left + 4, 32, 32) for w in GRID]
     assert r.window_regions(weights, padded, padding=4) == r.window_regions(weights, GRID)
     assert r.window_weights(weights, Window(0, 0, 8, 8), padding=4)[1].min() == 1
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 999), places=st.lists(st.tuples(*[st.integers(0, 60)] * 2, *[st.integers(1, 40)] * 2),
+                                                 min_size=1, max_size=9), padding=st.integers(0, 30))
+def test_shares_are_means(seed, places, padding):
+    """However far a window reaches beyond the canvas."""
+    weights = torch.rand(3, 45, 50, generator=torch.Generator().manual_seed(seed))
+    windows = [Window(*place) for place in places]
+    for number, each in enumerate(weights):
+        means = [r.window_weights(weights, window, padding)[number].mean() for window in windows]
+        torch.testing.assert_close(r._shares(each, windows, padding), torch.stack(means), atol=1e-6, rtol=0)
 
 
 @settings(max_examples=30, deadline=None)

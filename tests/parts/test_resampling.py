@@ -19,7 +19,7 @@ from accdiff_lib.methods import elastic, make
 from accdiff_lib.methods.elastic import ElasticCall, ElasticSettings, resolved, work
 from accdiff_lib.methods.elastic_canvas import ElasticCanvas, Hints, seeded
 from accdiff_lib.parts import resampling as r
-from accdiff_lib.parts.local_views import JOINS, enlargement, local_views, reduced_size, slots_for
+from accdiff_lib.parts.local_views import JOINS, count_views, enlargement, local_views, reduced_size, slots_for
 from accdiff_lib.parts.noise_levels import NoiseLevels
 from accdiff_lib.standalone.samplers import SAMPLERS, KSolver, schedule
 
@@ -136,6 +136,7 @@ def test_borders_are_noised_colours():
 @given(size=canvas_sizes, patch=st.sampled_from([0, 4, 8, 12, 16]), how=st.sampled_from(JOINS))
 def test_views_cover_the_canvas(size, patch, how):
     views = local_views(size, NATIVE, patch)
+    assert count_views(size, NATIVE, patch) == len(views)
     shape = tuple(min(side, NATIVE) for side in size)
     for view in views:
         assert (view.seen_height, view.seen_width) == shape

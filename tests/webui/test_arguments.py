@@ -35,7 +35,10 @@ RELEASED = (
     "controlnet", "control_strength", "control_start", "control_end", "canny_sigma", "dilated", "cosine_scale_2",
     "gaussian", "gaussian_sigma", "cosine_scale_3", "interaction", "dilated_guidance", "guidance_rescale",
     "window_batch", "vae_tile", "doubling", "overlap", "window_weights", "dilated_end", "guidance_start",
-    "guidance_end", "border")
+    "guidance_end", "border", "first_method", "region_border", "bootstrapping", "dilation_ratio", "dilation_places",
+    "dilate", "dilate_skip", "dilate_tau", "ndcfg_tau", "progressive_dilate", "inflate_tau", "low_pass", "freeu",
+    "canvas_guidance", "resampling_steps", "new_p", "rrg_init_weight", "rrg_scale", "rrg_stop", "repaint", "patch_size",
+    "view_join", "reduction", "elastic_guidance")
 
 
 def values_of(option):
@@ -73,7 +76,7 @@ def asked_for(values, model):
 
 
 def test_the_order_of_values_is_append_only():
-    assert POSITIONAL[:len(RELEASED)] == RELEASED
+    assert POSITIONAL[:len(RELEASED)] == RELEASED == arguments._FIRST  # both lists grow before a release
     assert set(POSITIONAL) == {*OPTIONS, *EXTRA}
     assert len(set(POSITIONAL)) == len(POSITIONAL)
 
@@ -133,11 +136,19 @@ def test_numbers_as_gradio_sends_them():
     ([{1: 2}], "args", "the keys are the options' names"),
     ([True, NONE, "accdiffusion-v2", "paper", 0.5], "scale", "0.5 is not allowed"),
     ([True] * 600, "args", "600 values are not allowed"),
+    ([{"scale": 10 ** 400}], "scale", "1000000000"), ([{"window": -10 ** 5000}], "window", "a int is not allowed"),
+    ([{"scale": [[[[[[[[[3]]]]]]]]]}], "scale", "[...]"), ([{"c": float("nan")}], "c", "nan is not allowed"),
+    ([{"jitter": [True]}], "jitter", "[True] is not allowed"), ([{"jitter": 2}], "jitter", "on or off"),
+    ([{"preset": {"a": []}}], "preset", "{'a': []} is not allowed"), ([{"\ud800": 1}], r"'\ud800'", "no such option"),
+    ([{"stage_sampler": "\udfff"}], "stage_sampler", r"'\udfff' is not allowed"), ([{"x\ny": 1}], r"'x\ny'", "no such"),
+    ([[]], "enabled", "[] is not allowed"), ([True, NONE, ["x" * 20_000_000]], "method", "xxx'] is not allowed"),
+    ([{"regions": False}], "regions", "takes a list"), ([{"control_map": 0}], "control_map", "would guide nothing"),
     ([{"enabled": False, "sclae": 2}], "sclae", "there is no such option")])
 def test_wrong_values(args, named, what):
     with pytest.raises(InputError) as caught:
         parse(args)
     assert str(caught.value).startswith(f"{named}: ") and what in str(caught.value)
+    assert len(str(caught.value).encode()) < 3000 and "\n" not in str(caught.value)
 
 
 def test_the_settings_pages_defaults(monkeypatch):

@@ -205,6 +205,90 @@ def test_noise_levels_are_put_back(adapter, unet):
     assert sampling.sigmas is before
 
 
+def test_a_generation_that_fails_leaves_the_noise_levels(unet):
+    """The WebUI sets others after `process_batch`, and does not put them back when `p.sample` raises."""
+    unet.out_channels = 4
+    with stood_in(), present("backend", "backend.patcher", "backend.patcher.unet"):
+        p = generation(unet)
+        p.extra_generation_params, p.sample = {}, lambda **_: "latents"
+        sampling = p.sd_model.forge_objects.unet.model.predictor
+        before = sampling.sigmas
+        run.process(None, p, [{"scale": 99}])
+        run.process_batch(None, p, [])
+        sampling.set_sigmas(before * 2)
+        with pytest.raises(InputError, match="scale: 99"):
+            p.sample()
+    assert sampling.sigmas is before
+
+
+# --- the stages of a batch -------------------------------------------------------------------------------------
+
+class Objects(SimpleNamespace):
+    """`forge_objects`."""
+
+    def shallow_copy(self) -> Objects:
+        return Objects(**vars(self))
+
+
+class Cloned(Patcher):
+    def clone(self) -> Patcher:
+        return copy.copy(self)
+
+
+@pytest.mark.parametrize("is_hires", [False, True])
+@pytest.mark.parametrize("fails", ["", "a script", "the stages", "loading"])
+def test_stages_see_a_hires_pass_and_leave_nothing(unet, monkeypatch, is_hires, fails):
+    def patches(p: Any, **given: Any) -> None:
+        seen.append((p.is_hr_pass, tuple(given["x"].shape)))
+        p.modified_noise = True
+        if fails:  # some patch a clone, others nothing
+            p.sd_model.forge_objects.unet = p.sd_model.forge_objects.unet.clone()
+        if fails == "a script":
+            raise KeyError("its own affair")
+
+    def load(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    unet.out_channels = 4
+    with stood_in():
+        from modules import sd_models
+
+        seen: list[Any] = []
+        done: list[str] = []
+        script = SimpleNamespace(title=lambda: "Other", args_from=0, args_to=0, filename="other.py",
+                                 process_before_every_sampling=patches)
+        only_base = SimpleNamespace(title=lambda: "ControlNet", args_from=0, args_to=0, filename="control.py",
+                                    process_before_every_sampling=patches)
+        p = generation(unet)
+        before = p.sd_model.forge_objects = Objects(unet=Cloned(unet))
+        lora = Cloned(unet)
+        with_lora = p.sd_model.forge_objects_after_applying_lora = Objects(unet=lora)
+        lora.controlnet_linked_list = "the base pass's"
+        vars(p).update(scripts=SimpleNamespace(alwayson_scripts=[only_base, script]), script_args=[], width=64,
+                       height=72, disable_extra_networks=True, is_hr_pass="as before", modified_noise=None,
+                       get_token_merging_ratio=lambda for_hr=False: 0.5 if for_hr else 0.0)
+        if fails == "loading":
+            monkeypatch.setattr(sd_models, "apply_token_merging", load)
+        adapter = Forge()
+        monkeypatch.setattr(adapter, "reload", lambda p, hires: None)
+        for name in ("prepare", "cleanup"):
+            monkeypatch.setattr(adapter, name, lambda *_, name=name: done.append(name))
+        session = adapter.session(p, hires=is_hires)
+        try:
+            with session.stages({"seeds": [1, 2]}):
+                assert p.sd_model.forge_objects is not before and p.sd_model.applied_token_merged_ratio == 0.5
+                assert p.is_hr_pass == "as before" and p.modified_noise is None
+                session.stage_unet.require(torch.zeros(1, 4, 8, 8))
+                if fails == "the stages":
+                    raise ZeroDivisionError
+        except ZeroDivisionError:
+            assert fails in ("the stages", "loading")
+        assert p.sd_model.forge_objects is before and session.stage_unet is None
+        assert with_lora.unet is lora and lora.controlnet_linked_list == "the base pass's"
+        if fails != "loading":
+            assert seen == [(is_hires, (2, 4, 9, 8))] and done == ["prepare", "cleanup"]
+
+
 # --- halves ----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("marks", "batch", "expected"), [
@@ -433,6 +517,10 @@ def test_guidance_rescale_acts_on_what_the_webui_has_combined(unet):
     assert torch.equal(found, expected) and not vars(denoiser)
     with automatic._evaluating(x, sigma, conditioning()):
         assert not vars(denoiser)
+    for failing in (host, automatic):
+        with pytest.raises(ZeroDivisionError), failing._evaluating(x, sigma, conditioning(rescale=0.7)):
+            raise ZeroDivisionError
+    assert not vars(denoiser) and patcher.model_options["sampler_post_cfg_function"] is others
 
 
 def test_the_unet_is_known_by_its_layout(unet):

@@ -57,6 +57,7 @@ class Page:
             route.fulfill(body=written(), content_type="text/html")
             return
         assert route.request.url == f"{ADDRESS}accdiffusion/v1/plan"
+        assert route.request.headers[api.PAGE_HEADER.lower()] == api.PAGE_KEY  # with --api-auth it needs no password
         self.asked.append(json.loads(route.request.post_data))
         self.serve(route)
 
@@ -225,8 +226,13 @@ def test_other_settings_of_the_webui_may_be_another_checkpoint(page):
 
 def test_a_folded_panel_asks_nothing(page):
     page.page.evaluate(f"document.getElementById('{PREFIX}enabled').style.display = 'none'")
-    page.pass_time(5)
-    assert not page.asked
+    for scale in (3, 4):
+        page.set(f"{PREFIX}scale", scale)
+        page.pass_time(5)
+    page.page.evaluate(f"document.getElementById('{PREFIX}enabled').style.display = ''")
+    page.settle()
+    page.says("4096x3072: ")
+    assert len(page.asked) == 1
 
 
 def test_options_of_other_methods_are_not_shown(page):
@@ -250,6 +256,7 @@ def test_an_option_is_not_shown_where_another_stands_in(page):
     page.set(f"{PREFIX}stride", 32)
     page.settle()
     assert not page.shown("overlap")
+    assert "windows" in page.page.locator("h4:visible").all_text_contents()  # the others of its group are there
     page.set(f"{PREFIX}stride", 0)
     page.settle()
     assert page.shown("overlap")

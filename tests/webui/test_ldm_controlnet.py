@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from accdiff_lib.errors import InputError
 from accdiff_lib.standalone.export import controlnet_to_checkpoint
 from accdiff_lib.standalone.finding import CONFIGS
+from accdiff_lib.webui.hosts import forge_control
+from accdiff_lib.webui.hosts.ldm import controlnet_file
 from accdiff_lib.webui.hosts.ldm.controlnet import Encoder, LdmControlNet
 from tests import ldm_unet, tiny
 
@@ -478,6 +480,28 @@ def test_files_that_cannot_be_read(store, tmp_path, name, match):
     elif name != "none.safetensors":
         path.write_bytes(b"" if "empty" in name else b"it is only text")
     refused(path, ldm("sdxl"), match)
+
+
+def test_files_that_torch_must_not_see(store, tmp_path, monkeypatch):
+    """Programs never, and weights in a pickle only where torch keeps programs out of them."""
+    def seen(*_: Any, **__: Any) -> None:
+        pytest.fail("torch has read it")
+
+    program, pickled = tmp_path / "script.PTH", tmp_path / "weights.pth"
+    torch.jit.script(nn.ReLU()).save(str(program))
+    torch.save(weights(store, "sdxl", "cldm"), pickled)
+    for damaged, content in (("cut.pth", pickled.read_bytes()[:-30]), ("end.pth", pickled.read_bytes()[-300:])):
+        (tmp_path / damaged).write_bytes(content)
+        refused(tmp_path / damaged, ldm("sdxl"), "cannot be read as a PyTorch file")
+    controlnet_file.ControlNetFile(pickled).close()
+    monkeypatch.setattr(torch.serialization, "load", seen)
+    refused(program, ldm("sdxl"), "it is a TorchScript archive")
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.5.1+cu121"))
+    refused(pickled, ldm("sdxl"), r"torch 2\.5\.1\+cu121 cannot read \.pth files safely")
+    forge: Any = None
+    for path in (program, pickled):
+        with pytest.raises(InputError, match=path.name):
+            forge_control.load(path, None, forge)
 
 
 def test_a_model_without_an_ldm_unet(store):

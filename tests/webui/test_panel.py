@@ -221,6 +221,14 @@ def test_parameters_restore_the_whole_panel(page):
     assert arguments.parse(list(generate(page).values())) == Enlargement(make())
 
 
+def test_parameters_that_are_not_allowed_say_so(page):
+    before = generate(page)
+    paste(page, {**arguments.infotext(Enlargement(make({"c": 0.42}))), "AccDiffusion scale": "12"})
+    page.get_by_text("scale: '12' is not allowed; it takes a number from 1 to 8").wait_for()
+    assert generate(page) == {**before, "enabled": False}
+    paste(page, arguments.infotext(Enlargement(make())))
+
+
 def test_a_model_that_is_not_here_stays_visible(page):
     paste(page, arguments.infotext(Enlargement(make(), "gone.safetensors")))
     assert generate(page)["controlnet_model"] == "gone.safetensors"

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -125,6 +126,53 @@ def test_the_largest_plan_rehearses_once(client, monkeypatch, steps):
     assert len(rehearsed) <= 4
 
 
+@pytest.mark.parametrize("body", [
+    {"window": 8, "stride": 1}, {"method": "elasticdiffusion", "patch_size": 8, "progressive": True},
+    {"method": "scalecrafter", "progressive": True, "first_method": "elasticdiffusion", "patch_size": 8}])
+def test_no_plan_counts_for_seconds(client, body):
+    most = {"width": 2048, "height": 2048, "scale": 8, "steps": 1000, "stage_steps": 1000, "sampler_name": "Heun",
+            "native": 64, "tolerance": 0}
+    planned(client)
+    begin = time.process_time()
+    planned(client, **most, **body)
+    assert time.process_time() - begin < 1
+
+
+@pytest.mark.parametrize(("body", "said"), [
+    ({"width": 2048, "height": 2048, "scale": 8}, "regions: these take too long to be counted"),
+    ({"width": 1024, "height": 1024, "scale": 2, "window": 8, "stride": 1, "target_width": 2048,
+      "target_height": 16384}, "target: 2048x16384 is 16 times"),
+    ({"width": 1024, "height": 1024, "scale": 3, "window": 8, "stride": 1}, "regions: 142129 windows are too many")])
+def test_plans_with_regions_have_limits(client, body, said):
+    mapping = {"prompts": ["a star"], "mapping": [[0, 0.5, 0, 1, 1]]}
+    answer = client.post("/accdiffusion/v1/plan", json={"method": "multidiffusion", "regions": mapping, **body})
+    assert answer.status_code == 422 and answer.json()["detail"].startswith(said)
+
+
+def test_routes_want_the_password_of_the_webuis_own(webui):  # noqa: F811
+    fastapi = pytest.importorskip("fastapi")
+    testclient = pytest.importorskip("fastapi.testclient")
+    from modules import shared
+
+    shared.cmd_opts.api_auth = "me:secret,you:other"
+    app = fastapi.FastAPI()
+    api.register(None, app)
+    client = testclient.TestClient(app)
+
+    def statuses(**given):
+        answers = [client.get("/accdiffusion/v1/options", **given), client.get("/accdiffusion/v1/model", **given),
+                   client.post("/accdiffusion/v1/plan", json={}, **given)]
+        assert all(answer.headers.get("www-authenticate") == "Basic" for answer in answers if answer.status_code == 401)
+        return {answer.status_code for answer in answers}
+
+    assert statuses(auth=("me", "secret")) == statuses(auth=("you", "other")) == {200}
+    for wrong in ({}, {"auth": ("me", "other")}, {"auth": ("he", "")}, {"auth": ("", "")},
+                  {"auth": ("m\u00e9", "\u20ac")}, {"headers": {"Authorization": "Basic !"}},
+                  {"headers": {api.PAGE_HEADER: ""}}, {"headers": {api.PAGE_HEADER: "me:secret"}}):
+        assert statuses(**wrong) == {401}
+    assert statuses(headers={api.PAGE_HEADER: api.PAGE_KEY}) == {200}
+
+
 def test_what_is_too_large_is_refused_before_it_is_counted(client, monkeypatch):
     monkeypatch.setattr(outline, "estimate", None)
     for body in ({"width": 16384, "height": 16384, "scale": 8}, {"scale": 8, "width": 64, "height": 16384}):
@@ -134,6 +182,8 @@ def test_what_is_too_large_is_refused_before_it_is_counted(client, monkeypatch):
 @pytest.mark.parametrize(("body", "what"), [
     ({"sclae": 2}, "sclae: there is no such option"),
     ({"args": {"scale": 2}}, "args: takes a list"), ({"args": [{}], "scale": 2}, "args: takes a list"),
+    ({"args": [{}], "control_map": "x"}, "args: takes a list"), ({"control_map": "x"}, "control_map: it would guide"),
+    ({"stage_scheduler": "no such"}, "stage_scheduler: 'no such' is not allowed; it takes Same, Automatic"),
     ({"scale": 9}, "scale: 9 is not allowed; it takes a number from 1"),
     ({"width": 1001}, "width: 1001 is not allowed; it takes a multiple of 8"), ({"steps": "many"}, "steps: 'many'"),
     ({"target_width": 256, "target_height": 256}, "target: 256x256 is 0.25 times"), ([], "must be a JSON object"),
@@ -278,6 +328,45 @@ def test_hires_fix_as_the_driver():
     assert hires.values(512, 768, **{**base, "denoising": 0})["start"] == 0.95
 
 
+# --- parameters that are sent to the panel ---------------------------------------------------------------------
+
+@pytest.fixture
+def fields(webui, monkeypatch):  # noqa: F811
+    """What the panel's controls get of parameters, and what is said of them; for one of the two tabs."""
+    said: list[str] = []
+    monkeypatch.setattr(panel, "_warn", said.append)
+
+    def pasted(is_img2img=False, **parameters):
+        said.clear()
+        made = {name: name for name in POSITIONAL}
+        got = {name: value({"Steps": "20", **parameters}) for name, value in panel._paste_fields(made, is_img2img)}
+        return {name: value for name, value in got.items() if value is not None}, "".join(said)
+    return pasted
+
+
+@pytest.mark.parametrize("is_img2img", [False, True])
+@pytest.mark.parametrize(("wrong", "named"), [
+    ({"AccDiffusion scale": "12"}, "scale: '12' is not allowed; it takes a number from 1 to 8"),
+    ({"AccDiffusion method": "later"}, "method: 'later' is not allowed"),
+    ({"AccDiffusion target width": "1000"}, "target_width, target_height: give both"),
+    ({"AccDiffusion stride": "\ud800"}, r"stride: '\ud800' is not allowed")])
+def test_parameters_that_are_not_allowed_switch_it_off_and_say_so(fields, is_img2img, wrong, named):
+    parameters = {"AccDiffusion": "1", "AccDiffusion ControlNet model": "canny",
+                  "AccDiffusion prompt fit c": "0.1"}
+    got, said = fields(is_img2img, **parameters, **wrong)
+    assert got == {"enabled": False} and named in said
+    got, said = fields(is_img2img, **parameters)
+    assert got["c"] == 0.1 and got["controlnet_model"] == "canny" and said == ""
+    assert got.get("enabled") == (None if is_img2img else True)
+
+
+def test_what_is_not_restored_is_named(fields):
+    got, said = fields(**{"AccDiffusion": "1", "AccDiffusion regions": "a star", "AccDiffusion news": "3",
+                          "AccDiffusion scale": "3"})
+    assert got["enabled"] and got["scale"] == 3 and said == "not restored: AccDiffusion regions, AccDiffusion news"
+    assert fields() == ({"enabled": False}, "") and fields(True) == ({}, "")
+
+
 # --- the script, install.py ------------------------------------------------------------------------------------
 
 def load(path: Path):
@@ -329,6 +418,7 @@ def test_the_table_on_the_page_is_readable():
     written = panel._live_line(lambda name: f"script_txt2img_accdiffusion_{name}")
     table = json.loads(html.unescape(written.partition("data-table='")[2].partition("'></div>")[0]))
     assert table["prefix"] == "script_txt2img_accdiffusion_" and table["positional"] == list(POSITIONAL)
+    assert table["headers"] == {api.PAGE_HEADER: api.PAGE_KEY}
     assert table["help"]["c"] == OPTIONS["c"].help and table["hideable"]["overlap"] == "stride"
     assert not {"method", "first_method", "scale"} & set(table["hideable"])
     assert "windows" in table["lacks"]["scalecrafter"]

@@ -10,16 +10,21 @@ import copy
 import errno
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from accdiff_lib.errors import InputError
+from accdiff_lib.methods import make
+from accdiff_lib.webui import hires, run
+from accdiff_lib.webui.hosts import webui as webui_host
 from accdiff_lib.webui.hosts.ldm import controlnet as ldm_controlnet
 from tests import tiny
-from tests.webui_stand_in.generation import BASE, OPTIONS, WebUI, at_call, started
+from tests.webui_stand_in.generation import BASE, OPTIONS, Answer, WebUI, at_call, started
 from tests.webui_stand_in.model import checkpoint
 
 #: Calls of the UNet in the base pass.
@@ -181,6 +186,60 @@ def test_hires_fix_takes_over(webui):
     assert np.array_equal(answer.picture, webui.generate(by_panel).picture)
 
 
+# --- the button under the gallery ------------------------------------------------------------------------------
+
+def selected(height: int, width: int) -> Image.Image:
+    """A picture with every part another colour."""
+    rows, columns = np.mgrid[:height, :width]
+    return Image.fromarray(np.stack([255 * rows // height, 255 * columns // width, (9 * rows * columns) % 256],
+                                    axis=-1).astype(np.uint8))
+
+
+def enlarged(webui: WebUI, picture: Image.Image, sliders: tuple[int, int], **hires: Any) -> Answer:
+    """What its button gives; the sliders stand at (width, height)."""
+    return webui.generate({**OPTIONS, "window_prompts": False}, enable_hr=True, firstpass_image=picture,
+                          width=sliders[0], height=sliders[1], **{"hr_second_pass_steps": 2, **hires})
+
+
+@pytest.mark.parametrize("sliders", [(64, 64), (128, 64), (512, 768)])
+def test_the_selected_picture_is_enlarged_whatever_the_sliders_say(webui, sliders):
+    picture = selected(64, 96)
+    answer = enlarged(webui, picture, sliders)
+    assert answer.picture.shape == (128, 192, 3) and "Size: 96x64" in answer.processed.infotexts[0]
+    assert np.array_equal(answer.picture, enlarged(webui, picture, picture.size).picture)
+
+
+def test_sides_that_are_no_multiples_of_8_are_padded_and_cut_again(webui, setting, tmp_path):
+    """Nothing of the picture is lost or stretched, and nothing is added to it."""
+    setting("save_stages")
+    picture = selected(70, 67)
+    padded = Image.fromarray(np.pad(np.asarray(picture), ((0, 2), (0, 5), (0, 0)), mode="edge"))
+    answer = enlarged(webui, picture, (64, 64), outpath_samples=str(tmp_path))
+    assert answer.picture.shape == (140, 134, 3)
+    assert np.array_equal(answer.picture, enlarged(webui, padded, (64, 64)).picture[:140, :134])
+    with Image.open(next(tmp_path.glob("*base.png"))) as base:
+        assert base.size == (67, 70)
+
+
+@pytest.mark.parametrize(("asked", "size"), [
+    ({"hr_resize_x": 100}, (100, 104)), ({"hr_resize_x": 96, "hr_resize_y": 120}, (96, 120)),
+    ({"hr_scale": 1}, (67, 70)), ({"hr_scale": 1.5}, (100, 105))])
+def test_the_size_that_is_asked_for(asked, size):
+    """To the pixel, as near as whole cells come; (width, height)."""
+    p = SimpleNamespace(firstpass_image=selected(70, 67), width=8, height=8, steps=4, hr_second_pass_steps=0,
+                        denoising_strength=0.5, **{"hr_scale": 2.0, "hr_resize_x": 0, "hr_resize_y": 0, **asked})
+    picture = hires.selected(p)
+    assert picture is not None and (p.width, p.height) == (67, 70) and picture.shape == (72, 72, 3)
+    settings = hires.driven(p, make(), ticked=True, from_image=False, picture=picture)
+    made = np.zeros((settings.target_height, settings.target_width, 3))
+    cut = hires.cut(p, made, picture).shape[:2]
+    assert all(side <= wanted < side + 8 for side, wanted in zip(cut, size[::-1], strict=True))
+
+
+def test_other_sizes_are_cut_to_whole_cells_as_the_webui_samples_them(webui):
+    assert webui.generate(OPTIONS, width=71, height=66).picture.shape == (128, 128, 3)
+
+
 def test_a_batch_is_its_pictures(webui, large):
     answer = webui.generate(OPTIONS, batch_size=2)
     assert len(answer.pictures) == 2 and same(answer.pictures[0], large)
@@ -195,6 +254,75 @@ def test_stages_are_saved_and_explained(webui, large, setting, tmp_path):
     assert names == ["00000-7-accdiffusion-base.png", "00001-7.png"] and np.array_equal(answer.picture, large)
     assert len(answer.pictures) == len(answer.processed.infotexts) == 2
     assert answer.pictures[1].shape[2] == 3 and answer.comments == ""
+
+
+def test_how_much_of_the_subseed_counts():
+    def seed(strength: float, subseed: int = 1) -> int:
+        p = SimpleNamespace(seeds=[3, 7], subseeds=[9, subseed], subseed_strength=strength)
+        batch: Any = SimpleNamespace(_p=p)
+        return run.Batch._seed(batch, 1)
+
+    assert seed(0.0) == seed(0.0, 2) == 7 and len({7, seed(0.2), seed(0.7), seed(0.2, 2)}) == 4
+
+
+def test_pixels_are_what_the_engine_made():
+    """Every level, when the WebUI has turned it into a fraction and cut that off again."""
+    levels = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 256, 3)
+    sample = run._as_sample(levels, 1, 256)
+    assert np.array_equal((255.0 * ((sample + 1) / 2).clamp(0, 1).numpy()).astype(np.uint8).transpose(1, 2, 0), levels)
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_a_generation_keeps_nothing(webui, controlnet, failing, monkeypatch):
+    """Of ours: no ControlNet, no run; and the model is as for its next plain picture."""
+    from modules.processing import StableDiffusionProcessing
+
+    monkeypatch.setattr(StableDiffusionProcessing, "get_token_merging_ratio",
+                        lambda self, for_hr=False: 0.5 if for_hr else 0.25)
+    p, seen = webui.generation({**CANNY, "guidance_rescale": 0.5}), []
+
+    def look(*_: Any) -> None:
+        seen.append(webui.model.applied_token_merged_ratio)
+        if failing and len(seen) == STEPS + 2:
+            raise ValueError("a bad day")
+
+    with hooked(unet(webui), look):
+        if failing:
+            with pytest.raises(ValueError, match="a bad day"):
+                webui.run(p)
+        else:
+            webui.run(p)
+            assert not [name for name in vars(p) if "accdiffusion" in name]
+    assert seen[:STEPS] == [0.0] * STEPS and set(seen[STEPS:]) == {0.5}
+    assert webui.model.applied_token_merged_ratio == 0.25
+    webui.model.applied_token_merged_ratio = 0.0
+
+
+# --- what an API sends -----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("wrong", [{"scale": 10 ** 400}, {"scale": float("nan")}, {"scale": "x" * 2_000_000},
+                                   {"\ud800": 1}, {"stage_sampler": "\ud800"}, {"stage_sampler": "no such"},
+                                   {"stage_scheduler": "no such"}, {"preset": [[[[]]]]}, {"regions": 0},
+                                   {"control_image": 0}], ids=range(10))
+def test_wrong_arguments_reach_the_caller_in_words(webui, wrong):
+    """As the API answers: by what it finds in the exception, or with a 500."""
+    calls: list[int] = []
+    with hooked(unet(webui), lambda *_: calls.append(1)), pytest.raises(InputError) as caught:
+        webui.generate({**OPTIONS, **wrong})
+    answer = vars(caught.value)
+    assert answer["status_code"] == 422 and answer["detail"] == str(caught.value) and not calls
+    assert len(answer["detail"].encode()) < 3000 and "\n" not in answer["detail"]
+
+
+def test_whatever_fails_before_a_run_is_no_plain_picture(webui, monkeypatch):
+    def fails(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError("nobody thought of it")
+
+    for module, name in ((run, "parse"), (webui_host.current(), "remember")):
+        with monkeypatch.context() as patched:
+            patched.setattr(module, name, fails)
+            with pytest.raises(ZeroDivisionError):
+                webui.generate(OPTIONS)
 
 
 # --- Interrupt and Skip ----------------------------------------------------------------------------------------
@@ -229,6 +357,14 @@ def test_skip_goes_to_the_decode(webui, plain, large):
     assert first.shape == large.shape and not same(first, large)
     assert webui.state.skipped is False
     assert same(second, webui.generate(OPTIONS, seed=BASE["seed"] + 1, subseed=2).picture)
+
+
+def test_skip_is_for_one_picture_of_a_batch(webui):
+    whole = webui.generate(OPTIONS, batch_size=2).pictures
+    with hooked(unet(webui), at_call(2 * STEPS, webui.state.skip)):
+        answer = webui.generate(OPTIONS, batch_size=2)
+    assert webui.state.skipped is False
+    assert not same(answer.pictures[0], whole[0]) and np.array_equal(answer.pictures[1], whole[1])
 
 
 def test_a_batch_interrupted_at_its_third_picture(webui):

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from accdiff_lib.webui.hosts.ldm.controlnet import LdmControlNet, layers_per_level
-from accdiff_lib.webui.hosts.ldm.controlnet_file import ControlNetFile, check_family
+from accdiff_lib.webui.hosts.ldm.controlnet_file import ControlNetFile, check_family, check_pickle
 
 if TYPE_CHECKING:
     from accdiff_lib.webui.hosts.forge_base import ForgeBase
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 def load(path: Path, sd_model: Any, webui: ForgeBase) -> Any:
     """The ControlNet of a file, for the loaded model. Raises InputError (one line) where it cannot steer it."""
+    check_pickle(path)
     module, patcher = webui.unet(sd_model), sd_model.forge_objects.unet
     if _is_control_lora(path):
         loaded = _built_in(path)

@@ -18,7 +18,7 @@ from torch import Tensor
 from accdiff_lib import seeds
 from accdiff_lib.engine.host import Denoiser, Solver
 from accdiff_lib.engine.schedule import rehearse
-from accdiff_lib.errors import InputError
+from accdiff_lib.errors import InputError, named, shown
 from accdiff_lib.parts.step_noise import brownian_noise, step_noise
 
 Callback = Callable[[Mapping[str, Any]], None]
@@ -70,6 +70,15 @@ def own_schedule(sampler: str, scheduler: str) -> str:
     return scheduler if found is None else str(found.label)
 
 
+def check_schedule(name: str) -> None:
+    """Raises InputError for the name of no schedule, for which the WebUI would take another one."""
+    from modules import sd_schedulers
+
+    if name not in sd_schedulers.schedulers_map:
+        known = ", ".join(str(scheduler.label) for scheduler in sd_schedulers.schedulers)
+        raise InputError(f"stage_scheduler: {shown(name)} is not allowed; it takes Same, {known}")
+
+
 def webui_solver(p: Any, name: str, scheduler: str, steps: int) -> Solver:
     """The WebUI's sampler of this name. Raises InputError where it cannot drive the stages."""
     from modules import sd_samplers
@@ -80,7 +89,8 @@ def webui_solver(p: Any, name: str, scheduler: str, steps: int) -> Solver:
         if hasattr(sampler, "scheduler_name"):  # reForge's samplers of ComfyUI look there
             sampler.scheduler_name = scheduler
     except Exception as error:
-        raise InputError(f"stage_sampler: {name} is not allowed with this model ({error})") from error
+        why = named(str(error))  # it has the name, too
+        raise InputError(f"stage_sampler: {named(name)} is not allowed with this model ({why})") from error
     kind = KSampler if hasattr(sampler, "get_sigmas") else TimestepSampler
     try:
         solver = kind(name, sampler, view, steps)

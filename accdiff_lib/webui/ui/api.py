@@ -4,22 +4,27 @@
     GET  /accdiffusion/v1/model
     POST /accdiffusion/v1/plan     {"width": 1024, "height": 1024, "steps": 30, "scale": 4, "preset": "fast"}
 
-The line under the panel's scale is a plan's "size" and "text" (javascript/accdiff.js).
+With --api-auth they want a user's name and password, as the WebUI's own routes do. The line under the panel's scale is
+a plan's "size" and "text" (javascript/accdiff.js); who has the page needs no password for it.
 """
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
 from accdiff_lib import __version__
-from accdiff_lib.errors import InputError
+from accdiff_lib.errors import InputError, named
 from accdiff_lib.methods import METHODS, OPTIONS, names
 from accdiff_lib.settings import LARGEST, PRESETS, Option
 from accdiff_lib.webui import model
 from accdiff_lib.webui.arguments import BY_NAME_ONLY, EXTRA, NONE, POSITIONAL, REGIONS, Enlargement, parse
 from accdiff_lib.webui.ui import options_page
+
+#: What the page sends along, in this header: it is in the panel, which the WebUI's own login guards if there is one.
+PAGE_KEY, PAGE_HEADER = secrets.token_urlsafe(), "X-AccDiffusion-Page"
 
 #: What the lists of Hires. fix call the base pass's.
 SAME_SAMPLER, SAME_SCHEDULER = "Use same sampler", "Use same scheduler"
@@ -52,11 +57,16 @@ _MASK = {"type": "string", "description": "A picture in base64, also as a data U
 _REGIONS = {
     "title": REGIONS, "default": [], "x-group": "windows",
     "description": "Parts of the picture that have prompts of their own, for methods with windows: each with its "
-                   "prompt and mask, or the prompts and one mask in Regional Prompter's colours.",
+                   "prompt and mask, or the prompts and one mask in Regional Prompter's colours or Forge Couple's "
+                   "mapping.",
     "anyOf": [{"type": "array", "items": {"type": "object", "required": ["prompt", "mask"], "properties": {
         "prompt": {"type": "string"}, "negative": {"type": "string"}, "mask": _MASK}}},
         {"type": "object", "required": ["prompts", "mask"], "properties": {
-            "prompts": {"type": "array", "items": {"type": "string"}}, "mask": _MASK}}]}
+            "prompts": {"type": "array", "items": {"type": "string"}}, "mask": _MASK}},
+        {"type": "object", "required": ["prompts", "mapping"], "properties": {
+            "prompts": {"type": "array", "items": {"type": "string"}}, "mapping": {
+                "type": "array", "description": "For each prompt [left, right, top, bottom, weight] in parts of the "
+                "picture, or a mask and its weight."}}}]}
 
 _BY_NAME_ONLY = {REGIONS: _REGIONS} | {name: {
     "type": "string", "contentEncoding": "base64", "title": name.replace("_", " "), "x-group": "control",
@@ -112,7 +122,7 @@ def _request(body: Mapping[str, Any]) -> tuple[SimpleNamespace, Enlargement]:
     known = [*GENERATION, "args", *POSITIONAL, *BY_NAME_ONLY]
     for name in body:
         if name not in known:
-            raise InputError(f"{name}: there is no such option; the options are {', '.join(known)}")
+            raise InputError(f"{named(name)}: there is no such option; the options are {', '.join(known)}")
     said = {name: value for name, value in body.items() if value is not None}
     given = SimpleNamespace(**{name: row.parse(said.get(name, row.default)) for name, row in GENERATION.items()})
     given.hr_sampler_name = None if given.hr_sampler_name == SAME_SAMPLER else given.hr_sampler_name
@@ -128,7 +138,7 @@ def _request(body: Mapping[str, Any]) -> tuple[SimpleNamespace, Enlargement]:
 
 def register(_demo: Any, app: Any) -> None:
     """Adds the routes; a callback of `on_app_started`, which the WebUI calls with and without its page."""
-    from fastapi import Body, HTTPException
+    from fastapi import Body, Depends, HTTPException
 
     def options_route():
         return schema()
@@ -147,4 +157,28 @@ def register(_demo: Any, app: Any) -> None:
 
     for path, route, method in (("options", options_route, "GET"), ("model", model_route, "GET"),
                                 ("plan", plan_route, "POST")):
-        app.add_api_route(f"/accdiffusion/v1/{path}", route, methods=[method], tags=["AccDiffusion"])
+        app.add_api_route(f"/accdiffusion/v1/{path}", route, methods=[method], tags=["AccDiffusion"],
+                          dependencies=[Depends(check) for check in _authentication()])
+
+
+def _authentication() -> list[Any]:
+    """The dependencies of routes: what --api-auth asks for."""
+    from fastapi import Depends, Header, HTTPException
+    from fastapi.security import HTTPBasic
+    from modules import shared
+
+    asked = getattr(shared.cmd_opts, "api_auth", None)
+    if not asked:
+        return []
+    users = dict(user.split(":", 1) for user in asked.split(","))
+
+    def check(given=Depends(HTTPBasic(auto_error=False)), key=Header("", alias=PAGE_HEADER)):  # noqa: B008
+        known = given is not None and _same(given.password, users.get(given.username, ""))
+        if not (known and given.username in users) and not _same(key, PAGE_KEY):
+            raise HTTPException(401, "Incorrect username or password", {"WWW-Authenticate": "Basic"})
+
+    return [check]
+
+
+def _same(given: str, secret: str) -> bool:
+    return secrets.compare_digest(given.encode(), secret.encode())

@@ -8,11 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from accdiff_lib.errors import InputError
 from accdiff_lib.methods import METHODS, OPTIONS, names
 from accdiff_lib.settings import SAME, SUGGESTED, Option, values
 from accdiff_lib.webui import controlnets, upscalers
-from accdiff_lib.webui.arguments import CONTROLNET_KEY, EXTRA, NONE, POSITIONAL, VERSION_KEY, picked, restored
-from accdiff_lib.webui.ui import options_page
+from accdiff_lib.webui.arguments import EXTRA, NONE, POSITIONAL, Enlargement, lost, picked, restored
+from accdiff_lib.webui.ui import api, options_page
 
 #: The options in sight, by rows; all others are under "Advanced", by the table's groups.
 IN_SIGHT = (("method", "preset"), ("scale", "target_width", "target_height"), ("control_strength", "c"))
@@ -173,6 +174,7 @@ def _live_line(elem_id: Callable[[str], str]) -> str:
         boxes[f"group_{number}"] = [name for row in rows for name in row]
     table = {"prefix": elem_id(""), "positional": POSITIONAL, "hideable": hideable, "lacks": lacks,
              "boxes": {name: inside for name, inside in boxes.items() if set(inside) <= set(hideable)},
+             "headers": {api.PAGE_HEADER: api.PAGE_KEY},
              "help": {option.name: option.help for option in (EXTRA["controlnet_model"], *OPTIONS.values())}}
     return ("<div class='accdiff-cost'></div>"
             f"<div class='accdiff-data' hidden data-table='{html.escape(json.dumps(table))}'></div>")
@@ -198,27 +200,58 @@ def _starting_point(which: str, made: dict[str, Any]) -> None:
 # --- Send to txt2img -------------------------------------------------------------------------------------------
 
 def _paste_fields(made: Mapping[str, Any], is_img2img: bool) -> list[Any]:
-    """A field for each control. Parameters of a picture made without AccDiffusion switch it off and leave the rest."""
+    """A field for each control. Parameters of a picture made without AccDiffusion switch it off and leave the rest; so
+    do those that are not allowed here, and that is said."""
     from modules.infotext_utils import PasteField
 
     # No `api` names: those are of fields of the API's request, and script arguments are none.
-    # Whoever sends a large picture to img2img seldom wants it enlarged once more, so there the switch stays as it is.
-    switch = [] if is_img2img else [PasteField(made["enabled"], lambda parameters: VERSION_KEY in parameters)]
-    model = PasteField(made["controlnet_model"], _pasted_model)
-    return [*switch, model, *(PasteField(made[name], _pasted(name)) for name in OPTIONS)]
+    of = {"enabled": _pasted_switch(is_img2img), "controlnet_model": _pasted_model,
+          **{name: _pasted(name) for name in OPTIONS}}
+    return [PasteField(made[name], value) for name, value in of.items()]
+
+
+def _pasted_switch(is_img2img: bool) -> Callable[[Mapping[str, str]], bool | None]:
+    """Of all fields the one that says what cannot be restored."""
+    def value(parameters: Mapping[str, str]) -> bool | None:
+        try:
+            found = restored(parameters)
+        except InputError as error:
+            _warn(f"this picture's parameters are not allowed here, so AccDiffusion is switched off: {error}")
+            return False
+        gone = lost(parameters)
+        if gone:
+            _warn(f"not restored: {', '.join(gone)}")
+        # Whoever sends a large picture to img2img seldom wants it enlarged once more, so there it stays as it is.
+        return None if is_img2img else found is not None
+    return value
+
+
+def _warn(message: str) -> None:
+    """On the page, and in the log."""
+    import gradio as gr
+
+    print(f"[AccDiffusion] {message}")
+    gr.Warning(f"AccDiffusion: {message}")
 
 
 def _pasted(name: str) -> Callable[[Mapping[str, str]], Any]:
     def value(parameters: Mapping[str, str]) -> Any:
-        found = restored(parameters)
+        found = _restored(parameters)
         return None if found is None else values(found.settings).get(name)  # None leaves a control as it is
     return value
 
 
 def _pasted_model(parameters: Mapping[str, str]) -> str | None:
     """The name as the dropdown lists it; one that isn't here as it is written."""
-    if VERSION_KEY not in parameters:
+    found = _restored(parameters)
+    if found is None:
         return None
-    wanted = parameters.get(CONTROLNET_KEY, NONE)
     known = {controlnets.key(name): name for name in controlnets.names()}
-    return known.get(controlnets.key(wanted), wanted)
+    return known.get(controlnets.key(found.controlnet), found.controlnet)
+
+
+def _restored(parameters: Mapping[str, str]) -> Enlargement | None:
+    try:
+        return restored(parameters)
+    except InputError:
+        return None

@@ -92,8 +92,31 @@ class ControlNetFile(TensorFile):
             raise self.given.error(f"it is a network of another kind (it has a tensor {error.args[0]})") from error
 
 
+def check_pickle(path: Path) -> None:
+    """Raises InputError for a file that is not for `torch.load` to see: it could run code in it.
+
+    Archives of TorchScript are programs; and torch before 2.6 does not keep what it promises (CVE-2025-32434).
+    """
+    if path.suffix.lower() not in PICKLES:
+        return
+    given = GivenControlNet(path)
+    if torch.torch_version.TorchVersion(torch.__version__) < "2.6":
+        raise given.error(f"torch {torch.__version__} cannot read {path.suffix} files safely, 2.6 can; take its "
+                          ".safetensors file, or convert it")
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            inside = archive.namelist()
+    except Exception as error:
+        raise given.error(f"it cannot be read as a PyTorch file ({error})") from error
+    if any(name.endswith("/constants.pkl") or "/code/" in name for name in inside):
+        raise given.error("it is a TorchScript archive, which is a program and no file of weights")
+
+
 def _unpickled(given: Given) -> dict[str, Tensor]:
     """The tensors of a PyTorch file, which may keep them under "state_dict". No code in the file is run."""
+    check_pickle(given.path)
     try:
         # Not `torch.load`: A1111 puts a check of its own there, which refuses what newer releases of torch write and
         # answers None. The original files of SD1.5 carry a whole model besides: mapped, only what is used is read.
@@ -101,7 +124,7 @@ def _unpickled(given: Given) -> dict[str, Tensor]:
                                            mmap=zipfile.is_zipfile(given.path))
     except Exception as error:  # pickles fail in every way there is
         raise given.error(f"it cannot be read as a PyTorch file ({error})") from error
-    while isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)} \
         if isinstance(content, dict) else {}
