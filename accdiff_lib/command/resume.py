@@ -85,6 +85,19 @@ def _version(package: str) -> str:
         return ""
 
 
+def _laid(tensor: Tensor) -> tuple[str, np.ndarray]:
+    """A tensor as it lies in memory, and the order of its dimensions there: sums in another order round otherwise."""
+    strides = tensor.stride()
+    order = sorted(range(tensor.ndim), key=lambda dim: -strides[dim])
+    return ",".join(map(str, order)), tensor.detach().cpu().permute(order).numpy()
+
+
+def _relaid(order: str, array: np.ndarray) -> Tensor:
+    """The tensor again."""
+    dims = [int(dim) for dim in order.split(",") if dim]
+    return torch.from_numpy(array).permute([dims.index(dim) for dim in range(len(dims))])
+
+
 class Disk:
     """What is kept of one picture's run, in files of a hidden folder; implements engine.resume.Store."""
 
@@ -100,7 +113,8 @@ class Disk:
         """See Store."""
         if self._full:
             return
-        arrays: dict[str, Any] = {key: tensor.detach().cpu().numpy() for key, tensor in tensors.items()}
+        laid = {key: _laid(tensor) for key, tensor in tensors.items()}
+        arrays: dict[str, Any] = {f"{key}@{order}": array for key, (order, array) in laid.items()}
         size = sum(array.nbytes for array in arrays.values())
         try:
             free = shutil.disk_usage(self._folder).free
@@ -116,7 +130,8 @@ class Disk:
         """See Store."""
         try:
             with np.load(self._path(name), allow_pickle=False) as found:
-                return {key: torch.from_numpy(found[key]) for key in found.files}
+                parted = {name: name.rpartition("@") for name in found.files}
+                return {key: _relaid(order, found[name]) for name, (key, _, order) in parted.items()}
         except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error):
             return {}
 

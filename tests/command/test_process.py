@@ -17,11 +17,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from accdiff_lib.command import resume
 from accdiff_lib.command import run as cli
-from accdiff_lib.command.job import prepare
 from accdiff_lib.command.report import Terminal
-from tests import kills, tiny
+from tests import kills
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ["a ball", "--width", "64", "--height", "64", "--steps", "2", "--window", "8", "--no-use-controlnet", "--json"]
@@ -103,29 +101,6 @@ def test_another_command_does_not_go_on(capsys, models, monkeypatch):
         assert code == 0 and found["images"][0]["resumed"] == ""
         assert found["images"][0]["files"]["final"] == f"out/{number:04}-final.png"
     assert not list(Path("out").glob(".*"))  # --fresh has forgotten it
-
-
-def test_what_decides_a_picture_tells_runs_apart():
-    def key(*changed: str) -> str:
-        return resume.key(prepare([*TINY, "--scale", "2", "--image", "image.png", "--model", "model", *changed]))
-
-    tiny.save_folder(tiny.sdxl(), Path("model"))
-    for name in ("image.png", "mask.png"):
-        Image.new("RGB", (64, 64), "white").save(name)
-    changes = [["--seed", "3"], ["--seed", "-1"], ["--cfg", "5"], ["--c", "0.1"], ["--negative", "dog"],
-               ["--batch", "2"], ["--dtype", "bfloat16"], ["--region", "a dog", "mask.png"], ["--no-intermediate"],
-               ["--scale", "3"], ["--image", "mask.png"], ["--steps", "3"]]
-    keys = [key(), *(key(*changed) for changed in changes)]
-    assert len(set(keys)) == len(keys) and key("--seed", "-1") == keys[2]
-    for changed in (["--out", "other"], ["--no-explain"], ["--fresh"], ["--overwrite"], ["--keep-every", "3"],
-                    ["--offload", "on"], ["--spare", "other"], ["--cfg", "7.50"]):
-        assert key(*changed) == keys[0], changed
-    region = key("--region", "a dog", "mask.png")
-    Image.new("RGB", (64, 64), (200, 255, 255)).save("mask.png")
-    assert key("--region", "a dog", "mask.png") != region and key() == keys[0]
-    weights = Path("model/unet/diffusion_pytorch_model.safetensors")
-    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
-    assert key() != keys[0]
 
 
 def test_twice_aborts(capsys, models, monkeypatch):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from accdiff_lib.command import resume
 from accdiff_lib.engine.extrapolate import Extrapolation, Result
 from accdiff_lib.engine.host import GivenImage
 from accdiff_lib.engine.resume import Kept
@@ -34,24 +36,19 @@ RUNS = {
 }
 
 
-class Memory:
-    """A store that forgets nothing by itself; a killed run saves nothing more."""
+class Killed(resume.Disk):
+    """The command's store; a killed run saves nothing more."""
 
-    def __init__(self) -> None:
-        self.kept: dict[str, dict[str, torch.Tensor]] = {}
-        self.killed, self.fails_at = False, ""
+    killed, fails_at = False, ""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, "5-", 0, pytest.fail)
 
     def save(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
         if name == self.fails_at:
             raise SystemError("killed")
         if not self.killed:
-            self.kept[name] = {key: tensor.clone() for key, tensor in tensors.items()}
-
-    def load(self, name: str) -> dict[str, torch.Tensor]:
-        return {key: tensor.clone() for key, tensor in self.kept.get(name, {}).items()}
-
-    def forget(self, name: str) -> None:
-        del self.kept[name]
+            super().save(name, tensors)
 
 
 def attempt(run: str, kept: Kept, stop_at: int = 0, kill: bool = False) -> tuple[Result | None, int]:
@@ -87,10 +84,10 @@ def same(one: object, other: object) -> bool:
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_a_run_goes_on_to_the_same_picture(run):
+def test_a_run_goes_on_to_the_same_picture(tmp_path, run):
     """Stopped, which keeps what is new, and killed, which does not, in turn."""
     whole, calls = attempt(run, Kept())
-    store, lives, result = Memory(), 0, None
+    store, lives, result = Killed(tmp_path), 0, None
     while result is None:
         store.killed, lives = False, lives + 1
         assert lives < 20, "it never gets further"
@@ -103,11 +100,11 @@ def test_a_run_goes_on_to_the_same_picture(run):
     assert same(result.explanation.words, whole.explanation.words)
 
 
-def test_attention_goes_on_in_the_middle_of_the_base_pass():
+def test_attention_goes_on_in_the_middle_of_the_base_pass(tmp_path):
     """Stopped before its last prediction, then killed between that and the latent."""
     run = next(iter(RUNS))
     whole, calls = attempt(run, Kept())
-    store = Memory()
+    store = Killed(tmp_path)
     assert attempt(run, Kept(store), stop_at=3) == (None, 3)
     store.fails_at = "base"
     assert attempt(run, Kept(store, every=0)) == (None, 1)
@@ -119,11 +116,12 @@ def test_attention_goes_on_in_the_middle_of_the_base_pass():
     assert torch.equal(result.pictures[-1].latent, whole.pictures[-1].latent)
 
 
-def test_what_is_finished_is_not_computed_again():
+def test_what_is_finished_is_not_computed_again(tmp_path):
     run = next(iter(RUNS))
-    store = Memory()
+    store = Killed(tmp_path)
     _, calls = attempt(run, Kept(store))
     kept = Kept(store)
     result, again = attempt(run, kept)
     assert calls > 10 and again == 0 and kept.resumed == "after 2x"
-    assert result.stopped == "" and set(store.kept) == {"base", "base.picture", "2x"}
+    assert result.stopped == "" and {path.name for path in tmp_path.iterdir()} == {
+        "5-base.npz", "5-base.picture.npz", "5-2x.npz"}
