@@ -340,7 +340,7 @@ def test_img2img_with_a_mask_is_refused(webui, options, plain, refusal):
     ({"method": "none"}, "method: 'none' is not allowed"), ({"c": "much"}, "c: 'much' is not allowed"),
     ({"target_width": 999, "target_height": 512}, "target_width"), ({"stage_sampler": "no such"}, "stage_sampler"),
     ({"stage_scheduler": "no such"}, "stage_scheduler"), ({"scale": 10 ** 400}, "scale: 1000"),
-    ({"jitter": "\ud800"}, "jitter"), ({"regions": 0}, "regions: takes a list")],
+    ({"regions": 0}, "regions: takes a list")],
     ids=lambda value: value if isinstance(value, str) else "")
 def test_wrong_values(webui, plain, refusal, options, wrong, said):
     assert said in refusal({**options, **wrong})
