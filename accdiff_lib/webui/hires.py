@@ -14,6 +14,7 @@ from accdiff_lib.methods import OPTIONS, make
 from accdiff_lib.settings import SAME, Settings
 from accdiff_lib.settings import values as values_of
 from accdiff_lib.webui import upscalers
+from accdiff_lib.webui.hosts import webui as webui_host
 from accdiff_lib.webui.hosts.samplers import own_schedule
 
 
@@ -40,13 +41,14 @@ def values(width: int, height: int, *, scale: float, resize_x: int, resize_y: in
     schedule, so the stages' schedule is as long.
     """
     if resize_x == 0 and resize_y == 0:
-        target = int(width * scale), int(height * scale)
+        target = width * scale, height * scale
     elif resize_y == 0:
-        target = resize_x, resize_x * height // width
+        target = resize_x, resize_x * height / width
     elif resize_x == 0:
-        target = resize_y * width // height, resize_y
+        target = resize_y * width / height, resize_y
     else:
         target = resize_x, resize_y
+    target = tuple(map(webui_host.current().rounded, target))
     whole = min(int(steps / min(max(denoising, 0.05), 0.999)), int(OPTIONS["stage_steps"].maximum or 0))
     return {"target_width": target[0] // CELL * CELL, "target_height": target[1] // CELL * CELL,
             "stage_steps": whole, "start": _start(denoising)}

@@ -1,4 +1,4 @@
-"""Our code and the stand-in against what the WebUIs really have (tests/contract/*.json), without a WebUI.
+"""Our code and the stand-in against what the WebUIs really have (accdiff_lib/webui/hosts/contracts), without a WebUI.
 
 A new use of a WebUI's name needs a new record: tests/contract/__init__.py says how to make one.
 """
@@ -17,12 +17,13 @@ from typing import Any
 
 import pytest
 
-from tests.contract import check
+from accdiff_lib.webui.hosts import contract
+from accdiff_lib.webui.hosts.webui import ADAPTERS
+from tests.contract.imitated import forget
 from tests.contract.touched import ABSENT, LIBRARY, METHODS, ROOT, SCRIPT, Touched, instrumented
 
-HOSTS = ("a1111", "forge", "reforge")
-RECORDS: dict[str, Any] = {host: json.loads((ROOT / "tests" / "contract" / f"{host}.json").read_text())
-                           for host in HOSTS}
+HOSTS = tuple(file for file, *_ in ADAPTERS)
+RECORDS: dict[str, Any] = {host: contract.record(host) for host in HOSTS}
 NAMES: dict[str, dict[str, dict[str, Any]]] = {host: record["names"] for host, record in RECORDS.items()}
 
 
@@ -230,8 +231,7 @@ def fork(tmp_path, monkeypatch):
             sys.modules.pop(name, None)
         monkeypatch.syspath_prepend(folder)
         importlib.import_module("fork.host")
-        check._code.cache_clear()
-        check._set_in.cache_clear()
+        forget()
 
     loaded(HOST)
     touched, file = Touched(frozenset({"fork"})), tmp_path / "ours.py"
@@ -263,7 +263,7 @@ def test_what_a_fork_lacks(fork, old, new, lacks):
     loaded, record = fork
     assert old in HOST
     loaded(HOST.replace(old, new))
-    lines = check.lacking(record)
+    lines = contract.lacking(record["names"])
     assert len(lines) == bool(lacks) and lacks in "".join(lines)
 
 
@@ -286,5 +286,5 @@ def test_the_named_changes_of_forge_neo_would_be_found():
     def checkpoint_change(ckpt_name, preset, save=True, refresh=True):
         pass
 
-    assert [check.unfit(inspect.signature(checkpoint_change), call) for call in entry["called"]] == [
+    assert [contract.unfit(inspect.signature(checkpoint_change), call) for call in entry["called"]] == [
         "missing a required argument: 'preset'"]

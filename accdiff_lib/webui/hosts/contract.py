@@ -1,6 +1,8 @@
-"""What of a record a running WebUI lacks, found without generating anything: names, and calls that it would not take.
+"""What our code touches in each WebUI (contracts/*.json, recorded in the running WebUI by tests/contract), and what of
+it the WebUI that is loading us lacks: names, and calls that it would not take.
 
-`from tests.contract.check import lacking` in the WebUI's own process; it imports nothing but modules of the WebUI.
+Nothing is generated and nothing is imported for it: of a module that the WebUI has not imported yet only the code is
+looked at. It takes some milliseconds.
 
 A name is "modules.shared:state.job_no": a module, and what is in it; an attribute of an object that only a generation
 has goes by its class, "modules.processing:StableDiffusionProcessing.width". Such an attribute is looked for in the
@@ -10,14 +12,17 @@ class's code, as the WebUI has compiled it: declared there, or set by a method.
 from __future__ import annotations
 
 import dis
-import importlib
 import inspect
+import json
 import sys
 from collections.abc import Iterator, Mapping
 from functools import cache
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
+FOLDER = Path(__file__).with_name("contracts")
 #: In place of a value that only an object of a class has.
 VALUE = object()
 #: What an attribute is that others set on the objects of a class, which says nothing of it.
@@ -25,10 +30,18 @@ SET_BY_OTHERS = "set by others"
 #: By these, a method sets an attribute whose name is a string.
 _SETTERS = {"setattr", "__setattr__", "register_buffer", "register_parameter", "add_module"}
 
+#: What is recorded of a name: "is", and "optional", "called" and "overridden" where they are not empty.
+Entry = Mapping[str, Any]
 
-def lacking(record: Mapping[str, Any]) -> list[str]:
-    """A line for each thing in which this WebUI is not as the record says; none if our code can run in it."""
-    names: Mapping[str, Mapping[str, Any]] = record["names"]
+
+def record(host: str) -> dict[str, Any]:
+    """What has been recorded in a WebUI, by the name of its adapter's file."""
+    found: dict[str, Any] = json.loads((FOLDER / f"{host}.json").read_text(encoding="utf-8"))
+    return found
+
+
+def lacking(names: Mapping[str, Entry]) -> list[str]:
+    """A line for each thing in which this WebUI is not as recorded; none if our code can run in it."""
     roots = frozenset(map(_root, names))
     lines: list[str] = []
     for name, entry in names.items():
@@ -45,7 +58,7 @@ def lacking(record: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(lines))
 
 
-def misfits(name: str, found: Any, entry: Mapping[str, Any]) -> Iterator[str]:
+def misfits(name: str, found: Any, entry: Entry) -> Iterator[str]:
     """How the calls of an entry, and what overrides it, do not fit to what has its name now."""
     own = signature(found)
     if own is None:
@@ -73,11 +86,30 @@ def find(name: str) -> Any:
     return found
 
 
-def _module(name: str) -> ModuleType:
-    try:
-        return sys.modules.get(name) or _script(name) or importlib.import_module(name)
-    except Exception as error:  # whatever it does when it is imported
-        raise LookupError(f"there is no module {name}") from error
+def has_module(name: str) -> bool:
+    """Whether a module can be imported; not even its packages are."""
+    if name in sys.modules:
+        return sys.modules[name] is not None
+    return _spec(name) is not None
+
+
+def _module(name: str) -> ModuleType | ModuleSpec:
+    """A module, or what it would be imported from."""
+    found = sys.modules.get(name) or _script(name) or _spec(name)
+    if found is None:
+        raise LookupError(f"there is no module {name}")
+    return found
+
+
+def _spec(name: str) -> ModuleSpec | None:
+    package = name.rpartition(".")[0]
+    places: Any = None
+    if package:
+        above = sys.modules.get(package) or _spec(package)
+        places = getattr(above, "__path__", None) or getattr(above, "submodule_search_locations", None)
+        if places is None:
+            return None
+    return PathFinder.find_spec(name, places)
 
 
 def _script(name: str) -> ModuleType | None:
@@ -89,11 +121,19 @@ def _script(name: str) -> ModuleType | None:
 def _below(owner: Any, attribute: str) -> Any:
     if owner is VALUE or owner is None:  # a variable that is set later
         return VALUE
+    if isinstance(owner, ModuleSpec):
+        if attribute not in _names_of(owner.name) and not has_module(f"{owner.name}.{attribute}"):
+            raise LookupError(attribute)
+        return VALUE
     if isinstance(owner, type):
         return declared(owner, attribute)
     if isinstance(owner, ModuleType):
-        return vars(owner)[attribute] if attribute in vars(owner) else _module(f"{owner.__name__}.{attribute}")
-    try:  # of the class first: properties may load a checkpoint
+        found = vars(owner)
+        return found[attribute] if attribute in found else _module(f"{owner.__name__}.{attribute}")
+    own = getattr(owner, "__dict__", {})
+    if attribute in own:
+        return own[attribute]
+    try:  # properties may load a checkpoint
         return declared(type(owner), attribute)
     except LookupError:
         if not hasattr(owner, attribute):
@@ -142,6 +182,13 @@ def _set_in(roots: frozenset[str]) -> frozenset[str]:
     return frozenset(found)
 
 
+@cache
+def _names_of(module: str) -> frozenset[str]:
+    """The names that a module's code has outside of functions and classes, if it can be seen."""
+    code = _code(module)
+    return frozenset(code.co_names if code is not None else ())
+
+
 def _root(name: str) -> str:
     return name.partition(":")[0].partition(".")[0]
 
@@ -149,7 +196,8 @@ def _root(name: str) -> str:
 @cache
 def _code(module: str) -> CodeType | None:
     """A module's code, from Python's own cache where it is there."""
-    spec: Any = getattr(sys.modules.get(module) or _script(module), "__spec__", None)
+    loaded = sys.modules.get(module) or _script(module)
+    spec: Any = getattr(loaded, "__spec__", None) if loaded is not None else _spec(module)
     loader: Any = getattr(spec, "loader", None)
     return loader.get_code(spec.name) if hasattr(loader, "get_code") else None
 
