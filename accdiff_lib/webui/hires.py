@@ -41,16 +41,16 @@ def values(width: int, height: int, *, scale: float, resize_x: int, resize_y: in
     schedule, so the stages' schedule is as long.
     """
     if resize_x == 0 and resize_y == 0:
-        target = width * scale, height * scale
+        target: tuple[float, float] = (width * scale, height * scale)
     elif resize_y == 0:
         target = resize_x, resize_x * height / width
     elif resize_x == 0:
         target = resize_y * width / height, resize_y
     else:
         target = resize_x, resize_y
-    target = tuple(map(webui_host.current().rounded, target))
+    target_width, target_height = map(webui_host.current().rounded, target)
     whole = min(int(steps / min(max(denoising, 0.05), 0.999)), int(OPTIONS["stage_steps"].maximum or 0))
-    return {"target_width": target[0] // CELL * CELL, "target_height": target[1] // CELL * CELL,
+    return {"target_width": target_width // CELL * CELL, "target_height": target_height // CELL * CELL,
             "stage_steps": whole, "start": _start(denoising)}
 
 

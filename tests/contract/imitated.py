@@ -41,7 +41,7 @@ def imitated(names: Mapping[str, contract.Entry]) -> Iterator[None]:
 
 def forget() -> None:
     """What has been looked at is looked at anew."""
-    for each in (contract._code, contract._set_by, contract._set_in, contract._names_of):
+    for each in (contract._code, contract._code_of, contract._names_of):
         each.cache_clear()
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import sys
+from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -146,6 +148,87 @@ def test_noise_levels_are_put_back(adapter, unet):
     sampling.set_sigmas(before * 2)  # zero terminal SNR, during `p.sample`
     put_back()
     assert sampling.sigmas is before
+
+
+# --- checkpoints and settings of Forge and of Forge Neo -----------------------------------------------------------
+
+@pytest.fixture(params=[Forge, Neo], ids=lambda adapter: adapter.__name__)
+def chosen(request, monkeypatch) -> Any:
+    """The adapter, the program's options, and what its model was loaded from each time."""
+    neo = request.param is Neo
+    opts = SimpleNamespace(sd_model_checkpoint="base", forge_additional_modules=["vae"])
+    loaded: list[Any] = []
+
+    def change(name: str, value: Any, save: bool, refresh: bool) -> bool:
+        assert not save and not refresh
+        changed = getattr(opts, name) != value
+        setattr(opts, name, value)
+        return changed
+
+    entry, models, shared = (ModuleType(name) for name in ("main_entry", "sd_models", "shared"))
+    if neo:
+        entry.checkpoint_change = lambda name, preset, save=True, refresh=True: change(
+            "sd_model_checkpoint", name, save or preset, refresh)
+        entry.modules_change = lambda values, preset, save=True, refresh=True: change(
+            "forge_additional_modules", values, save or preset, refresh)
+    else:
+        entry.checkpoint_change = lambda name, save=True, refresh=True: change(
+            "sd_model_checkpoint", name, save, refresh)
+        entry.modules_change = lambda values, save=True, refresh=True: change(
+            "forge_additional_modules", values, save, refresh)
+        models.SkipWritingToConfig = nullcontext
+    entry.refresh_model_loading_parameters = lambda: loaded.append("refreshed")
+    models.forge_model_reload = lambda: loaded.append((opts.sd_model_checkpoint, *opts.forge_additional_modules))
+    shared.opts, shared.cmd_opts = opts, SimpleNamespace()
+    for package in ("modules", "modules_forge"):
+        monkeypatch.setitem(sys.modules, package, ModuleType(package))
+    for package, module in (("modules", models), ("modules", shared), ("modules_forge", entry)):
+        monkeypatch.setattr(sys.modules[package], module.__name__, module, raising=False)
+        monkeypatch.setitem(sys.modules, f"{package}.{module.__name__}", module)
+    return SimpleNamespace(adapter=request.param(), opts=opts, loaded=loaded, models=models, shared=shared)
+
+
+@pytest.mark.parametrize(("checkpoint", "modules", "loaded"), [
+    (None, None, None), ("Use same checkpoint", ["Use same choices"], None), ("large", None, ("large", "vae")),
+    ("", ["other"], ("base", "other")), ("base", ["vae"], None), ("large", [], ("large",))])
+def test_the_checkpoint_of_hires_fix_is_loaded_and_the_choice_put_back(chosen, checkpoint, modules, loaded):
+    p = SimpleNamespace(hr_checkpoint_name=checkpoint, hr_additional_modules=modules)
+    chosen.adapter.reload(p, hires=True)
+    assert chosen.loaded == (["refreshed", loaded, "refreshed"] if loaded else [("base", "vae")])
+    chosen.adapter.reload(p, hires=False)  # back from a refiner
+    assert chosen.loaded[-1] == ("base", "vae")
+
+    def broken() -> None:
+        raise OSError("no file")
+
+    chosen.models.forge_model_reload = broken
+    with pytest.raises(OSError, match="no file"):
+        chosen.adapter.reload(p, hires=True)
+    assert (chosen.opts.sd_model_checkpoint, chosen.opts.forge_additional_modules) == ("base", ["vae"])
+
+
+@pytest.mark.parametrize("chosen", [Neo], indirect=True)
+def test_forge_neos_own_settings(chosen, monkeypatch, unet):
+    neo, p = chosen.adapter, generation(unet)
+    unet.out_channels = 4
+    p.refiner_checkpoint_info = "refiner"
+    assert neo.session(p, hires=False)
+    chosen.opts.refiner_fast_sd = True
+    with pytest.raises(InputError, match="Reload state_dict Only"):
+        neo.session(p, hires=False)
+    p.refiner_checkpoint_info = None
+    assert neo.session(p, hires=False)
+    p.sd_model.forge_objects.vae = SimpleNamespace(
+        first_stage_model=SimpleNamespace(latent_format=SimpleNamespace(scale_factor=0.13025)))
+    assert neo.scaling(p.sd_model) == 0.13025
+    folders = SimpleNamespace(controlnet_dir="one", cmd_opts=SimpleNamespace(controlnet_dirs=["two", "three"]))
+    monkeypatch.setattr(sys.modules["modules_forge"], "shared", folders, raising=False)
+    assert neo.controlnet_folders() == [Path("one"), Path("two"), Path("three")]
+    del folders.cmd_opts.controlnet_dirs  # an older one
+    assert neo.controlnet_folders() == [Path("one")]
+    ui: Any = SimpleNamespace(sRound=lambda pixels: round(pixels / 64) * 64)
+    monkeypatch.setattr(sys.modules["modules"], "ui", ui, raising=False)
+    assert [neo.rounded(pixels) for pixels in (520, 1023.6, 64)] == [512, 1024, 64]
 
 
 # --- halves ----------------------------------------------------------------------------------------------------

@@ -70,8 +70,8 @@ def test_each_call_that_does_not_fit_is_found(host):
 
 
 @pytest.mark.parametrize(("host", "lacks", "said"), [
-    ("reforge", ["modules.sd_schedulers"],  # Forge Classic of 2025-02
-     "it is most like reForge, but there is no module modules.sd_schedulers, and 1 more"),
+    ("reforge", ["modules.processing:StableDiffusionProcessing.scheduler", "modules.sd_schedulers"],  # Forge Classic
+     "it is most like reForge, but modules.processing.StableDiffusionProcessing has no scheduler, and 1 more"),
     ("forge", ["modules_forge.main_entry:checkpoint_change"], "modules_forge.main_entry has no checkpoint_change"),
     ("a1111", ["modules.processing:StableDiffusionProcessing.scheduler"],
      "like AUTOMATIC1111's, but modules.processing.StableDiffusionProcessing has no scheduler")])

@@ -15,7 +15,7 @@ import dis
 import inspect
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
@@ -27,7 +27,8 @@ FOLDER = Path(__file__).with_name("contracts")
 VALUE = object()
 #: What an attribute is that others set on the objects of a class, which says nothing of it.
 SET_BY_OTHERS = "set by others"
-#: By these, a method sets an attribute whose name is a string.
+#: By these, code sets an attribute: the second where its name is a string.
+_STORE = dis.opmap["STORE_ATTR"]
 _SETTERS = {"setattr", "__setattr__", "register_buffer", "register_parameter", "add_module"}
 
 #: What is recorded of a name: "is", and "optional", "called" and "overridden" where they are not empty.
@@ -42,7 +43,6 @@ def record(host: str) -> dict[str, Any]:
 
 def lacking(names: Mapping[str, Entry]) -> list[str]:
     """A line for each thing in which this WebUI is not as recorded; none if our code can run in it."""
-    roots = frozenset(map(_root, names))
     lines: list[str] = []
     for name, entry in names.items():
         if entry.get("optional"):
@@ -52,7 +52,7 @@ def lacking(names: Mapping[str, Entry]) -> list[str]:
         except LookupError as error:
             line, attribute = str(error.args[0]), name.rpartition(".")[2]
             may_be_set = entry["is"] == SET_BY_OTHERS and line.endswith(f" has no {attribute}")
-            lines += [] if may_be_set and attribute in _set_in(roots) else [line]
+            lines += [] if may_be_set and _is_set_by(names, attribute) else [line]
         else:
             lines += misfits(name, found, entry)
     return list(dict.fromkeys(lines))
@@ -155,7 +155,7 @@ def declaring(kind: type, attribute: str) -> type | None:
     """Which of a class and its bases declares an attribute, or else has a method that sets it."""
     bases: list[Any] = list(kind.__mro__)
     of_class = [base for base in bases if attribute in vars(base) or attribute in _annotated(base)]
-    return next(iter(of_class or (base for base in bases if attribute in _set_by(base))), None)
+    return next(iter(of_class or (base for base in bases if _sets(_code_of(base), attribute))), None)
 
 
 def _annotated(kind: type) -> Mapping[str, Any]:
@@ -164,22 +164,20 @@ def _annotated(kind: type) -> Mapping[str, Any]:
 
 
 @cache
-def _set_by(kind: type) -> frozenset[str]:
-    """The attributes that a class's methods set, whatever was done to it since it was compiled."""
+def _code_of(kind: type) -> CodeType | None:
+    """The code of a class, whatever was done to it since it was compiled."""
     code = _code(kind.__module__)
     for part in kind.__qualname__.split("."):
         code = next((each for each in _inner(code) if each.co_name == part), None)
-    return frozenset(_stored(code))
+    return code
 
 
-@cache
-def _set_in(roots: frozenset[str]) -> frozenset[str]:
-    """The attributes that anything in the loaded modules of these packages sets."""
-    found: set[str] = set()
-    for name in list(sys.modules):
-        if _root(name) in roots:
-            found.update(_stored(_code(name)))
-    return frozenset(found)
+def _is_set_by(names: Iterable[str], attribute: str) -> bool:
+    """Whether anything sets an attribute in these modules, or in the others of their packages that are loaded."""
+    modules = list(dict.fromkeys(name.partition(":")[0] for name in names))
+    roots = set(map(_root, modules))
+    others = [name for name in list(sys.modules) if _root(name) in roots]
+    return any(_sets(_code(name), attribute) for name in dict.fromkeys([*modules, *others]))
 
 
 @cache
@@ -209,19 +207,24 @@ def _inner(code: CodeType | None) -> Iterator[CodeType]:
             yield constant
 
 
-def _stored(code: CodeType | None) -> Iterator[str]:
+def _sets(code: CodeType | None, attribute: str) -> bool:
+    """Whether some code, or what stands in it, sets an attribute of this name."""
     if code is None:
-        return
-    if _SETTERS & set(code.co_names):
-        yield from (constant for constant in code.co_consts if isinstance(constant, str))
-    operation, extended = dis.opmap["STORE_ATTR"], 0
+        return False
+    if attribute in code.co_consts and _SETTERS & set(code.co_names):
+        return True
+    return (attribute in code.co_names and _stores(code, code.co_names.index(attribute))) or any(
+        _sets(each, attribute) for each in _inner(code))
+
+
+def _stores(code: CodeType, name: int) -> bool:
+    extended = 0
     for operator, argument in zip(code.co_code[::2], code.co_code[1::2], strict=True):
         argument |= extended
-        if operator == operation:
-            yield code.co_names[argument]
+        if operator == _STORE and argument == name:
+            return True
         extended = argument << 8 if operator == dis.EXTENDED_ARG else 0
-    for each in _inner(code):
-        yield from _stored(each)
+    return False
 
 
 # --- calls -----------------------------------------------------------------------------------------------------
