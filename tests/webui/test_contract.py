@@ -223,11 +223,12 @@ def fork(tmp_path, monkeypatch):
     """Imports a host's source; and the record that was made of the host above."""
     monkeypatch.setitem(sys.modules, "fork.stub", SimpleNamespace())  # as A1111 has some
 
-    def loaded(source: str) -> None:
+    def loaded(source: str, other: str = "") -> None:
         folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
         (folder / "fork").mkdir(parents=True)
         (folder / "fork" / "host.py").write_text(source)
-        for name in ("fork", "fork.host"):
+        (folder / "fork" / "other.py").write_text(other)
+        for name in ("fork", "fork.host", "fork.other"):
             sys.modules.pop(name, None)
         monkeypatch.syspath_prepend(folder)
         importlib.import_module("fork.host")
@@ -241,7 +242,7 @@ def fork(tmp_path, monkeypatch):
     exec(touched.compile(file), space)
     assert space["Script"]().process(None) == (0.5, True, 1, "plain", 0)
     yield loaded, json.loads(json.dumps(touched.record()))
-    for name in ("fork", "fork.host"):
+    for name in ("fork", "fork.host", "fork.other"):
         sys.modules.pop(name, None)
 
 
@@ -265,6 +266,20 @@ def test_what_a_fork_lacks(fork, old, new, lacks):
     loaded(HOST.replace(old, new))
     lines = contract.lacking(record["names"])
     assert len(lines) == bool(lacks) and lacks in "".join(lines)
+
+
+@pytest.mark.parametrize(("old", "new", "lacks"), [
+    ("", "", []), ("scaling_factor", "latent_format", ["fork.host has no Vae"]),
+    ("Vae", "VAE", ["fork.host has no Vae"])])
+def test_a_class_of_objects_may_have_moved(fork, old, new, lacks):
+    """But not one that our code names itself."""
+    loaded, record = fork
+    vae, skip = HOST[HOST.index("class Vae:"):HOST.index("class Engine:")], HOST[HOST.index("class Skip:"):]
+    host = HOST.replace(vae, "import fork.other\n").replace("Vae()", "fork.other.Vae()")
+    loaded(host, other=vae.replace(old, new))
+    assert contract.lacking(record["names"]) == lacks
+    loaded(host.replace(skip, ""), other=vae + skip)
+    assert contract.lacking(record["names"]) == ["fork.host has no Skip"]
 
 
 def test_what_is_recorded(fork):

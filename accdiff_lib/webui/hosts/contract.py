@@ -52,9 +52,11 @@ def lacking(names: Mapping[str, Entry]) -> list[str]:
         except LookupError as error:
             line, attribute = str(error.args[0]), name.rpartition(".")[2]
             may_be_set = entry["is"] == SET_BY_OTHERS and line.endswith(f" has no {attribute}")
-            lines += [] if may_be_set and _is_set_by(names, attribute) else [line]
-        else:
-            lines += misfits(name, found, entry)
+            found = VALUE if may_be_set and _is_set_by(names, attribute) else _moved(name, names)
+            if found is None:
+                lines.append(line)
+                continue
+        lines += misfits(name, found, entry)
     return list(dict.fromkeys(lines))
 
 
@@ -84,6 +86,22 @@ def find(name: str) -> Any:
             owner = ".".join([place, *parts[:number]])
             raise LookupError(f"{owner} has no {attribute}") from None
     return found
+
+
+def _moved(name: str, names: Iterable[str]) -> Any:
+    """What has the attribute of an object whose class is not where it was, but somewhere else that is loaded.
+
+    None if there is no such class, and for classes that our code names itself.
+    """
+    owner, _, attribute = name.rpartition(".")
+    place, _, kind = owner.partition(":")
+    if not kind or owner in names or kind in vars(sys.modules.get(place, object)):
+        return None
+    for module in list(sys.modules.values()):
+        found = getattr(module, "__dict__", {}).get(kind)
+        if isinstance(found, type) and declaring(found, attribute) is not None:
+            return declared(found, attribute) or VALUE
+    return None
 
 
 def has_module(name: str) -> bool:
