@@ -91,6 +91,13 @@ def test_a_plan(webui, options):
     assert caught.value.status == 422 and "scale: 99 is not allowed" in caught.value.text
 
 
+def test_a_plan_rounds_sizes_as_the_webui_does(webui, options):
+    """Forge Neo makes multiples of 64."""
+    asked = {"width": BASE + 24, "height": BASE}
+    plan = webui.post("/accdiffusion/v1/plan", {**asked, **options})
+    assert webui.generate(options, **asked).picture.shape == size(plan["target"]["width"], plan["target"]["height"])
+
+
 # --- settings --------------------------------------------------------------------------------------------------
 
 def test_the_explain_sheet_is_last_in_the_gallery(webui, options, settings, large):
