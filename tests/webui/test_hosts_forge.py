@@ -218,6 +218,14 @@ def test_forge_neos_own_settings(chosen, monkeypatch, unet):
         neo.session(p, hires=False)
     p.refiner_checkpoint_info = None
     assert neo.session(p, hires=False)
+    for name, value in {"denoising_strength": 0.6, "hr_upscaler": "None", "hr_second_pass_steps": 0, "hr_cfg": 4.0,
+                        "hr_sampler_name": "Euler", "sampler_name": "Euler", "hr_scheduler": "Karras",
+                        "scheduler": "Simple", "get_hr_prompt": str, "get_hr_negative_prompt": str,
+                        "extra_generation_params": {}}.items():
+        setattr(p, name, value)
+    neo.session(p, hires=True)
+    assert {name: value for name, value in p.extra_generation_params.items() if value not in (None, str)} == {
+        "Denoising strength": 0.6, "Hires upscaler": "None", "Hires CFG Scale": 4.0, "Hires schedule type": "Karras"}
     p.sd_model.forge_objects.vae = SimpleNamespace(
         first_stage_model=SimpleNamespace(latent_format=SimpleNamespace(scale_factor=0.13025)))
     assert neo.scaling(p.sd_model) == 0.13025

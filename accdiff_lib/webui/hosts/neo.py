@@ -23,6 +23,8 @@ class Neo(Forge):
         if getattr(shared.opts, "refiner_fast_sd", False) and getattr(p, "refiner_checkpoint_info", None) is not None:
             raise InputError('AccDiffusion: the setting "Reload state_dict Only" leaves the refiner\'s weights in the '
                              "model to the end of the generation; switch it off, or the refiner")
+        if hires:
+            p.extra_generation_params.update(_of_hires_pass(p))
         return super().session(p, hires=hires)
 
     def rounded(self, pixels: float) -> int:
@@ -50,3 +52,13 @@ class Neo(Forge):
         if checkpoint is not None:
             changed = main_entry.checkpoint_change(checkpoint, preset=None, save=False, refresh=False) or changed
         return bool(changed)
+
+
+def _of_hires_pass(p: Any) -> dict[str, Any]:
+    """What its own hires pass, which does not run, would write into the generation parameters; None is left out."""
+    return {
+        "Denoising strength": p.denoising_strength, "Hires upscaler": p.hr_upscaler,
+        "Hires steps": p.hr_second_pass_steps or None, "Hires CFG Scale": p.hr_cfg,
+        "Hires sampler": p.hr_sampler_name if p.hr_sampler_name != p.sampler_name else None,
+        "Hires schedule type": p.hr_scheduler if p.hr_scheduler != p.scheduler else None,
+        "Hires prompt": p.get_hr_prompt, "Hires negative prompt": p.get_hr_negative_prompt}
