@@ -11,6 +11,8 @@ try:
     from accdiff_lib.webui.ui.callbacks import guarded
 
     webui = webui_host.recognise()
+    webui.register()
+    ALWAYS_VISIBLE = scripts.AlwaysVisible
 except Exception as error:  # an unknown host, or one too old: nothing is registered, so nothing changes
     print(f"[AccDiffusion] is off, this WebUI lacks what it needs: {type(error).__name__}: {error}")
 else:
@@ -21,7 +23,7 @@ else:
             return "AccDiffusion"
 
         def show(self, is_img2img):
-            return scripts.AlwaysVisible
+            return ALWAYS_VISIBLE
 
         def ui(self, is_img2img):
             built = panel.build(self.elem_id, is_img2img)
@@ -38,7 +40,6 @@ else:
         def postprocess(self, p, processed, *args):
             run.postprocess(self, p, processed, args)
 
-    webui.register()
     script_callbacks.on_ui_settings(guarded("settings", options_page.register))
     script_callbacks.on_before_ui(guarded("X/Y/Z axes", xyz.register))
     script_callbacks.on_app_started(guarded("API", api.register))

@@ -14,6 +14,7 @@ from accdiff_lib.methods import OPTIONS, make
 from accdiff_lib.settings import SAME, Settings
 from accdiff_lib.settings import values as values_of
 from accdiff_lib.webui import upscalers
+from accdiff_lib.webui.hosts import webui as webui_host
 from accdiff_lib.webui.hosts.samplers import check_schedule, own_schedule
 
 if TYPE_CHECKING:  # the page has it, but needs none
@@ -79,13 +80,15 @@ def _size(p: Any) -> dict[str, Any]:
 
 def wanted(width: int, height: int, *, scale: float, resize_x: int, resize_y: int) -> tuple[int, int]:
     """(width, height) in pixels that Hires. fix would make of a base picture of `width` x `height`."""
+    target: tuple[float, float] = resize_x, resize_y
     if resize_x == 0 and resize_y == 0:
-        return int(width * scale), int(height * scale)
-    if resize_y == 0:
-        return resize_x, resize_x * height // width
-    if resize_x == 0:
-        return resize_y * width // height, resize_y
-    return resize_x, resize_y
+        target = width * scale, height * scale
+    elif resize_y == 0:
+        target = resize_x, resize_x * height / width
+    elif resize_x == 0:
+        target = resize_y * width / height, resize_y
+    rounded = webui_host.current().rounded
+    return rounded(target[0]), rounded(target[1])
 
 
 def values(width: int, height: int, *, scale: float, resize_x: int, resize_y: int, steps: int,

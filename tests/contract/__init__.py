@@ -1,9 +1,8 @@
-"""What our code touches in each WebUI, recorded in the running WebUI: names, calls and signatures, no code.
-
-`touched` records, `check` says what another WebUI lacks of a record; tests/webui/test_contract.py needs no WebUI.
+"""How the records of what our code touches in each WebUI are made, in the running WebUI: names, calls and signatures,
+no code. accdiff_lib/webui/hosts/contract.py reads them; tests/webui/test_contract.py needs no WebUI.
 
 A record is made anew when our code uses a new name: link tests/live/touched into the WebUI's extensions, start it with
-ACCDIFF_TOUCHED=/.../tests/contract/a1111.json and its setting "samples_save" on, and run against it
+ACCDIFF_TOUCHED=/.../accdiff_lib/webui/hosts/contracts/a1111.json and its setting "samples_save" on, and run against it
 
     pytest tests/live/test_txt2img.py tests/live/test_api.py tests/live/test_stop.py \\
         -k "not every_sampler or DDIM or UniPC or Restart or SDE]"

@@ -1,7 +1,7 @@
 """Records what our code touches in a WebUI while it runs: every attribute, every call, the order of callbacks.
 
 Our files are compiled with a few calls more (`_Instrument`), and do what they did. What they read from a module, class
-or object of a WebUI is noted under the name by which `check` finds it again, and so is what they say of its modules
+or object of a WebUI is noted under the name by which `contract` finds it again, and so is what they say of its modules
 where they do not come to it (--lowvram). In a WebUI the extension tests/live/touched switches it on.
 """
 
@@ -25,7 +25,7 @@ from pathlib import Path
 from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
-from tests.contract import check
+from accdiff_lib.webui.hosts import contract
 
 ROOT = Path(__file__).resolve().parents[2]
 #: What is compiled otherwise: all that may run in a WebUI.
@@ -97,7 +97,7 @@ class Touched:
     def stored(self, owner: Any, attribute: str, optional: bool) -> Any:
         """`owner`, of which an attribute is set next; one that it did not have is none of the WebUI's."""
         own = getattr(owner, "__dict__", ())
-        if attribute in own or (self._is_of_host(type(owner)) and check.declaring(type(owner), attribute)):
+        if attribute in own or (self._is_of_host(type(owner)) and contract.declaring(type(owner), attribute)):
             self._touch(owner, attribute, optional, overridden=attribute not in own)
         return owner
 
@@ -143,7 +143,7 @@ class Touched:
         kind = owner if isinstance(owner, type) else type(owner)
         if not self._is_of_host(kind):
             return None
-        declaring = check.declaring(kind, attribute)
+        declaring = contract.declaring(kind, attribute)
         if declaring is None or "<locals>" in declaring.__qualname__:  # others set it; the first class that has a name
             declaring = next(base for base in kind.__mro__ if self._is_host(base.__module__)
                              and "<locals>" not in base.__qualname__)
@@ -152,21 +152,21 @@ class Touched:
     def _note(self, name: str, optional: bool, call: str | None, overridden: bool = False) -> None:
         if not self._is_host(name) or "<" in name:
             return
-        found: Any = check.SET_BY_OTHERS
+        found: Any = contract.SET_BY_OTHERS
         with suppress(LookupError):
-            found = check.find(name)
+            found = contract.find(name)
         if isinstance(found, ModuleType) and found.__name__ == name.replace(":", "."):  # what is used of it says enough
             return
-        own = check.signature(found)
+        own = contract.signature(found)
         kind = "class" if isinstance(found, type) else "def" if own is not None else "value"
         entry = self._names.setdefault(name, {"is": kind, "optional": True, "called": set(), "overridden": False})
         entry["optional"] &= optional
-        if found is check.SET_BY_OTHERS:
+        if found is contract.SET_BY_OTHERS:
             entry["is"] = found
         elif own is not None:
             entry["overridden"] |= overridden
             entry["called"] |= {call} - {None}
-            entry["is"] = f"{kind} {check.text(own)}" if entry["called"] or entry["overridden"] else kind
+            entry["is"] = f"{kind} {contract.text(own)}" if entry["called"] or entry["overridden"] else kind
 
     def _is_of_host(self, kind: type) -> bool:
         return any(self._is_host(base.__module__) for base in kind.__mro__)
@@ -196,7 +196,7 @@ class Touched:
             return False
         if isinstance(owner, (type, ModuleType)) or id(owner) in self._variables:
             try:
-                check.find(str(self._name(owner, written.path[-1])))
+                contract.find(str(self._name(owner, written.path[-1])))
             except LookupError:
                 return False
             ran = written.function in self._entered

@@ -146,6 +146,8 @@ class WebUI:
             for name, value in (("hr_additional_modules", ["Use same choices"]), ("hr_cfg", request["cfg_scale"])):
                 if self.field(name):
                     request.setdefault(name, value)
+            if request.get("hr_upscaler") == "Latent" and not self.get("/sdapi/v1/latent-upscale-modes"):
+                request["hr_upscaler"] = "None"  # Forge Neo
         if self.overrides:
             request["override_settings"] = {**self.overrides, **request.get("override_settings", {})}
         if options is not None:

@@ -55,6 +55,7 @@ def test_hires_parameters_again_by_the_hosts_own_reader(webui):
     more = {name: value for name, value in webui.body(enable_hr=True).items() if name.startswith(("hr_", "enable_hr"))}
     answer = webui.send({**READ, "infotext": made.texts[0], **more})
     assert np.array_equal(answer.picture, made.picture)
+    assert {"Hires upscale": "1.5", "Hires steps": "4", "Denoising strength": "0.6"}.items() <= made.values.items()
 
 
 def test_parameters_are_in_the_file(webui, large):
@@ -72,7 +73,7 @@ def test_parameters_are_in_the_file(webui, large):
 def test_options_are_a_schema(webui):
     schema = webui.get("/accdiffusion/v1/options")
     assert tuple(schema["x-positional"]) == arguments.POSITIONAL
-    assert set(schema["properties"]) == {*arguments.POSITIONAL, arguments.REGIONS}
+    assert set(schema["properties"]) == {*arguments.POSITIONAL, *arguments.BY_NAME_ONLY}
     script = webui.script(NAME)
     assert len(script["args"]) == len(arguments.POSITIONAL)
 
@@ -89,6 +90,13 @@ def test_a_plan(webui, options):
     with pytest.raises(Refused) as caught:
         webui.post("/accdiffusion/v1/plan", {"scale": 99})
     assert caught.value.status == 422 and "scale: 99 is not allowed" in caught.value.text
+
+
+def test_a_plan_rounds_sizes_as_the_webui_does(webui, options):
+    """Forge Neo makes multiples of 64."""
+    asked = {"width": BASE + 24, "height": BASE}
+    plan = webui.post("/accdiffusion/v1/plan", {**asked, **options})
+    assert webui.generate(options, **asked).picture.shape == size(plan["target"]["width"], plan["target"]["height"])
 
 
 # --- settings --------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Our code and the stand-in against what the WebUIs really have (tests/contract/*.json), without a WebUI.
+"""Our code and the stand-in against what the WebUIs really have (accdiff_lib/webui/hosts/contracts), without a WebUI.
 
 A new use of a WebUI's name needs a new record: tests/contract/__init__.py says how to make one.
 """
@@ -17,12 +17,13 @@ from typing import Any
 
 import pytest
 
-from tests.contract import check
+from accdiff_lib.webui.hosts import contract
+from accdiff_lib.webui.hosts.webui import ADAPTERS
+from tests.contract.imitated import forget
 from tests.contract.touched import ABSENT, LIBRARY, METHODS, ROOT, SCRIPT, Touched, instrumented
 
-HOSTS = ("a1111", "forge", "reforge")
-RECORDS: dict[str, Any] = {host: json.loads((ROOT / "tests" / "contract" / f"{host}.json").read_text())
-                           for host in HOSTS}
+HOSTS = tuple(file for file, *_ in ADAPTERS)
+RECORDS: dict[str, Any] = {host: contract.record(host) for host in HOSTS}
 NAMES: dict[str, dict[str, dict[str, Any]]] = {host: record["names"] for host, record in RECORDS.items()}
 
 
@@ -222,16 +223,16 @@ def fork(tmp_path, monkeypatch):
     """Imports a host's source; and the record that was made of the host above."""
     monkeypatch.setitem(sys.modules, "fork.stub", SimpleNamespace())  # as A1111 has some
 
-    def loaded(source: str) -> None:
+    def loaded(source: str, other: str = "") -> None:
         folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
         (folder / "fork").mkdir(parents=True)
         (folder / "fork" / "host.py").write_text(source)
-        for name in ("fork", "fork.host"):
+        (folder / "fork" / "other.py").write_text(other)
+        for name in ("fork", "fork.host", "fork.other"):
             sys.modules.pop(name, None)
         monkeypatch.syspath_prepend(folder)
         importlib.import_module("fork.host")
-        check._code.cache_clear()
-        check._set_in.cache_clear()
+        forget()
 
     loaded(HOST)
     touched, file = Touched(frozenset({"fork"})), tmp_path / "ours.py"
@@ -241,7 +242,7 @@ def fork(tmp_path, monkeypatch):
     exec(touched.compile(file), space)
     assert space["Script"]().process(None) == (0.5, True, 1, "plain", 0)
     yield loaded, json.loads(json.dumps(touched.record()))
-    for name in ("fork", "fork.host"):
+    for name in ("fork", "fork.host", "fork.other"):
         sys.modules.pop(name, None)
 
 
@@ -263,8 +264,22 @@ def test_what_a_fork_lacks(fork, old, new, lacks):
     loaded, record = fork
     assert old in HOST
     loaded(HOST.replace(old, new))
-    lines = check.lacking(record)
+    lines = contract.lacking(record["names"])
     assert len(lines) == bool(lacks) and lacks in "".join(lines)
+
+
+@pytest.mark.parametrize(("old", "new", "lacks"), [
+    ("", "", []), ("scaling_factor", "latent_format", ["fork.host has no Vae"]),
+    ("Vae", "VAE", ["fork.host has no Vae"])])
+def test_a_class_of_objects_may_have_moved(fork, old, new, lacks):
+    """But not one that our code names itself."""
+    loaded, record = fork
+    vae, skip = HOST[HOST.index("class Vae:"):HOST.index("class Engine:")], HOST[HOST.index("class Skip:"):]
+    host = HOST.replace(vae, "import fork.other\n").replace("Vae()", "fork.other.Vae()")
+    loaded(host, other=vae.replace(old, new))
+    assert contract.lacking(record["names"]) == lacks
+    loaded(host.replace(skip, ""), other=vae + skip)
+    assert contract.lacking(record["names"]) == ["fork.host has no Skip"]
 
 
 def test_what_is_recorded(fork):
@@ -286,5 +301,5 @@ def test_the_named_changes_of_forge_neo_would_be_found():
     def checkpoint_change(ckpt_name, preset, save=True, refresh=True):
         pass
 
-    assert [check.unfit(inspect.signature(checkpoint_change), call) for call in entry["called"]] == [
+    assert [contract.unfit(inspect.signature(checkpoint_change), call) for call in entry["called"]] == [
         "missing a required argument: 'preset'"]

@@ -1,11 +1,10 @@
-"""What Forge's and reForge's hosts do by themselves, beside small stand-ins of the two programs' objects; and how
-WebUIs are told apart."""
+"""What the hosts of Forge and its like do by themselves, beside small stand-ins of the programs' objects."""
 
 from __future__ import annotations
 
 import copy
 import sys
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -20,11 +19,12 @@ from accdiff_lib.parts.prediction import denoised, output_of
 from accdiff_lib.webui import run
 from accdiff_lib.webui.hosts import forge, forge_base, forge_control
 from accdiff_lib.webui.hosts import webui as webui_host
-from accdiff_lib.webui.hosts.a1111 import A1111, A1111Host
+from accdiff_lib.webui.hosts.a1111 import A1111Host
 from accdiff_lib.webui.hosts.forge import Forge
 from accdiff_lib.webui.hosts.halves import MarkedHalves
 from accdiff_lib.webui.hosts.ldm import unet as ldm_unet
 from accdiff_lib.webui.hosts.ldm.controlnet import LdmControlNet
+from accdiff_lib.webui.hosts.neo import Neo
 from accdiff_lib.webui.hosts.reforge import ReForge
 from tests import ldm_unet as stand_in
 from tests import tiny
@@ -73,60 +73,6 @@ def unet() -> Any:
     return stand_in.from_diffusers(tiny.sdxl().unet)
 
 
-# --- recognising -----------------------------------------------------------------------------------------------
-
-@contextmanager
-def present(*names: str):
-    """These modules can be imported, and which WebUI this is has not been asked."""
-    webui_host.current.cache_clear()
-    before = {name: sys.modules.get(name) for name in names}
-    sys.modules.update({name: ModuleType(name) for name in names})
-    try:
-        yield
-    finally:
-        for name, module in before.items():
-            if module is None:
-                del sys.modules[name]
-            else:
-                sys.modules[name] = module
-        webui_host.current.cache_clear()
-
-
-FORGE = ("backend", "backend.patcher", "backend.patcher.unet", "backend.sampling", "backend.sampling.sampling_function",
-         "modules_forge", "modules_forge.shared", "modules", "modules.sd_samplers_cfg_denoiser")
-REFORGE = ("ldm_patched", "modules_forge", "modules_forge.shared", "modules_forge.forge_sampler", "modules",
-           "modules.sd_samplers_cfg_denoiser")
-AUTOMATIC = ("modules", "modules.processing", "modules.sd_samplers_cfg_denoiser")
-
-
-@pytest.mark.parametrize(("names", "adapter"), [(FORGE, Forge), (REFORGE, ReForge), (AUTOMATIC, A1111)])
-def test_a_webui_is_recognised_by_what_it_has(names, adapter):
-    with present(*names):
-        found = webui_host.recognise()
-        assert type(found) is adapter and webui_host.current() is found
-
-
-def test_another_webui_is_one_class(monkeypatch):
-    """And one line: what it shares with a known one it inherits."""
-    class Neo(Forge):
-        def scaling(self, sd_model: Any) -> float:
-            return 0.13
-
-    module: Any = ModuleType("accdiff_lib.webui.hosts.neo")
-    module.Neo = Neo
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(webui_host, "ADAPTERS", (("neo", "Neo", ("neo_only",)), *webui_host.ADAPTERS))
-    with present(*FORGE):
-        assert type(webui_host.recognise()) is Forge
-    with present(*FORGE, "neo_only"):
-        assert type(webui_host.recognise()) is Neo
-
-
-def test_an_unknown_webui_is_refused_in_one_line():
-    with present("modules"), pytest.raises(ImportError, match=r"^there is no modules\.processing, no .*; known are"):
-        webui_host.recognise()
-
-
 # --- the model -------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("adapter", [Forge(), ReForge()])
@@ -136,10 +82,9 @@ def test_a_model_without_unet_is_refused(adapter):
         adapter.session(generation(flux), hires=False)
 
 
-@pytest.mark.parametrize(("names", "adapter"), [
-    (("backend", "backend.patcher", "backend.patcher.unet"), Forge), (("ldm_patched", "modules_forge"), ReForge)])
-def test_flux_is_refused_before_the_base_pass_and_its_plain_picture_comes(names, adapter):
-    """On Generate, in both programs: in one sentence where AccDiffusion is ticked, and untouched where it is not."""
+@pytest.mark.parametrize("adapter", [Forge(), Neo(), ReForge()])
+def test_flux_is_refused_before_the_base_pass_and_its_plain_picture_comes(adapter, monkeypatch):
+    """On Generate, in each program: in one sentence where AccDiffusion is ticked, and untouched where it is not."""
     def generate(**options: Any) -> str:
         p = generation(nn.Module())
         p.extra_generation_params = {}
@@ -158,8 +103,8 @@ def test_flux_is_refused_before_the_base_pass_and_its_plain_picture_comes(names,
         return latents
 
     sampled: list[str] = []
-    with stood_in(), present(*names):
-        assert type(webui_host.current()) is adapter
+    monkeypatch.setattr(webui_host, "current", lambda: adapter)
+    with stood_in():
         with pytest.raises(InputError) as caught:
             generate(scale=2)
         assert str(caught.value) == (
@@ -205,10 +150,11 @@ def test_noise_levels_are_put_back(adapter, unet):
     assert sampling.sigmas is before
 
 
-def test_a_generation_that_fails_leaves_the_noise_levels(unet):
+def test_a_generation_that_fails_leaves_the_noise_levels(unet, monkeypatch):
     """The WebUI sets others after `process_batch`, and does not put them back when `p.sample` raises."""
     unet.out_channels = 4
-    with stood_in(), present("backend", "backend.patcher", "backend.patcher.unet"):
+    monkeypatch.setattr(webui_host, "current", Forge)
+    with stood_in():
         p = generation(unet)
         p.extra_generation_params, p.sample = {}, lambda **_: "latents"
         sampling = p.sd_model.forge_objects.unet.model.predictor
@@ -287,6 +233,95 @@ def test_stages_see_a_hires_pass_and_leave_nothing(unet, monkeypatch, is_hires, 
         assert with_lora.unet is lora and lora.controlnet_linked_list == "the base pass's"
         if fails != "loading":
             assert seen == [(is_hires, (2, 4, 9, 8))] and done == ["prepare", "cleanup"]
+
+
+# --- checkpoints and settings of Forge and of Forge Neo -----------------------------------------------------------
+
+@pytest.fixture(params=[Forge, Neo], ids=lambda adapter: adapter.__name__)
+def chosen(request, monkeypatch) -> Any:
+    """The adapter, the program's options, and what its model was loaded from each time."""
+    neo = request.param is Neo
+    opts = SimpleNamespace(sd_model_checkpoint="base", forge_additional_modules=["vae"])
+    loaded: list[Any] = []
+
+    def change(name: str, value: Any, save: bool, refresh: bool) -> bool:
+        assert not save and not refresh
+        changed = getattr(opts, name) != value
+        setattr(opts, name, value)
+        return changed
+
+    entry, models, shared = (ModuleType(name) for name in ("main_entry", "sd_models", "shared"))
+    if neo:
+        entry.checkpoint_change = lambda name, preset, save=True, refresh=True: change(
+            "sd_model_checkpoint", name, save or preset, refresh)
+        entry.modules_change = lambda values, preset, save=True, refresh=True: change(
+            "forge_additional_modules", values, save or preset, refresh)
+    else:
+        entry.checkpoint_change = lambda name, save=True, refresh=True: change(
+            "sd_model_checkpoint", name, save, refresh)
+        entry.modules_change = lambda values, save=True, refresh=True: change(
+            "forge_additional_modules", values, save, refresh)
+        models.SkipWritingToConfig = nullcontext
+    entry.refresh_model_loading_parameters = lambda: loaded.append("refreshed")
+    models.forge_model_reload = lambda: loaded.append((opts.sd_model_checkpoint, *opts.forge_additional_modules))
+    shared.opts, shared.cmd_opts = opts, SimpleNamespace()
+    for package in ("modules", "modules_forge"):
+        monkeypatch.setitem(sys.modules, package, ModuleType(package))
+    for package, module in (("modules", models), ("modules", shared), ("modules_forge", entry)):
+        monkeypatch.setattr(sys.modules[package], module.__name__, module, raising=False)
+        monkeypatch.setitem(sys.modules, f"{package}.{module.__name__}", module)
+    return SimpleNamespace(adapter=request.param(), opts=opts, loaded=loaded, models=models, shared=shared)
+
+
+@pytest.mark.parametrize(("checkpoint", "modules", "loaded"), [
+    (None, None, None), ("Use same checkpoint", ["Use same choices"], None), ("large", None, ("large", "vae")),
+    ("", ["other"], ("base", "other")), ("base", ["vae"], None), ("large", [], ("large",))])
+def test_the_checkpoint_of_hires_fix_is_loaded_and_the_choice_put_back(chosen, checkpoint, modules, loaded):
+    p = SimpleNamespace(hr_checkpoint_name=checkpoint, hr_additional_modules=modules)
+    chosen.adapter.reload(p, hires=True)
+    assert chosen.loaded == (["refreshed", loaded, "refreshed"] if loaded else [("base", "vae")])
+    chosen.adapter.reload(p, hires=False)  # back from a refiner
+    assert chosen.loaded[-1] == ("base", "vae")
+
+    def broken() -> None:
+        raise OSError("no file")
+
+    chosen.models.forge_model_reload = broken
+    with pytest.raises(OSError, match="no file"):
+        chosen.adapter.reload(p, hires=True)
+    assert (chosen.opts.sd_model_checkpoint, chosen.opts.forge_additional_modules) == ("base", ["vae"])
+
+
+@pytest.mark.parametrize("chosen", [Neo], indirect=True)
+def test_forge_neos_own_settings(chosen, monkeypatch, unet):
+    neo, p = chosen.adapter, generation(unet)
+    unet.out_channels = 4
+    p.refiner_checkpoint_info = "refiner"
+    assert neo.session(p, hires=False)
+    chosen.opts.refiner_fast_sd = True
+    with pytest.raises(InputError, match="Reload state_dict Only"):
+        neo.session(p, hires=False)
+    p.refiner_checkpoint_info = None
+    assert neo.session(p, hires=False)
+    for name, value in {"denoising_strength": 0.6, "hr_upscaler": "None", "hr_second_pass_steps": 0, "hr_cfg": 4.0,
+                        "hr_sampler_name": "Euler", "sampler_name": "Euler", "hr_scheduler": "Karras",
+                        "scheduler": "Simple", "get_hr_prompt": str, "get_hr_negative_prompt": str,
+                        "extra_generation_params": {}}.items():
+        setattr(p, name, value)
+    neo.session(p, hires=True)
+    assert {name: value for name, value in p.extra_generation_params.items() if value not in (None, str)} == {
+        "Denoising strength": 0.6, "Hires upscaler": "None", "Hires CFG Scale": 4.0, "Hires schedule type": "Karras"}
+    p.sd_model.forge_objects.vae = SimpleNamespace(
+        first_stage_model=SimpleNamespace(latent_format=SimpleNamespace(scale_factor=0.13025)))
+    assert neo.scaling(p.sd_model) == 0.13025
+    folders = SimpleNamespace(controlnet_dir="one", cmd_opts=SimpleNamespace(controlnet_dirs=["two", "three"]))
+    monkeypatch.setattr(sys.modules["modules_forge"], "shared", folders, raising=False)
+    assert neo.controlnet_folders() == [Path("one"), Path("two"), Path("three")]
+    del folders.cmd_opts.controlnet_dirs  # an older one
+    assert neo.controlnet_folders() == [Path("one")]
+    ui: Any = SimpleNamespace(sRound=lambda pixels: round(pixels / 64) * 64)
+    monkeypatch.setattr(sys.modules["modules"], "ui", ui, raising=False)
+    assert [neo.rounded(pixels) for pixels in (520, 1023.6, 64)] == [512, 1024, 64]
 
 
 # --- halves ----------------------------------------------------------------------------------------------------

@@ -24,6 +24,8 @@ from modules import script_callbacks, scripts  # noqa: E402
 
 import accdiff_lib.webui  # noqa: E402
 from accdiff_lib.parts import infotext  # noqa: E402
+from accdiff_lib.webui.hosts import contract  # noqa: E402
+from accdiff_lib.webui.ui import panel  # noqa: E402
 
 
 class Nothing(ModuleType):
@@ -40,6 +42,7 @@ adapter = Nothing("accdiff_lib.webui.hosts.a1111")
 adapter.A1111 = lambda: adapter
 for module in (accdiff_lib.webui.run, adapter):
     sys.modules[module.__name__] = module
+contract.lacking = lambda names: []  # it has what the panel needs, and nothing that generates
 toy.register()
 NUMBERS = itertools.count()
 SAMPLERS, SCHEDULES = ["Euler", "Heun", "DPM++ 2M"], ["Automatic", "Karras"]
@@ -103,6 +106,10 @@ def main():
         script = kind()
         first, second = ([component.value for component in script.ui(False)] for _ in range(2))
         assert first == second
+    with gr.Blocks() as page:  # a panel that cannot be built is none
+        panel._advanced, advanced = None, panel._advanced
+        assert script.ui(False) == script.infotext_fields == page.children == []
+        panel._advanced = advanced
     app, address, _ = demo.queue().launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, show_api=False)
     for register in script_callbacks.app_started:
         register(demo, app)

@@ -21,7 +21,7 @@ from accdiff_lib.errors import InputError
 from accdiff_lib.parts.noise_levels import NoiseLevels
 from accdiff_lib.webui.hosts.halves import CountedHalves
 from accdiff_lib.webui.hosts.ldm.controlnet import LdmControlNet
-from accdiff_lib.webui.hosts.webui import WebUI, lacking
+from accdiff_lib.webui.hosts.webui import WebUI
 from accdiff_lib.webui.hosts.windows import Session, WindowHost
 
 #: The attribute of a generation under which the WebUI's callback finds the halves of the batch.
@@ -31,9 +31,7 @@ _HALVES = "_accdiffusion_halves"
 class A1111(WebUI):
     """See WebUI."""
 
-    def missing(self) -> str:
-        """See WebUI."""
-        return lacking("modules.processing", "modules.sd_samplers_cfg_denoiser")
+    name = "AUTOMATIC1111's"
 
     def register(self) -> None:
         """See WebUI."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -10,14 +11,12 @@ from torch import Tensor, nn
 
 from accdiff_lib.webui.hosts.forge_base import ForgeBase
 from accdiff_lib.webui.hosts.text import WebUITextEncoder
-from accdiff_lib.webui.hosts.webui import lacking
 
 
 class Forge(ForgeBase):
     """See WebUI and ForgeBase."""
 
-    def missing(self) -> str:
-        return lacking("modules.sd_samplers_cfg_denoiser", "modules_forge.shared", "backend.sampling.sampling_function")
+    name = "Forge"
 
     def prepare(self, unet: Any, x: Tensor) -> None:
         from backend.sampling.sampling_function import sampling_prepare
@@ -71,34 +70,43 @@ class Forge(ForgeBase):
         from modules import sd_models, shared
         from modules_forge import main_entry
 
-        with sd_models.SkipWritingToConfig():
-            checkpoint, modules = shared.opts.sd_model_checkpoint, shared.opts.forge_additional_modules
-            changed = hires and _choose_hires(p)
+        with self._unsaved():
+            before = shared.opts.sd_model_checkpoint, shared.opts.forge_additional_modules
+            changed = hires and self._choose(*_of_hires(p))
             try:
                 if changed:
                     main_entry.refresh_model_loading_parameters()
                 sd_models.forge_model_reload()  # back from a refiner, too
             finally:
                 if changed:
-                    main_entry.modules_change(modules, save=False, refresh=False)
-                    main_entry.checkpoint_change(checkpoint, save=False, refresh=False)
+                    self._choose(*before)
                     main_entry.refresh_model_loading_parameters()
+
+    def _unsaved(self) -> AbstractContextManager[None]:
+        """Within it no choice is written into the WebUI's config."""
+        from modules import sd_models
+
+        unsaved: AbstractContextManager[None] = sd_models.SkipWritingToConfig()
+        return unsaved
+
+    def _choose(self, checkpoint: str | None, modules: list[str] | None) -> bool:
+        """Sets checkpoint and modules (VAE, text encoders), but for those that are None; whether they were others."""
+        from modules_forge import main_entry
+
+        changed = modules is not None and main_entry.modules_change(modules, save=False, refresh=False)
+        if checkpoint is not None:
+            changed = main_entry.checkpoint_change(checkpoint, save=False, refresh=False) or changed
+        return bool(changed)
 
     def guidance(self, p: Any) -> float:
         return float(p.hr_cfg)
 
 
-def _choose_hires(p: Any) -> bool:
-    """Sets the checkpoint and the modules (VAE, text encoders) of Hires. fix; whether they are others than before."""
-    from modules_forge import main_entry
-
-    modules, checkpoint = getattr(p, "hr_additional_modules", None), p.hr_checkpoint_name
-    changed = False
-    if modules is not None and "Use same choices" not in modules:
-        changed = main_entry.modules_change(modules, save=False, refresh=False)
-    if checkpoint and checkpoint != "Use same checkpoint":
-        changed = main_entry.checkpoint_change(checkpoint, save=False, refresh=False) or changed
-    return changed
+def _of_hires(p: Any) -> tuple[str | None, list[str] | None]:
+    """Checkpoint and modules of Hires. fix; None where they are the base pass's."""
+    checkpoint, modules = p.hr_checkpoint_name, getattr(p, "hr_additional_modules", None)
+    return (None if checkpoint in (None, "", "Use same checkpoint") else checkpoint,
+            None if modules is None or "Use same choices" in modules else modules)
 
 
 class ForgeTextEncoder(WebUITextEncoder):

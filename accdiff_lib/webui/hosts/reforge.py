@@ -8,14 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from accdiff_lib.webui.hosts.forge_base import ForgeBase
-from accdiff_lib.webui.hosts.webui import lacking
 
 
 class ReForge(ForgeBase):
     """See WebUI and ForgeBase."""
 
-    def missing(self) -> str:
-        return lacking("modules.sd_samplers_cfg_denoiser", "modules_forge.shared", "modules_forge.forge_sampler")
+    name = "reForge"
 
     def prepare(self, unet: Any, x: Tensor) -> None:
         from modules_forge.forge_sampler import sampling_prepare

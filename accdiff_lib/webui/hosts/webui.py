@@ -7,14 +7,14 @@ can do, never by its name or version. Nothing here needs torch until a picture i
 from __future__ import annotations
 
 import importlib
-import sys
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from accdiff_lib.webui.hosts import contract
 
 if TYPE_CHECKING:
     import torch
@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-#: File and class of each adapter, and the modules that only its WebUI has; the first that fits is it.
+#: File and class of each adapter, and modules that only its WebUI or its like have. Of the first that fit, and those
+#: with the same modules, it is the one whose contract lacks the least.
 ADAPTERS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("neo", "Neo", ("backend.patcher.unet",)),
     ("forge", "Forge", ("backend.patcher.unet",)),
     ("reforge", "ReForge", ("ldm_patched", "modules_forge")),
     ("a1111", "A1111", ()),
@@ -42,11 +44,10 @@ class WebUI(ABC):
     What is not abstract is as in AUTOMATIC1111's.
     """
 
-    # --- what the extension asks -------------------------------------------------------------------------------
+    #: What its users call it.
+    name: str
 
-    @abstractmethod
-    def missing(self) -> str:
-        """What this WebUI lacks that the adapter needs; empty if nothing."""
+    # --- what the extension asks -------------------------------------------------------------------------------
 
     def register(self) -> None:  # noqa: B027 - not every WebUI needs some
         """Registers the adapter's own callbacks."""
@@ -57,6 +58,10 @@ class WebUI(ABC):
             return 128
         v_prediction = getattr(sd_model, "parameterization", "eps") == "v"
         return 96 if getattr(sd_model, "is_sd2", False) and v_prediction else 64
+
+    def rounded(self, pixels: float) -> int:
+        """A side of a picture as the WebUI makes it of what is asked for or computed."""
+        return int(pixels)
 
     def remember(self, p: Any) -> Callable[[], None]:
         """Called before `p.sample`; what it returns is called when that fails, and puts back what the WebUI would leave
@@ -140,18 +145,32 @@ class WebUI(ABC):
 @cache
 def current() -> WebUI:
     """The adapter of the running WebUI."""
-    file, name, _ = next(adapter for adapter in ADAPTERS if all(map(_has, adapter[2])))
+    file, name = _closest()
     adapter: WebUI = getattr(importlib.import_module(f"accdiff_lib.webui.hosts.{file}"), name)()
     return adapter
 
 
 def recognise() -> WebUI:
-    """The same, when the extension is loaded. Raises ImportError, in one line, for an unknown WebUI."""
-    adapter = current()
-    missing = adapter.missing()
+    """The same, when the extension is loaded. Raises ImportError, in one line, where anything is missing that our code
+    asks of the WebUI."""
+    adapter, missing = current(), _lacking(_closest()[0])
     if missing:
-        raise ImportError(f"{missing}; known are AUTOMATIC1111's, Forge and reForge")
+        more = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ImportError(f"it is most like {adapter.name}, but {missing[0]}{more}")
     return adapter
+
+
+def _closest() -> tuple[str, str]:
+    """File and class of the adapter that fits best."""
+    modules = next(modules for *_, modules in ADAPTERS if all(map(contract.has_module, modules)))
+    alike = [(file, name) for file, name, needed in ADAPTERS if needed == modules]
+    return min(alike, key=lambda adapter: len(_lacking(adapter[0]))) if len(alike) > 1 else alike[0]
+
+
+@cache
+def _lacking(file: str) -> list[str]:
+    """What the running WebUI lacks of an adapter's contract."""
+    return contract.lacking(contract.record(file)["names"])
 
 
 def loaded_once(p: Any, path: Path, unet: Any, load: Callable[[], T]) -> T:
@@ -167,19 +186,3 @@ def forget_controlnet(p: Any) -> None:
     """The end of a generation: lets go of what `loaded_once` kept."""
     if hasattr(p, _CONTROLNET):
         delattr(p, _CONTROLNET)
-
-
-def lacking(*names: str) -> str:
-    """The modules of these names that there are not, for `WebUI.missing`."""
-    gone = [name for name in names if not _has(name)]
-    return f"there is no {', no '.join(gone)}" if gone else ""
-
-
-def _has(name: str) -> bool:
-    """Whether a module can be imported; its packages are."""
-    if name in sys.modules:
-        return sys.modules[name] is not None
-    try:
-        return find_spec(name) is not None
-    except (ImportError, ValueError):
-        return False

@@ -21,6 +21,7 @@ from accdiff_lib.methods import METHODS, OPTIONS, names
 from accdiff_lib.settings import LARGEST, PRESETS, Option
 from accdiff_lib.webui import model
 from accdiff_lib.webui.arguments import BY_NAME_ONLY, EXTRA, NONE, POSITIONAL, REGIONS, Enlargement, parse
+from accdiff_lib.webui.hosts import webui as webui_host
 from accdiff_lib.webui.ui import options_page
 
 #: What the page sends along, in this header: it is in the panel, which the WebUI's own login guards if there is one.
@@ -125,6 +126,7 @@ def _request(body: Mapping[str, Any]) -> tuple[SimpleNamespace, Enlargement]:
             raise InputError(f"{named(name)}: there is no such option; the options are {', '.join(known)}")
     said = {name: value for name, value in body.items() if value is not None}
     given = SimpleNamespace(**{name: row.parse(said.get(name, row.default)) for name, row in GENERATION.items()})
+    given.width, given.height = map(webui_host.current().rounded, (given.width, given.height))
     given.hr_sampler_name = None if given.hr_sampler_name == SAME_SAMPLER else given.hr_sampler_name
     given.hr_scheduler = None if given.hr_scheduler == SAME_SCHEDULER else given.hr_scheduler
     options = {name: value for name, value in said.items() if name in (*POSITIONAL, *BY_NAME_ONLY)}

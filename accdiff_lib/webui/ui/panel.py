@@ -32,8 +32,25 @@ class Panel:
 def build(elem_id: Callable[[str], str], is_img2img: bool) -> Panel:
     """Builds the panel inside the running `gr.Blocks`; without side effects, as the API calls it twice more.
 
-    `elem_id` makes an element's id from a name (Script.elem_id).
+    `elem_id` makes an element's id from a name (Script.elem_id). It never raises, because not every WebUI catches what
+    a script's `ui` raises: a panel that cannot be built is none, and the log says why in a line.
     """
+    around, before = None, 0
+    try:
+        from gradio.context import Context
+
+        around = Context.block
+        before = len(around.children) if around is not None else 0
+        return _build(elem_id, is_img2img)
+    except Exception as error:
+        if around is not None:
+            Context.block = around
+            del around.children[before:]  # what has been built of it
+        print(f"[AccDiffusion] has no panel in this WebUI: {type(error).__name__}: {error}")
+        return Panel([], [])
+
+
+def _build(elem_id: Callable[[str], str], is_img2img: bool) -> Panel:
     import gradio as gr
     from modules.ui_components import InputAccordion
 

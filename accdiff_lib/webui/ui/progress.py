@@ -78,7 +78,10 @@ class WebUIProgress:
             denoised = F.interpolate(denoised, scale_factor=PREVIEW / side, mode="area")
         # The WebUI makes a new preview when so many steps have passed since the last; ours are few and long.
         state, every = shared.state, shared.opts.show_progress_every_n_steps
-        state.current_image_sampling_step = min(state.current_image_sampling_step, state.sampling_step - every)
+        step = min(state.sampling_step, state.sampling_steps - 1)
+        state.current_image_sampling_step = min(state.current_image_sampling_step, step - every)
+        if hasattr(state, "preview_step"):  # Forge Neo counts the preview's steps apart, and shows none of the last
+            state.preview_step = step
         sd_samplers_common.store_latent(denoised)
 
     def finished(self, picture: Picture) -> None:

@@ -21,6 +21,8 @@ class _Tiny:
         config = tiny_shapes.read(self.folder, "unet")
         self.unet_config.update(num_heads=1, num_head_channels=-1,
                                 channel_mult=tiny_shapes.multipliers(config["block_out_channels"]))
+        if hasattr(self.latent_format, "scale_factor"):  # Forge Neo takes it from here; Forge from the VAE's config
+            self.latent_format.scale_factor = tiny_shapes.read(self.folder, "vae")["scaling_factor"]
         self.huggingface_repo = self.folder  # absolute: os.path.join drops what is before it
 
 
@@ -28,6 +30,11 @@ def _guess(folder):
     sdxl = os.path.isdir(os.path.join(folder, "text_encoder_2"))
     kind = type("TinySDXL" if sdxl else "TinySD15", (_Tiny, model_list.SDXL if sdxl else model_list.SD15),
                 {"folder": folder})
+    # Forge Neo: an engine lists the guesses that it is for.
+    for engine in getattr(loader, "possible_models", ()):
+        stock = model_list.SDXL if sdxl else model_list.SD15
+        if stock in getattr(engine, "matched_guesses", ()):
+            engine.matched_guesses.append(kind)
 
     def guess(state_dict):
         prefix = detection.unet_prefix_from_state_dict(state_dict)

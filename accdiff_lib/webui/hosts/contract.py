@@ -1,6 +1,8 @@
-"""What of a record a running WebUI lacks, found without generating anything: names, and calls that it would not take.
+"""What our code touches in each WebUI (contracts/*.json, recorded in the running WebUI by tests/contract), and what of
+it the WebUI that is loading us lacks: names, and calls that it would not take.
 
-`from tests.contract.check import lacking` in the WebUI's own process; it imports nothing but modules of the WebUI.
+Nothing is generated and nothing is imported for it: of a module that the WebUI has not imported yet only the code is
+looked at. It takes some milliseconds.
 
 A name is "modules.shared:state.job_no": a module, and what is in it; an attribute of an object that only a generation
 has goes by its class, "modules.processing:StableDiffusionProcessing.width". Such an attribute is looked for in the
@@ -10,26 +12,37 @@ class's code, as the WebUI has compiled it: declared there, or set by a method.
 from __future__ import annotations
 
 import dis
-import importlib
 import inspect
+import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
+FOLDER = Path(__file__).with_name("contracts")
 #: In place of a value that only an object of a class has.
 VALUE = object()
 #: What an attribute is that others set on the objects of a class, which says nothing of it.
 SET_BY_OTHERS = "set by others"
-#: By these, a method sets an attribute whose name is a string.
+#: By these, code sets an attribute: the second where its name is a string.
+_STORE = dis.opmap["STORE_ATTR"]
 _SETTERS = {"setattr", "__setattr__", "register_buffer", "register_parameter", "add_module"}
 
+#: What is recorded of a name: "is", and "optional", "called" and "overridden" where they are not empty.
+Entry = Mapping[str, Any]
 
-def lacking(record: Mapping[str, Any]) -> list[str]:
-    """A line for each thing in which this WebUI is not as the record says; none if our code can run in it."""
-    names: Mapping[str, Mapping[str, Any]] = record["names"]
-    roots = frozenset(map(_root, names))
+
+def record(host: str) -> dict[str, Any]:
+    """What has been recorded in a WebUI, by the name of its adapter's file."""
+    found: dict[str, Any] = json.loads((FOLDER / f"{host}.json").read_text(encoding="utf-8"))
+    return found
+
+
+def lacking(names: Mapping[str, Entry]) -> list[str]:
+    """A line for each thing in which this WebUI is not as recorded; none if our code can run in it."""
     lines: list[str] = []
     for name, entry in names.items():
         if entry.get("optional"):
@@ -39,13 +52,15 @@ def lacking(record: Mapping[str, Any]) -> list[str]:
         except LookupError as error:
             line, attribute = str(error.args[0]), name.rpartition(".")[2]
             may_be_set = entry["is"] == SET_BY_OTHERS and line.endswith(f" has no {attribute}")
-            lines += [] if may_be_set and attribute in _set_in(roots) else [line]
-        else:
-            lines += misfits(name, found, entry)
+            found = VALUE if may_be_set and _is_set_by(names, attribute) else _moved(name, names)
+            if found is None:
+                lines.append(line)
+                continue
+        lines += misfits(name, found, entry)
     return list(dict.fromkeys(lines))
 
 
-def misfits(name: str, found: Any, entry: Mapping[str, Any]) -> Iterator[str]:
+def misfits(name: str, found: Any, entry: Entry) -> Iterator[str]:
     """How the calls of an entry, and what overrides it, do not fit to what has its name now."""
     own = signature(found)
     if own is None:
@@ -73,11 +88,46 @@ def find(name: str) -> Any:
     return found
 
 
-def _module(name: str) -> ModuleType:
-    try:
-        return sys.modules.get(name) or _script(name) or importlib.import_module(name)
-    except Exception as error:  # whatever it does when it is imported
-        raise LookupError(f"there is no module {name}") from error
+def _moved(name: str, names: Iterable[str]) -> Any:
+    """What has the attribute of an object whose class is not where it was, but somewhere else that is loaded.
+
+    None if there is no such class, and for classes that our code names itself.
+    """
+    owner, _, attribute = name.rpartition(".")
+    place, _, kind = owner.partition(":")
+    if not kind or owner in names or kind in vars(sys.modules.get(place, object)):
+        return None
+    for module in list(sys.modules.values()):
+        found = getattr(module, "__dict__", {}).get(kind)
+        if isinstance(found, type) and declaring(found, attribute) is not None:
+            return declared(found, attribute) or VALUE
+    return None
+
+
+def has_module(name: str) -> bool:
+    """Whether a module can be imported; not even its packages are."""
+    if name in sys.modules:
+        return sys.modules[name] is not None
+    return _spec(name) is not None
+
+
+def _module(name: str) -> ModuleType | ModuleSpec:
+    """A module, or what it would be imported from."""
+    found = sys.modules.get(name) or _script(name) or _spec(name)
+    if found is None:
+        raise LookupError(f"there is no module {name}")
+    return found
+
+
+def _spec(name: str) -> ModuleSpec | None:
+    package = name.rpartition(".")[0]
+    places: Any = None
+    if package:
+        above = sys.modules.get(package) or _spec(package)
+        places = getattr(above, "__path__", None) or getattr(above, "submodule_search_locations", None)
+        if places is None:
+            return None
+    return PathFinder.find_spec(name, places)
 
 
 def _script(name: str) -> ModuleType | None:
@@ -89,11 +139,19 @@ def _script(name: str) -> ModuleType | None:
 def _below(owner: Any, attribute: str) -> Any:
     if owner is VALUE or owner is None:  # a variable that is set later
         return VALUE
+    if isinstance(owner, ModuleSpec):
+        if attribute not in _names_of(owner.name) and not has_module(f"{owner.name}.{attribute}"):
+            raise LookupError(attribute)
+        return VALUE
     if isinstance(owner, type):
         return declared(owner, attribute)
     if isinstance(owner, ModuleType):
-        return vars(owner)[attribute] if attribute in vars(owner) else _module(f"{owner.__name__}.{attribute}")
-    try:  # of the class first: properties may load a checkpoint
+        found = vars(owner)
+        return found[attribute] if attribute in found else _module(f"{owner.__name__}.{attribute}")
+    own = getattr(owner, "__dict__", {})
+    if attribute in own:
+        return own[attribute]
+    try:  # properties may load a checkpoint
         return declared(type(owner), attribute)
     except LookupError:
         if not hasattr(owner, attribute):
@@ -115,7 +173,7 @@ def declaring(kind: type, attribute: str) -> type | None:
     """Which of a class and its bases declares an attribute, or else has a method that sets it."""
     bases: list[Any] = list(kind.__mro__)
     of_class = [base for base in bases if attribute in vars(base) or attribute in _annotated(base)]
-    return next(iter(of_class or (base for base in bases if attribute in _set_by(base))), None)
+    return next(iter(of_class or (base for base in bases if _sets(_code_of(base), attribute))), None)
 
 
 def _annotated(kind: type) -> Mapping[str, Any]:
@@ -124,22 +182,27 @@ def _annotated(kind: type) -> Mapping[str, Any]:
 
 
 @cache
-def _set_by(kind: type) -> frozenset[str]:
-    """The attributes that a class's methods set, whatever was done to it since it was compiled."""
+def _code_of(kind: type) -> CodeType | None:
+    """The code of a class, whatever was done to it since it was compiled."""
     code = _code(kind.__module__)
     for part in kind.__qualname__.split("."):
         code = next((each for each in _inner(code) if each.co_name == part), None)
-    return frozenset(_stored(code))
+    return code
+
+
+def _is_set_by(names: Iterable[str], attribute: str) -> bool:
+    """Whether anything sets an attribute in these modules, or in the others of their packages that are loaded."""
+    modules = list(dict.fromkeys(name.partition(":")[0] for name in names))
+    roots = set(map(_root, modules))
+    others = [name for name in list(sys.modules) if _root(name) in roots]
+    return any(_sets(_code(name), attribute) for name in dict.fromkeys([*modules, *others]))
 
 
 @cache
-def _set_in(roots: frozenset[str]) -> frozenset[str]:
-    """The attributes that anything in the loaded modules of these packages sets."""
-    found: set[str] = set()
-    for name in list(sys.modules):
-        if _root(name) in roots:
-            found.update(_stored(_code(name)))
-    return frozenset(found)
+def _names_of(module: str) -> frozenset[str]:
+    """The names that a module's code has outside of functions and classes, if it can be seen."""
+    code = _code(module)
+    return frozenset(code.co_names if code is not None else ())
 
 
 def _root(name: str) -> str:
@@ -149,7 +212,8 @@ def _root(name: str) -> str:
 @cache
 def _code(module: str) -> CodeType | None:
     """A module's code, from Python's own cache where it is there."""
-    spec: Any = getattr(sys.modules.get(module) or _script(module), "__spec__", None)
+    loaded = sys.modules.get(module) or _script(module)
+    spec: Any = getattr(loaded, "__spec__", None) if loaded is not None else _spec(module)
     loader: Any = getattr(spec, "loader", None)
     return loader.get_code(spec.name) if hasattr(loader, "get_code") else None
 
@@ -161,19 +225,24 @@ def _inner(code: CodeType | None) -> Iterator[CodeType]:
             yield constant
 
 
-def _stored(code: CodeType | None) -> Iterator[str]:
+def _sets(code: CodeType | None, attribute: str) -> bool:
+    """Whether some code, or what stands in it, sets an attribute of this name."""
     if code is None:
-        return
-    if _SETTERS & set(code.co_names):
-        yield from (constant for constant in code.co_consts if isinstance(constant, str))
-    operation, extended = dis.opmap["STORE_ATTR"], 0
+        return False
+    if attribute in code.co_consts and _SETTERS & set(code.co_names):
+        return True
+    return (attribute in code.co_names and _stores(code, code.co_names.index(attribute))) or any(
+        _sets(each, attribute) for each in _inner(code))
+
+
+def _stores(code: CodeType, name: int) -> bool:
+    extended = 0
     for operator, argument in zip(code.co_code[::2], code.co_code[1::2], strict=True):
         argument |= extended
-        if operator == operation:
-            yield code.co_names[argument]
+        if operator == _STORE and argument == name:
+            return True
         extended = argument << 8 if operator == dis.EXTENDED_ARG else 0
-    for each in _inner(code):
-        yield from _stored(each)
+    return False
 
 
 # --- calls -----------------------------------------------------------------------------------------------------
