@@ -133,6 +133,15 @@ def test_a_canvas_larger_than_the_models_own_size(webui, plain, which, own):
     assert np.array_equal(webui.generate(None).picture, plain.picture)
 
 
+def test_upscalers_enlarge_the_reference(webui, options, large):
+    held = {**options, "skip_residual": False, "structure_guidance": 1, "reference": "mixed"}
+    pictures = {name: webui.generate({**held, "enlarger": name}).picture for name in ("bicubic", "Nearest")}
+    assert difference(pictures["bicubic"], pictures["Nearest"]) > 1 and alike(pictures["bicubic"], large.picture)
+    of_hires = webui.generate(held, enable_hr=True, hr_scale=2, hr_upscaler="Nearest", denoising_strength=0.6,
+                              hr_second_pass_steps=3)
+    assert of_hires.values["AccDiffusion enlarger"] == "Nearest"
+
+
 @pytest.mark.parametrize("which", ["accdiffusion-v2", "scalecrafter", "elasticdiffusion"])
 def test_a_lora_counts_in_the_stages_and_is_gone_afterwards(webui, plain, which):
     names = [each["name"] for each in webui.get("/sdapi/v1/loras") if "lora" in each["name"]]
