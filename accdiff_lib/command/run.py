@@ -18,7 +18,7 @@ from accdiff_lib import __version__
 from accdiff_lib.command import arguments
 from accdiff_lib.command.job import Job, prepare
 from accdiff_lib.engine.plan import CELL
-from accdiff_lib.errors import InputError, Interrupted, OutOfMemory
+from accdiff_lib.errors import InputError, Interrupted, NotFinite, OutOfMemory, is_out_of_memory, out_of_memory
 from accdiff_lib.methods import infotext as settings_infotext
 from accdiff_lib.methods import of
 from accdiff_lib.parts import infotext
@@ -51,6 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except BrokenPipeError:  # nobody reads what is left to say
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return LESS
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"accdiff: {out_of_memory(error)}", file=sys.stderr)
         return LESS
 
 
@@ -183,7 +188,7 @@ def _one(job: Job, terminal: Terminal, host: StandaloneHost, extrapolation: Any,
     record: dict[str, Any] = {"seed": seed, "stopped": ""}
     try:
         result = extrapolation.run(request)
-    except (Interrupted, OutOfMemory, ArithmeticError) as error:
+    except (Interrupted, OutOfMemory, NotFinite) as error:
         record["stopped"] = "interrupted" if isinstance(error, Interrupted) else str(error)
         print(f"accdiff: {record['stopped']}; no picture was finished", file=sys.stderr)
     else:
@@ -227,18 +232,26 @@ class Files:
         return picture.stage == (self.job.plan.stages[-1] if self.job.plan.stages else None)
 
     def _write(self, name: str, stem: str, image: np.ndarray | None) -> None:
+        from accdiff_lib.engine import memory
+
         assert image is not None
-        self.written[name] = self.job.folder.write(f"{stem}{self._suffix}.png", image, self.parameters)
+        given = f"{stem}{self._suffix}.png", image, self.parameters
+        # What was computed may lie in memory until a first try fails.
+        self.written[name] = memory.attempt(self.job.folder.write, *given) or self.job.folder.write(*given)
 
     def explain(self, result: Result, host: StandaloneHost) -> None:
-        """Writes explain.png if there is something to explain."""
+        """Writes explain.png if there is something to explain; no failure of that is worth a picture."""
         if not (self.job.arguments.explain and result.explanation):
             return
         from accdiff_lib.explain import sheet
 
-        shown = result.explained
-        image = shown.image if shown.image is not None else host.decode(shown.latent, interruptible=False)
-        self._write("explain", "explain", sheet(image, result.explanation, self.job.plan.part))
+        try:
+            shown = result.explained
+            image = shown.image if shown.image is not None else host.decode(shown.latent, interruptible=False)
+            self._write("explain", "explain", sheet(image, result.explanation, self.job.plan.part))
+        except Exception as error:
+            said = out_of_memory(error) if is_out_of_memory(error) else error
+            host.progress.comment(f"the sheet that explains the run could not be made: {said}")
 
 
 def parameters(job: Job, seed: int) -> str:

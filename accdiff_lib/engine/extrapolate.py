@@ -15,12 +15,13 @@ from torch import Tensor
 
 from accdiff_lib import seeds
 from accdiff_lib.engine.canvas import Canvas, StageInputs, match_statistics
+from accdiff_lib.engine.finite import Finite
 from accdiff_lib.engine.host import Conditioning, Given, GivenImage, Host, Picture, Text
 from accdiff_lib.engine.method import Method
 from accdiff_lib.engine.plan import CELL, Plan, Stage
 from accdiff_lib.engine.schedule import make_script, rehearse
 from accdiff_lib.engine.spread import Batcher, check_stop
-from accdiff_lib.errors import Interrupted, OutOfMemory, Skipped, is_out_of_memory
+from accdiff_lib.errors import Interrupted, NotFinite, OutOfMemory, Skipped, is_out_of_memory, out_of_memory
 from accdiff_lib.parts import reference
 from accdiff_lib.parts.attention import AttentionRecorder, map_size
 from accdiff_lib.parts.dilation_plan import Convolution
@@ -32,6 +33,9 @@ from accdiff_lib.settings import Settings
 
 #: Noise level (share of the training timesteps) at which an existing picture's attention is recorded.
 RECORDING_NOISE = 0.3
+
+#: What messages call the part that is no stage.
+BASE = "the base pass"
 
 
 @dataclass
@@ -93,25 +97,26 @@ class Extrapolation:
         self.host = host
         self._texts: dict[str, Text] = {}
         self._batcher = Batcher(host, window_batch)
+        self._finite = Finite(host, self._batcher)
 
     def run(self, request: Request) -> Result:
         """Makes one image.
 
-        Interrupt returns the last finished picture; Skip the current prediction, decoded; when memory or the VAE's
-        precision don't suffice, the last finished picture is returned and the reason commented. What is finished is
+        Interrupt returns the last finished picture; Skip the current prediction, decoded; when memory does not suffice
+        or a network makes NaN, the last finished picture is returned and the reason commented. What is finished is
         also reported to the host at once. Raises Interrupted, Skipped, OutOfMemory or NotFinite when nothing was
         finished, and whatever the model raises.
         """
         result = Result(request.seed, [], Explanation())
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self._finite:
                 self._run(request, result)
             return result
         except Exception as error:
             reason = _why_stopped(error)
             if reason is None or not result.pictures:
                 if is_out_of_memory(error):
-                    raise OutOfMemory(f"out of memory before anything was finished: {error}") from error
+                    raise OutOfMemory(out_of_memory(error, "before anything was finished")) from error
                 raise
         # Here, where the exception that keeps the stage's tensors alive is gone: the decode may need their memory.
         self._give_up(result, reason)
@@ -162,23 +167,32 @@ class Extrapolation:
         return [replace(request, method=method, settings=settings) for method, settings in made_by]
 
     def _finish(self, result: Result, picture: Picture, *, decode: bool) -> None:
+        if not picture.latent.isfinite().all():
+            raise NotFinite(f"the sampler made NaN in {picture.stage.name if picture.stage else BASE}; another one may "
+                            "not")
         if decode:
             picture.image = self.host.decode(picture.latent)
         result.pictures.append(picture)
         self.host.progress.finished(picture)
 
     def _give_up(self, result: Result, reason: str) -> None:
-        """Keeps the best finished picture."""
-        result.stopped = reason
-        best = result.pictures[-1]
+        """Keeps the best finished picture that can be decoded. Raises OutOfMemory or NotFinite where none can."""
+        result.stopped, best = reason, result.pictures[-1]
         if best.image is None:
             try:
                 best.image = self.host.decode(best.latent, interruptible=False)
             except Exception as error:
-                if is_out_of_memory(error):
-                    raise OutOfMemory(f"{reason}; nor does the {best.name} picture's decode fit into memory") from error
-                raise
-        self.host.progress.comment(f"{reason}; the picture is the {best.name} one")
+                why = _why_stopped(error)
+                if why is None:
+                    raise
+                reason = f"{reason}; the {best.name} picture cannot be decoded ({why})"
+                if len(result.pictures) == 1:
+                    raise (NotFinite if isinstance(error, NotFinite) else OutOfMemory)(reason) from error
+        if best.image is None:
+            result.pictures.pop()
+            self._give_up(result, reason)
+        else:
+            self.host.progress.comment(f"{reason}; the picture is the {best.name} one")
 
     # --- the base picture --------------------------------------------------------------------------------------
 
@@ -194,10 +208,16 @@ class Extrapolation:
                 latent, maps = host.encode_image(given.image), None
             else:
                 latent, maps = given.latent, given.maps
+                if not latent.isfinite().all():
+                    self.texts([request.prompt])  # raises where theirs are the NaN
+                    raise NotFinite(f"the {given.made_by} made NaN in the base picture: {host.advice(given.made_by)}")
             if record and maps is None:
                 host.progress.begin(None, 1)
                 maps, latents = self.record(request, latent), 1
                 host.progress.advance(1)
+        if maps is not None and not maps.isfinite().all():
+            host.progress.comment("the base picture's attention has NaN, so all windows get the whole prompt")
+            maps = None
         crop = request.plan.crop
         latent = latent[..., crop.rows, crop.columns]
         return Picture(None, latent, None, latents, time.perf_counter() - begin), maps
@@ -207,14 +227,15 @@ class Extrapolation:
         if solver is None:
             raise RuntimeError("the base picture is made by somebody else, but was not given")
         conditioning = self._whole(request)
-        calls = len(rehearse(solver, solver.sigmas))
-        host.progress.begin(None, calls)
+        calls = rehearse(solver, solver.sigmas)
+        host.progress.begin(None, len(calls))
+        steps = iter(calls)
         denoised = None
 
         def model(x: Tensor, sigma: Tensor, **_: object) -> Tensor:
             nonlocal denoised
             check_stop(host.progress)
-            denoised = host.denoise(x, sigma.flatten()[0], conditioning)
+            denoised = self._whole_prediction(x, sigma.flatten()[0], conditioning, recorder, next(steps).step)
             host.progress.advance(1)
             host.progress.preview(denoised)
             return denoised
@@ -228,7 +249,14 @@ class Extrapolation:
             if denoised is None:
                 raise
             result.stopped, latent = "skipped", denoised
-        return latent, recorder.maps[0] if record and not result.stopped else None, calls
+        return latent, recorder.maps[0] if record and not result.stopped else None, len(calls)
+
+    def _whole_prediction(self, x: Tensor, sigma: Tensor, conditioning: Conditioning, recorder: AttentionRecorder,
+                          step: int) -> Tensor:
+        """The x0 prediction of a base picture [1, C, h, w], without NaN."""
+        with recorder.evaluation():
+            return self._finite.prediction(lambda x, _: self.host.denoise(x, sigma, conditioning), x, sigma, step,
+                                           BASE)[0]
 
     @torch.no_grad()
     def record(self, request: Request, latent: Tensor) -> Tensor:
@@ -245,7 +273,8 @@ class Extrapolation:
                     key=lambda level: abs(host.timestep(level) - RECORDING_NOISE * TRAINING_STEPS))
         noise = seeds.normal(tuple(latent.shape), request.seed, "recording").to(latent)
         with self._recorder(size) as recorder:
-            host.denoise(latent + sigma * noise, torch.tensor(sigma, device=host.device), self._whole(request))
+            self._whole_prediction(latent + sigma * noise, torch.tensor(sigma, device=host.device),
+                                   self._whole(request), recorder, 0)
         return recorder.maps[0]
 
     def _recorder(self, size: tuple[int, int]) -> AttentionRecorder:
@@ -273,7 +302,7 @@ class Extrapolation:
         predictor = method.canvas(host, inputs, settings, self._batcher)
         if predictor.explanation is not None:
             result.explanation.stages.append((stage, predictor.explanation))
-        canvas = Canvas(host, script, settings, inputs, predictor)
+        canvas = Canvas(host, script, settings, inputs, predictor, self._finite)
         seed = seeds.derive(request.seed, "stage sampler", stage.number)
         try:
             latent = canvas.run(host.stage_solver, seed)
@@ -322,6 +351,6 @@ def _why_stopped(error: Exception) -> str | None:
     """Why a run ended early, for errors after which the last finished picture is still good; None for others."""
     if isinstance(error, (Interrupted, Skipped)):
         return type(error).__name__.lower()
-    if isinstance(error, ArithmeticError):  # NaN in the VAE
+    if isinstance(error, NotFinite):
         return str(error)
-    return f"out of memory: {error}" if isinstance(error, OutOfMemory) or is_out_of_memory(error) else None
+    return out_of_memory(error) if is_out_of_memory(error) else None

@@ -187,7 +187,7 @@ class Batch:
         """
         p = self._p
         if self._from_image:
-            return GivenLatent(p.init_latent)
+            return GivenLatent(p.init_latent, made_by="VAE")
         if self._hires and getattr(p, "firstpass_image", None) is not None:  # the WebUI's button under the gallery
             return GivenImage(np.asarray(p.firstpass_image.convert("RGB")))
         settings = self._settings
@@ -287,7 +287,7 @@ def _of_picture(base: Given | None, index: int) -> Given | None:
     """What the batch's picture `index` starts from."""
     if isinstance(base, GivenLatent):
         maps = None if base.maps is None else base.maps[index]
-        return GivenLatent(base.latent[index:index + 1].float(), maps)
+        return GivenLatent(base.latent[index:index + 1].float(), maps, base.made_by)
     return base
 
 

@@ -42,6 +42,9 @@ class WebUI(ABC):
     What is not abstract is as in AUTOMATIC1111's.
     """
 
+    #: How its users give the UNet a wider precision: the beginning of a sentence.
+    precise = "starting the WebUI with --no-half"
+
     # --- what the extension asks -------------------------------------------------------------------------------
 
     @abstractmethod
