@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -35,6 +36,8 @@ MOST_LATENTS = 32
 #: 2.
 MOST_CPU_LATENTS = 4
 CPU_BUDGET = 4 * 2**30
+#: glibc's name for the size from which on an allocation is a mapping of its own.
+_M_MMAP_THRESHOLD = -3
 
 
 def free_bytes(device: torch.device) -> int:
@@ -53,6 +56,16 @@ def release() -> None:
             with suppress(RuntimeError):  # a failure that is told a second time, by whatever comes next
                 backend.synchronize()
             backend.empty_cache()
+    if not torch.cuda.is_available():
+        _trim()
+
+
+def _trim() -> None:
+    """Makes glibc give back what it keeps in pieces between what is used, and keep no more large ones."""
+    with suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(_M_MMAP_THRESHOLD, 2**17)
+        libc.malloc_trim(0)
 
 
 def attempt(run: Callable[..., T], *args: Any, last: bool = False) -> T | None:

@@ -22,7 +22,7 @@ from accdiff_lib.engine.cost import estimate
 from accdiff_lib.engine.extrapolate import Extrapolation, Request, Result
 from accdiff_lib.engine.host import Given, GivenImage, GivenLatent, Picture
 from accdiff_lib.engine.plan import make_plan
-from accdiff_lib.errors import InputError
+from accdiff_lib.errors import InputError, Interrupted, NotFinite, OutOfMemory
 from accdiff_lib.methods import of
 from accdiff_lib.parts.attention import map_size
 from accdiff_lib.parts.regions import check_regions
@@ -177,7 +177,7 @@ class Batch:
                 if shared.state.interrupted:  # the WebUI's sampler stops at once
                     return base.latent if isinstance(base, GivenLatent) else original()
                 with self._session.stages(given):
-                    results = [self._extrapolate(index, first_job, base) for index in range(len(given["seeds"]))]
+                    results = self._results(len(given["seeds"]), first_job, base)
         finally:
             p.sampler = None
         return self._decoded([result.pictures[-1] for result in results])
@@ -220,6 +220,21 @@ class Batch:
                 for pair in zip(positive, negative, strict=True)]
 
     # --- the stages --------------------------------------------------------------------------------------------
+
+    def _results(self, count: int, first_job: int, base: Given | None) -> list[Result]:
+        """The batch's pictures, up to the first of which nothing could be finished. Raises what that one raised if it
+        is the very first."""
+        results: list[Result] = []
+        for index in range(count):
+            try:
+                results.append(self._extrapolate(index, first_job, base))
+            except (Interrupted, NotFinite, OutOfMemory) as error:
+                if not results:
+                    raise
+                why = str(error) or type(error).__name__.lower()
+                self._p.comment(f"AccDiffusion: picture {index + 1} of the batch and those after it are missing: {why}")
+                break
+        return results
 
     def _extrapolate(self, index: int, first_job: int, base: Given | None) -> Result:
         from modules import shared
