@@ -90,8 +90,8 @@ class TextEncoder:
             states.append(_emphasise(state, weights.to(state.device)))
         rows = torch.cat(states, dim=-1)
         if not rows.isfinite().all():
-            raise NotFinite(f"the weights in the prompt (up to {float(weights.max()):.3g}) are too large: the encoded "
-                            "text has NaN")
+            largest = max(weight for chunk in chunks for weight in chunk.weights)
+            raise NotFinite(f"the weights in the prompt (up to {largest:.3g}) are too large: the encoded text has NaN")
         return list(zip(rows, [None] * len(chunks) if pooled is None else pooled, strict=True))
 
     def _encoded(self, encoder: Any, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
