@@ -191,7 +191,7 @@ class Batch:
         if self._hires and getattr(p, "firstpass_image", None) is not None:  # the WebUI's button under the gallery
             return GivenImage(np.asarray(p.firstpass_image.convert("RGB")))
         settings = self._settings
-        if not settings.base_pass:
+        if not settings.base_pass and self._plan.stages:
             return None
         record = settings.wants_attention and bool(self._plan.stages) and self._same_prompts()
         before = getattr(p, "enable_hr", None)
