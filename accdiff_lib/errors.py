@@ -50,6 +50,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def out_of_memory(error: BaseException, when: str = "") -> str:
-    """One line on an error of memory: what it says first, as the rest is advice for programmers."""
-    said = re.split(r"\n|\. ", str(error).strip(), maxsplit=1)[0].strip()
+    """One line on an error of memory: what it says first, as the rest (and torch's place in its sources) is for
+    programmers."""
+    said = re.sub(r"^\[enforce fail at .*?\. ", "", str(error).strip())
+    said = re.split(r"\n|\. ", said, maxsplit=1)[0].strip()
     return " ".join(filter(None, ["out of memory", when])) + (f": {said}" if said else "")

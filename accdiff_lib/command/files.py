@@ -14,7 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from accdiff_lib.engine.plan import CELL
-from accdiff_lib.errors import InputError
+from accdiff_lib.errors import InputError, is_out_of_memory
 from accdiff_lib.parts import infotext
 
 SMALLEST = 8 * CELL
@@ -64,6 +64,8 @@ class Folder:
                 Image.fromarray(image).save(stream, "PNG", pnginfo=chunks)
             os.replace(temporary, self.path / name)
         except OSError as error:
+            if is_out_of_memory(error):
+                raise
             raise InputError(f"--out: cannot write {self.path / name} ({error.strerror or error})") from error
         finally:
             with suppress(OSError):

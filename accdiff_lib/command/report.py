@@ -81,10 +81,10 @@ class Terminal:
         self.done = []
         self._since = time.perf_counter()
 
-    def say(self, line: str) -> None:
+    def say(self, line: str, stream: TextIO | None = None) -> None:
         """A line above the bar. Whoever reads the lines may have gone; the pictures are still wanted."""
         with suppress(OSError):
-            self._bar.write(line, file=self._lines)
+            self._bar.write(line, file=stream or self._lines)
 
     def close(self) -> None:
         self._bar.close()

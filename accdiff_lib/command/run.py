@@ -190,7 +190,7 @@ def _one(job: Job, terminal: Terminal, host: StandaloneHost, extrapolation: Any,
         result = extrapolation.run(request)
     except (Interrupted, OutOfMemory, NotFinite) as error:
         record["stopped"] = "interrupted" if isinstance(error, Interrupted) else str(error)
-        print(f"accdiff: {record['stopped']}; no picture was finished", file=sys.stderr)
+        terminal.say(f"accdiff: {record['stopped']}; no picture was finished", sys.stderr)
     else:
         record["stopped"] = result.stopped
         if result.stopped:
