@@ -113,8 +113,8 @@ class Canvas:
         if call.first and call.c1 > 0:
             x.lerp_(whole[1:] if len(whole) > 1 else self.inputs.trajectory(call.sigma).to(x), call.c1)
         denoised, level = self._finite.prediction(
-            lambda x, control: self.predictor(x, sigma, replace(call, control=control)), x, sigma, call.step,
-            self.inputs.stage.name, control=call.control)
+            lambda x, control: self.predictor(x, sigma, replace(call, control=control)), x, sigma,
+            f"at step {call.step + 1} of {self.inputs.stage.name}", control=call.control)
         if abs(level - call.sigma) > 1e-3 * call.sigma:
             raise RuntimeError(f"the sampler left its script: sigma {level:g} instead of {call.sigma:g}")
         if self._low is not None:

@@ -213,7 +213,7 @@ class Extrapolation:
                     raise NotFinite(f"the {given.made_by} made NaN in the base picture: {host.advice(given.made_by)}")
             if record and maps is None:
                 host.progress.begin(None, 1)
-                maps, latents = self.record(request, latent), 1
+                maps, latents = self._recorded(request, latent), 1
                 host.progress.advance(1)
         if maps is not None and not maps.isfinite().all():
             host.progress.comment("the base picture's attention has NaN, so all windows get the whole prompt")
@@ -235,7 +235,8 @@ class Extrapolation:
         def model(x: Tensor, sigma: Tensor, **_: object) -> Tensor:
             nonlocal denoised
             check_stop(host.progress)
-            denoised = self._whole_prediction(x, sigma.flatten()[0], conditioning, recorder, next(steps).step)
+            denoised = self._whole_prediction(x, sigma.flatten()[0], conditioning, recorder,
+                                              f"at step {next(steps).step + 1} of {BASE}")
             host.progress.advance(1)
             host.progress.preview(denoised)
             return denoised
@@ -252,11 +253,21 @@ class Extrapolation:
         return latent, recorder.maps[0] if record and not result.stopped else None, len(calls)
 
     def _whole_prediction(self, x: Tensor, sigma: Tensor, conditioning: Conditioning, recorder: AttentionRecorder,
-                          step: int) -> Tensor:
+                          where: str) -> Tensor:
         """The x0 prediction of a base picture [1, C, h, w], without NaN."""
         with recorder.evaluation():
-            return self._finite.prediction(lambda x, _: self.host.denoise(x, sigma, conditioning), x, sigma, step,
-                                           BASE)[0]
+            return self._finite.prediction(lambda x, _: self.host.denoise(x, sigma, conditioning), x, sigma, where)[0]
+
+    def _recorded(self, request: Request, latent: Tensor) -> Tensor | None:
+        """The attention maps of a given picture; None where they cannot be had, which does not make it a worse one."""
+        try:
+            return self.record(request, latent)
+        except Exception as error:
+            reason = _why_stopped(error)
+            if reason is None:
+                raise
+        self.host.progress.comment(f"{reason}; so all windows get the whole prompt")
+        return None
 
     @torch.no_grad()
     def record(self, request: Request, latent: Tensor) -> Tensor:
@@ -274,7 +285,7 @@ class Extrapolation:
         noise = seeds.normal(tuple(latent.shape), request.seed, "recording").to(latent)
         with self._recorder(size) as recorder:
             self._whole_prediction(latent + sigma * noise, torch.tensor(sigma, device=host.device),
-                                   self._whole(request), recorder, 0)
+                                   self._whole(request), recorder, "where the given picture's words were looked for")
         return recorder.maps[0]
 
     def _recorder(self, size: tuple[int, int]) -> AttentionRecorder:

@@ -37,11 +37,11 @@ class Finite:
     def __exit__(self, *_: object) -> None:
         self._widened.close()
 
-    def prediction(self, predict: Predict, x: Tensor, sigma: Tensor, step: int, part: str, *,
+    def prediction(self, predict: Predict, x: Tensor, sigma: Tensor, where: str, *,
                    control: bool = False) -> tuple[Tensor, float]:
         """A prediction without NaN, and the noise level `sigma` (a scalar tensor) as a number.
 
-        `step` (from 0) and `part` are for messages; `control` says whether the ControlNet takes part. From the first
+        `where` ("at step 3 of 2x") is for messages; `control` says whether the ControlNet takes part. From the first
         NaN to the end of the picture the host computes in the next wider precision. Raises NotFinite where that does
         not help, and what `predict` raises.
         """
@@ -50,7 +50,7 @@ class Finite:
         level, finite = torch.stack([sigma, found.isfinite().all().to(sigma)]).tolist()
         if not finite:
             with self._uncounted():
-                found = self._again(predict, x, before, f"at step {step + 1} of {part}", control)
+                found = self._again(predict, x, before, where, control)
         return found, level
 
     def _again(self, predict: Predict, x: Tensor, before: Tensor, where: str, control: bool) -> Tensor:

@@ -199,9 +199,11 @@ def test_broken_weights_are_named_in_the_first_step(recwarn):
         run(host)
     assert host.calls == 1
     host = make_host(host.models, steps=2)
-    result = run(host, given=GivenImage(np.full((128, 128, 3), 90, np.uint8)), intermediate=True)
-    assert host.calls <= 2 and [picture.name for picture in result.pictures] == ["base"]
+    given = GivenImage(np.full((128, 128, 3), 90, np.uint8))
+    result = run(host, {"window_prompts": True}, given=given, intermediate=True)
+    assert host.calls <= 3 and [picture.name for picture in result.pictures] == ["base"]
     assert result.stopped.startswith("the UNet made NaN at step 1 of 2x: ") and result.pictures[0].image is not None
+    assert host.progress.comments[0].endswith("so all windows get the whole prompt")
     assert [str(each.message) for each in recwarn] == []
 
 
