@@ -208,8 +208,8 @@ class WindowHost(ABC):
         # The WebUI's own autocast, within, takes over the precision of one around it.
         computing = torch.autocast(self.device.type, self._autocast) if self._autocast else nullcontext()
         try:
-            # What weights take when `_evaluating` loads them is not the latents'.
-            with computing, self._evaluating(x, sigma, conditioning), self._memory.measured(2 * count, *x.shape[-2:]):
+            # What weights take when `_evaluating` loads them is not the latents', nor is LoRA merged in less precision.
+            with self._evaluating(x, sigma, conditioning), computing, self._memory.measured(2 * count, *x.shape[-2:]):
                 return denoiser(
                     x, sigma.to(x).flatten()[:1].expand(count), uncond=unconds,
                     cond=MulticondLearnedConditioning((count,), conds), cond_scale=guidance, s_min_uncond=no_uncond,
