@@ -109,7 +109,7 @@ class Extrapolation:
         """
         result = Result(request.seed, [], Explanation())
         try:
-            with torch.no_grad(), self._finite:
+            with torch.no_grad():
                 self._run(request, result)
             return result
         except Exception as error:
@@ -244,7 +244,7 @@ class Extrapolation:
         recorder = self._recorder(size)
         x = solver.noise_scale * seeds.first_noise((1, host.channels, *size), request.seed).to(host.device)
         try:
-            with recorder if record else nullcontext():
+            with self._finite, recorder if record else nullcontext():
                 latent = solver.integrate(model, x, solver.sigmas, seeds.derive(request.seed, "base sampler"))
         except Skipped:
             if denoised is None:
@@ -283,7 +283,7 @@ class Extrapolation:
         sigma = min((host.base_solver or host.stage_solver).sigmas[:-1].tolist(),
                     key=lambda level: abs(host.timestep(level) - RECORDING_NOISE * TRAINING_STEPS))
         noise = seeds.normal(tuple(latent.shape), request.seed, "recording").to(latent)
-        with self._recorder(size) as recorder:
+        with self._finite, self._recorder(size) as recorder:
             self._whole_prediction(latent + sigma * noise, torch.tensor(sigma, device=host.device),
                                    self._whole(request), recorder, "where the given picture's words were looked for")
         return recorder.maps[0]
@@ -316,7 +316,8 @@ class Extrapolation:
         canvas = Canvas(host, script, settings, inputs, predictor, self._finite)
         seed = seeds.derive(request.seed, "stage sampler", stage.number)
         try:
-            latent = canvas.run(host.stage_solver, seed)
+            with self._finite:
+                latent = canvas.run(host.stage_solver, seed)
         except Skipped:
             if canvas.denoised is None:
                 raise

@@ -24,7 +24,8 @@ Predict = Callable[[Tensor, bool], Tensor]
 
 
 class Finite:
-    """Watches the predictions of a picture. A context manager: what the host has widened, it narrows at the end."""
+    """Watches the predictions of a part of a run. A context manager: within it the host may come to compute in a wider
+    precision; afterwards, for the next part, it does not."""
 
     def __init__(self, host: Host, batcher: Batcher | None = None) -> None:
         """`batcher` evaluates the predictions' latents, and counts them."""
@@ -42,7 +43,7 @@ class Finite:
         """A prediction without NaN, and the noise level `sigma` (a scalar tensor) as a number.
 
         `where` ("at step 3 of 2x") is for messages; `control` says whether the ControlNet takes part. From the first
-        NaN to the end of the picture the host computes in the next wider precision. Raises NotFinite where that does
+        NaN to the end of the part the host computes in the next wider precision. Raises NotFinite where that does
         not help, and what `predict` raises.
         """
         before = x.clone()

@@ -162,7 +162,7 @@ def run(host: Any, values: Any = None, **kwargs: Any) -> Result:
     return Extrapolation(host, 9).run(wanted)
 
 
-def test_half_precision_that_makes_nan_is_float32_for_the_rest_of_the_picture(half):
+def test_half_precision_that_makes_nan_is_float32_for_the_rest_of_the_part(half):
     before, host, dtypes = state(half), make_host(half, steps=2, cls=Half), []
     handles = [spoiled(half.unet.conv_out, 2),
                half.unet.conv_out.register_forward_hook(lambda _module, _args, out: dtypes.append(out.dtype))]
@@ -172,9 +172,9 @@ def test_half_precision_that_makes_nan_is_float32_for_the_rest_of_the_picture(ha
         for handle in handles:
             handle.remove()
     assert result.stopped == "" and torch.isfinite(latent(result)).all() and result.explanation.words
-    assert host.progress.comments[0] == ("the UNet made NaN at step 2 of the base pass; from there on it computes in "
-                                         "float32")
-    assert dtypes == 2 * [torch.float16] + (1 + 2) * [torch.float32]
+    assert host.progress.comments == [f"the UNet made NaN at step {step}; from there on it computes in float32"
+                                      for step in ("2 of the base pass", "1 of 1.25x")]
+    assert dtypes == 2 * [torch.float16] + [torch.float32] + [torch.float16] + 2 * [torch.float32]
     assert all(torch.equal(value, before[name]) and value.dtype == before[name].dtype
                for name, value in state(half).items())
     assert host.dtype == torch.float16 and hooks(half) == 0

@@ -352,7 +352,7 @@ def test_nan_of_the_base_pass_is_named(webui, monkeypatch):
         webui.generate(OPTIONS)
 
 
-def test_half_precision_that_makes_nan_is_bfloat16_for_the_rest_of_the_picture(webui, large, monkeypatch):
+def test_half_precision_that_makes_nan_is_bfloat16_for_the_rest_of_the_stage(webui, large, monkeypatch):
     """As on a GPU: here everything is in float32, and stands for half precision until autocast is on."""
     monkeypatch.setattr(WindowHost, "wider", lambda self: self._in_bfloat16())
     wide: list[bool] = []
