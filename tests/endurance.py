@@ -31,8 +31,9 @@ from accdiff_lib.command import run as cli
 from accdiff_lib.standalone.host import StandaloneHost
 from tests.webui_stand_in.generation import BASE, OPTIONS, WebUI, at_call, started
 
-#: Of the command: about 128 px to 160 px.
-QUICK = ["a ball on the snow", "--width", "128", "--height", "128", "--steps", "2", "--window", "16", "--scale", "1.25"]
+#: Of the command: 64 px to 80 px.
+QUICK = ["a ball on the snow", "--width", "64", "--height", "64", "--steps", "2", "--window", "8", "--scale", "1.25",
+         "--no-explain"]
 #: A call of the model in the first stage, of both programs.
 STAGE = BASE["steps"] + 2
 
