@@ -185,7 +185,8 @@ class Extrapolation:
                 why = _why_stopped(error)
                 if why is None:
                     raise
-                reason = f"{reason}; the {best.name} picture cannot be decoded ({why})"
+                if why != reason:
+                    reason = f"{reason}; the {best.name} picture cannot be decoded ({why})"
                 if len(result.pictures) == 1:
                     raise (NotFinite if isinstance(error, NotFinite) else OutOfMemory)(reason) from error
         if best.image is None:
