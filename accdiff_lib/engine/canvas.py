@@ -106,17 +106,13 @@ class Canvas:
         Beside a stochastic sampler's canvas its trajectory is sampled, as a second latent of `x` (`run`).
         """
         call = next(self._calls)
-        # On the CPU: all below read its value, and each reading would wait for the device.
-        sigma = sigma.flatten()[0].cpu()
         whole, x = x, x[:1]
         check_stop(self.host.progress)
         if call.first and call.c1 > 0:
             x.lerp_(whole[1:] if len(whole) > 1 else self.inputs.trajectory(call.sigma).to(x), call.c1)
-        denoised, level = self._finite.prediction(
-            lambda x, control: self.predictor(x, sigma, replace(call, control=control)), x, sigma,
-            f"at step {call.step + 1} of {self.inputs.stage.name}", control=call.control)
-        if abs(level - call.sigma) > 1e-3 * call.sigma:
-            raise RuntimeError(f"the sampler left its script: sigma {level:g} instead of {call.sigma:g}")
+        denoised = self._finite.prediction(
+            lambda x, sigma, control: self.predictor(x, sigma, replace(call, control=control)), x, sigma.flatten()[0],
+            call.sigma, f"at step {call.step + 1} of {self.inputs.stage.name}", control=call.control)
         if self._low is not None:
             gain = self.settings.structure_guidance * reference.gain(call.sigma, float(self.script.sigmas[0]))
             denoised = reference.held(denoised, self._low, gain)

@@ -230,14 +230,15 @@ class Extrapolation:
         conditioning = self._whole(request)
         calls = rehearse(solver, solver.sigmas)
         host.progress.begin(None, len(calls))
-        steps = iter(calls)
+        script = iter(calls)
         denoised = None
 
         def model(x: Tensor, sigma: Tensor, **_: object) -> Tensor:
             nonlocal denoised
             check_stop(host.progress)
-            denoised = self._whole_prediction(x, sigma.flatten()[0], conditioning, recorder,
-                                              f"at step {next(steps).step + 1} of {BASE}")
+            call = next(script)
+            denoised = self._whole_prediction(x, sigma.flatten()[0], call.sigma, conditioning, recorder,
+                                              f"at step {call.step + 1} of {BASE}")
             host.progress.advance(1)
             host.progress.preview(denoised)
             return denoised
@@ -253,11 +254,12 @@ class Extrapolation:
             result.stopped, latent = "skipped", denoised
         return latent, recorder.maps[0] if record and not result.stopped else None, len(calls)
 
-    def _whole_prediction(self, x: Tensor, sigma: Tensor, conditioning: Conditioning, recorder: AttentionRecorder,
-                          where: str) -> Tensor:
+    def _whole_prediction(self, x: Tensor, sigma: Tensor, expected: float, conditioning: Conditioning,
+                          recorder: AttentionRecorder, where: str) -> Tensor:
         """The x0 prediction of a base picture [1, C, h, w], without NaN."""
         with recorder.evaluation():
-            return self._finite.prediction(lambda x, _: self.host.denoise(x, sigma, conditioning), x, sigma, where)[0]
+            return self._finite.prediction(lambda x, sigma, _: self.host.denoise(x, sigma, conditioning), x, sigma,
+                                           expected, where)
 
     def _recorded(self, request: Request, latent: Tensor) -> Tensor | None:
         """The attention maps of a given picture; None where they cannot be had, which does not make it a worse one."""
@@ -285,7 +287,7 @@ class Extrapolation:
                     key=lambda level: abs(host.timestep(level) - RECORDING_NOISE * TRAINING_STEPS))
         noise = seeds.normal(tuple(latent.shape), request.seed, "recording").to(latent)
         with self._finite, self._recorder(size) as recorder:
-            self._whole_prediction(latent + sigma * noise, torch.tensor(sigma, device=host.device),
+            self._whole_prediction(latent + sigma * noise, torch.tensor(sigma, device=host.device), sigma,
                                    self._whole(request), recorder, "where the given picture's words were looked for")
         return recorder.maps[0]
 

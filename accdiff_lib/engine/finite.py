@@ -1,7 +1,7 @@
 """Numbers that are not numbers: found in the call that made them, named, and computed once more in a wider precision.
 
 A NaN that goes on spoils the whole picture, and then the VAE is blamed. So every prediction is reduced to one flag
-where it lies, and the flag is read together with the noise level, which is read back in every call anyway.
+where it lies. It is read together with the sampler's noise level, which must be looked at once in every call anyway.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from accdiff_lib.engine.host import Host
     from accdiff_lib.engine.spread import Batcher
 
-#: `predict(x, control)`: the prediction of `x`, which it may rewrite, with the ControlNet or without it.
-Predict = Callable[[Tensor, bool], Tensor]
+#: `predict(x, sigma, control)`: the prediction of `x`, which it may rewrite, at the noise level `sigma` (a scalar tensor
+#: on the CPU, so that nobody waits for the device), with the ControlNet or without it.
+Predict = Callable[[Tensor, Tensor, bool], Tensor]
 
 
 class Finite:
@@ -38,23 +39,26 @@ class Finite:
     def __exit__(self, *_: object) -> None:
         self._widened.close()
 
-    def prediction(self, predict: Predict, x: Tensor, sigma: Tensor, where: str, *,
-                   control: bool = False) -> tuple[Tensor, float]:
-        """A prediction without NaN, and the noise level `sigma` (a scalar tensor) as a number.
+    def prediction(self, predict: Predict, x: Tensor, sigma: Tensor, expected: float, where: str, *,
+                   control: bool = False) -> Tensor:
+        """The prediction of `x` at the sampler's `sigma` (a scalar tensor), which is the `expected` one, without NaN.
 
         `where` ("at step 3 of 2x") is for messages; `control` says whether the ControlNet takes part. From the first
         NaN to the end of the part the host computes in the next wider precision. Raises NotFinite where that does
-        not help, and what `predict` raises.
+        not help, RuntimeError where the noise level is another, and what `predict` raises.
         """
-        before = x.clone()
-        found = predict(x, control)
-        level, finite = torch.stack([sigma, found.isfinite().all().to(sigma)]).tolist()
+        level, before = torch.tensor(expected, dtype=sigma.dtype), x.clone()
+        found = predict(x, level, control)
+        actual, finite = torch.stack([sigma, found.isfinite().all().to(sigma)]).tolist()
+        if abs(actual - expected) > 1e-3 * expected:
+            raise RuntimeError(f"the sampler left its script: sigma {actual:g} instead of {expected:g}")
         if not finite:
             with self._uncounted():
-                found = self._again(predict, x, before, where, control)
-        return found, level
+                found = self._again(lambda x, control: predict(x, level, control), x, before, where, control)
+        return found
 
-    def _again(self, predict: Predict, x: Tensor, before: Tensor, where: str, control: bool) -> Tensor:
+    def _again(self, predict: Callable[[Tensor, bool], Tensor], x: Tensor, before: Tensor, where: str,
+               control: bool) -> Tensor:
         """The prediction in the next wider precision; `before` is what `x` was."""
         if not before.isfinite().all():
             raise NotFinite(f"the sampler made NaN before the model was called {where}; another one may not")
