@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from accdiff_lib.engine.host import Host
     from accdiff_lib.engine.spread import Batcher
 
-#: `predict(x, sigma, control)`: the prediction of `x`, which it may rewrite, at the noise level `sigma` (a scalar tensor
-#: on the CPU, so that nobody waits for the device), with the ControlNet or without it.
+#: `predict(x, sigma, control)`: the prediction of `x`, which it may rewrite, at the noise level `sigma` (a scalar
+#: tensor on the CPU, so that nobody waits for the device), with the ControlNet or without it.
 Predict = Callable[[Tensor, Tensor, bool], Tensor]
 
 
