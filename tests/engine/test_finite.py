@@ -180,6 +180,34 @@ def test_half_precision_that_makes_nan_is_float32_for_the_rest_of_the_part(half)
     assert host.dtype == torch.float16 and hooks(half) == 0
 
 
+def test_bfloat16_on_a_gpu_is_for_the_networks_alone(models):
+    """Here float32 stands for half precision, until autocast is on."""
+    class Gpu(Watched):
+        def wider(self):
+            return self._in_bfloat16()
+
+    seen: dict[str, list[bool]] = {"unet": [], "vae": []}
+
+    def unet(_module, _args, out):
+        seen["unet"].append(torch.is_autocast_enabled("cpu"))
+        return out if seen["unet"][-1] or len(seen["unet"]) < 2 else out * torch.nan
+
+    host = make_host(models, steps=2, cls=Gpu)
+    handles = [models.unet.conv_out.register_forward_hook(unet),
+               models.vae.decoder.conv_out.register_forward_hook(
+                   lambda *_: seen["vae"].append(torch.is_autocast_enabled("cpu")))]
+    try:
+        result = run(host, {"scale": 1})
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert seen == {"unet": [False, False, True], "vae": [False]} and result.stopped == ""
+    assert host.progress.comments == ["the UNet made NaN at step 2 of the base pass; from there on it computes in "
+                                      "bfloat16"]
+    plain = run(make_host(models, steps=2), {"scale": 1})
+    assert float((latent(result) - latent(plain)).norm() / latent(plain).norm()) < 0.1
+
+
 def broken(models: Models, part: str, name: str) -> Models:
     """The models with one weight full of NaN, as a bad merge leaves it."""
     module = getattr(models, part)
