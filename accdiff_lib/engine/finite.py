@@ -113,5 +113,5 @@ def advice(network: nn.Module | None, name: str, precise: str) -> str:
     broken = "" if network is None else broken_weight(network)
     if broken:
         return f"its weights are broken ({broken}), as a bad merge leaves them; take another {name}"
-    other = f"another {name}, or smaller weights in the prompt"
+    other = f"another {name}" + (", or smaller weights in the prompt" if name == "checkpoint" else "")
     return f"{precise} may help, or {other}" if precise else f"{other} may help"

@@ -214,7 +214,8 @@ class StandaloneHost:
         """See engine.host.Host."""
         module = {"UNet": self._unet, "ControlNet": self._controlnet, "VAE": self._vae}[network]
         kind = "checkpoint" if network == "UNet" else network
-        return advice(module, kind, "--dtype float32" if self.dtype != torch.float32 else "")
+        widest = self.dtype == torch.float32 or network == "VAE"  # which has a precision of its own
+        return advice(module, kind, "" if widest else "--dtype float32")
 
     def cross_attention(self) -> list[tuple[str, nn.Module]]:
         """See engine.host.Host."""

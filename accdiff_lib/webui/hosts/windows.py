@@ -241,7 +241,8 @@ class WindowHost(ABC):
     def advice(self, network: str) -> str:
         """See engine.host.Host."""
         kind = "checkpoint" if network == "UNet" else network
-        return advice(self._networks.get(network), kind, self._precise if self._dtype != torch.float32 else "")
+        widest = self._dtype == torch.float32 or network == "VAE"  # which has a precision of its own
+        return advice(self._networks.get(network), kind, "" if widest else self._precise)
 
     def cross_attention(self) -> list[tuple[str, nn.Module]]:
         """See engine.host.Host."""
