@@ -30,6 +30,10 @@ PAGE = 4 * COLUMN + 3 * GAP + 2 * MARGIN
 PICTURE = 2 * COLUMN + GAP
 TEXT, HEADING = 16, 26
 _LINE, _CHIP = 21, 40
+#: However long the prompt is: rows of the sheet, lines of a window's prompt, words, and windows of a stage.
+MOST_ROWS, MOST_LINES, MOST_WORDS, MOST_LISTED = 30_000, 12, 120, 400
+#: What stands for what is left out.
+MORE = "..."
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 Box = tuple[int, int, int, int]
@@ -37,27 +41,41 @@ Box = tuple[int, int, int, int]
 
 def sheet(picture: np.ndarray, explanation: Explanation,
           part: tuple[float, float, float, float] = (0, 0, 1, 1)) -> np.ndarray:
-    """The sheet, uint8 [H, W, 3].
+    """The sheet, uint8 [H, W, 3] with at most MOST_ROWS rows.
 
     `picture` is the base picture uint8 [h, w, 3] as the canvas shows it (the `part` (top, left, bottom, right in 0..1)
     of what the attention maps cover), or where there is none the result.
     """
-    blocks = []
-    for stage, said in explanation.stages:
-        if isinstance(said, WindowPrompts):
-            blocks.append(_stage_block(picture, stage, said))
-        elif isinstance(said, ElasticExplanation):
-            title, parts = elastic_parts(stage, said, PAGE - 2 * MARGIN, font(TEXT))
-            blocks.append(_titled(title, parts))
-    if not blocks:
-        blocks.append(_titled("Base picture", [_enlarged(picture, PICTURE)]))
-    blocks.extend(_word_blocks(picture, explanation.words, part))
-    page = Image.new("RGB", (PAGE, sum(block.height + MARGIN for block in blocks) + MARGIN), "white")
+    blocks, height = [], MARGIN
+    for block in _blocks(picture, explanation, part):
+        blocks.append(block)
+        height += block.height + MARGIN
+        if height > MOST_ROWS:
+            break
+    page = Image.new("RGB", (PAGE, min(height, MOST_ROWS)), "white")
     top = MARGIN
     for block in blocks:
         page.paste(block, (MARGIN, top))
         top += block.height + MARGIN
     return np.asarray(page)
+
+
+def _blocks(picture: np.ndarray, explanation: Explanation,
+            part: tuple[float, float, float, float]) -> Iterator[Image.Image]:
+    """What stands below each other: each stage, and the words."""
+    stages = 0
+    for stage, said in explanation.stages:
+        if isinstance(said, WindowPrompts):
+            yield _stage_block(picture, stage, said)
+        elif isinstance(said, ElasticExplanation):
+            title, parts = elastic_parts(stage, said, PAGE - 2 * MARGIN, font(TEXT))
+            yield _titled(title, parts)
+        else:
+            continue
+        stages += 1
+    if not stages:
+        yield _titled("Base picture", [_enlarged(picture, PICTURE)])
+    yield from _word_blocks(picture, explanation.words, part)
 
 
 # --- a stage: its windows and their prompts --------------------------------------------------------------------
@@ -76,7 +94,7 @@ class Entry:
 
 def entries(prompts: Sequence[str]) -> list[Entry]:
     """The list beside the picture; windows are counted from 1."""
-    return [Entry(number, tuple(wrap(prompt or EMPTY, font(TEXT), COLUMN - _CHIP)))
+    return [Entry(number, tuple(wrap(prompt or EMPTY, font(TEXT), COLUMN - _CHIP, MOST_LINES)))
             for number, prompt in enumerate(prompts, 1)]
 
 
@@ -118,7 +136,9 @@ def _stage_block(base: np.ndarray, stage: Stage, prompts: WindowPrompts) -> Imag
     window, (height, width) = prompts.windows[0], stage.pixels
     title = (f"Stage {stage.name}: {width}x{height} pixels, {len(prompts.windows)} windows of "
              f"{8 * window.width}x{8 * window.height}, drawn on the picture")
-    listed = entries(prompts.prompts)
+    listed = entries(prompts.prompts[:MOST_LISTED])
+    if len(listed) < len(prompts.prompts):
+        title += f"; the prompts of the first {MOST_LISTED}"
     beside, rest = _fill(listed, 2, picture.height)
     below = [rest[first:first + 4] for first in range(0, len(rest), 4)]
     heights = [max(entry.height for entry in line) for line in below]
@@ -173,13 +193,14 @@ def _word_blocks(base: np.ndarray, words: Sequence[WordMask], part: tuple[float,
     """A title with the first row of words, then the other rows."""
     across = 4 if len(words) <= 16 else 6
     width = (PAGE - 2 * MARGIN - (across - 1) * GAP) // across
-    tiles = [_word_tile(base, word, part, width) for word in words]
-    for first in range(0, len(tiles), across):
-        row = tiles[first:first + across]
+    title = "Every word: its attention (left), its mask (right), and how much of the picture the mask covers"
+    if len(words) > MOST_WORDS:
+        title = f"The first {MOST_WORDS} of {len(words)} words{title.removeprefix('Every word')}"
+    for first in range(0, min(len(words), MOST_WORDS), across):
+        row = [_word_tile(base, word, part, width) for word in words[first:first + across]]
         block = Image.new("RGB", (PAGE - 2 * MARGIN, max(tile.height for tile in row)), "white")
         for number, tile in enumerate(row):
             block.paste(tile, (number * (width + GAP), 0))
-        title = "Every word: its attention (left), its mask (right), and how much of the picture the mask covers"
         yield block if first else _titled(title, [block])
 
 
@@ -187,7 +208,7 @@ def _word_tile(base: np.ndarray, word: WordMask, part: tuple[float, float, float
     thumbnail = np.asarray(_enlarged(base, (width - 6) // 2))
     heat, mask = _heat(thumbnail, _cut(word.attention, part)), _masked(thumbnail, _cut(word.mask, part))
     weight = "" if word.word.weight == 1 else f" (weight {word.word.weight:.4g})"
-    lines = wrap(f"{word.word.text}{weight}  {_cut(word.mask, part).mean():.0%}", font(TEXT), width)[:2]
+    lines = wrap(f"{word.word.text}{weight}  {_cut(word.mask, part).mean():.0%}", font(TEXT), width, 3)[:2]
     tile = Image.new("RGB", (width, thumbnail.shape[0] + _LINE * len(lines) + 4), "white")
     tile.paste(Image.fromarray(heat), (0, 0))
     tile.paste(Image.fromarray(mask), (thumbnail.shape[1] + 6, 0))
@@ -234,8 +255,11 @@ def font(size: int) -> Font:
         return ImageFont.load_default()
 
 
-def wrap(text: str, face: Font, width: int) -> list[str]:
-    """Lines of at most `width` pixels, broken between words, and inside those that are longer than a line."""
+def wrap(text: str, face: Font, width: int, most: int = 0) -> list[str]:
+    """Lines of at most `width` pixels, broken between words, and inside those that are longer than a line.
+
+    Of more than `most` lines (0 is any number) the last is MORE.
+    """
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".lstrip()
@@ -247,7 +271,11 @@ def wrap(text: str, face: Font, width: int) -> list[str]:
         for letter in word:
             if lines[-1] and face.getlength(lines[-1] + letter) > width:
                 lines.append("")
+                if most and len(lines) > most:
+                    break
             lines[-1] += letter
+        if most and len(lines) > most:
+            return [*lines[:most - 1], MORE]
     return lines
 
 

@@ -29,7 +29,7 @@ def elastic_parts(stage: Stage, said: ElasticExplanation, width: int, face: Font
     if said.reduced != (stage.height, stage.width):
         title = (f"Stage {stage.name}: {across}x{height} pixels, what the prompt wants seen {looks} a step in {columns}"
                  f"x{rows}, the rest in {len(said.on_canvas)} views of native size")
-    return title, [_looks(said.looks, width, face), _curve(said.weights, width, face)]
+    return title, [_looks(said.looks, width, face), _curve(list(said.weights.values()), width, face)]
 
 
 def _looks(looks: Sequence[Look], width: int, face: Font) -> Image.Image:

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from accdiff_lib.command import arguments
 from accdiff_lib.command.job import Job, prepare
 from accdiff_lib.command.process import Stop, lasting_streams
 from accdiff_lib.engine.plan import CELL
-from accdiff_lib.errors import InputError, Interrupted, OutOfMemory
+from accdiff_lib.errors import InputError, Interrupted, NotFinite, OutOfMemory, is_out_of_memory, out_of_memory
 from accdiff_lib.methods import infotext as settings_infotext
 from accdiff_lib.methods import of
 from accdiff_lib.parts import infotext
@@ -59,8 +60,11 @@ def main(argv: Sequence[str] | None = None, stop: Stop | None = None) -> int:
             print("accdiff: aborted", file=sys.stderr)
             return stop.code
         except Exception as error:
-            told["error"] = f"{type(error).__name__}: {error}"
-            raise
+            told["error"] = out_of_memory(error) if is_out_of_memory(error) else f"{type(error).__name__}: {error}"
+            if not is_out_of_memory(error):
+                raise
+            print(f"accdiff: {told['error']}", file=sys.stderr)
+            return LESS
         finally:
             if told and "--json" in (sys.argv if argv is None else argv):
                 print(json.dumps(told, indent=2))  # ASCII: safe in every terminal's and pipe's encoding
@@ -236,7 +240,7 @@ class Pictures:
         record |= {"files": files.written, "parts": terminal.done}
         try:
             result = self.extrapolation.run(request)
-        except (Interrupted, OutOfMemory, ArithmeticError) as error:
+        except (Interrupted, OutOfMemory, NotFinite) as error:
             record["stopped"] = "interrupted" if isinstance(error, Interrupted) else str(error)
             print(f"accdiff: {record['stopped']}; no picture was finished", file=sys.stderr)
         else:
@@ -282,26 +286,34 @@ class Files:
         return picture.stage == (self.job.plan.stages[-1] if self.job.plan.stages else None)
 
     def _write(self, name: str, stem: str, image: np.ndarray | None) -> None:
+        from accdiff_lib.engine import memory
+
         assert image is not None
         claim, stem = self.output.claim, stem + self._suffix
         path: Path | None = claim.path(stem)
         # What a run that goes on has written already is good, but for the explanation, of which there is more now.
         if not claim.goes_on or claim.overwrites or name == "explain" or not claim.path(stem).exists():
-            path = self.output.write(stem, image, self.parameters, replace=claim.goes_on)
+            # What was computed may lie in memory until a first try fails.
+            write = partial(self.output.write, stem, image, self.parameters, replace=claim.goes_on)
+            path = memory.attempt(write) or write()
         if path is not None:
             self.written[name] = str(path)
             if claim.overwrites:
                 claim.clear(self._suffix, self.job.inputs)
 
     def explain(self, result: Result, host: StandaloneHost) -> None:
-        """Writes explain.png if there is something to explain."""
+        """Writes explain.png if there is something to explain; no failure of that is worth a picture."""
         if not (self.job.arguments.explain and result.explanation):
             return
         from accdiff_lib.explain import sheet
 
-        shown = result.explained
-        image = shown.image if shown.image is not None else host.decode(shown.latent, interruptible=False)
-        self._write("explain", "explain", sheet(image, result.explanation, self.job.plan.part))
+        try:
+            shown = result.explained
+            image = shown.image if shown.image is not None else host.decode(shown.latent, interruptible=False)
+            self._write("explain", "explain", sheet(image, result.explanation, self.job.plan.part))
+        except Exception as error:
+            said = out_of_memory(error) if is_out_of_memory(error) else error
+            host.progress.comment(f"the sheet that explains the run could not be made: {said}")
 
 
 def parameters(job: Job, seed: int) -> str:

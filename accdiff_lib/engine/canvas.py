@@ -8,12 +8,13 @@ surrounds it: the script, the skip residual, the trajectory of stochastic sample
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from accdiff_lib.engine.finite import Finite
 from accdiff_lib.engine.host import Host, Solver, Text
 from accdiff_lib.engine.method import Call
 from accdiff_lib.engine.plan import Plan, Stage
@@ -80,15 +81,17 @@ class Canvas:
 
     Follows the stage's script, so it must be called exactly as the sampler was rehearsed. Rewrites the sampler's own
     `x` in place at the first call of each step (skip residual), so that multi-step solvers keep their history.
-    Raises what the predictor raises.
+    Raises what the predictor raises, and NotFinite where it gives NaN.
     """
 
-    def __init__(self, host: Host, script: Script, settings: Settings, inputs: StageInputs, predictor: Predictor):
+    def __init__(self, host: Host, script: Script, settings: Settings, inputs: StageInputs, predictor: Predictor,
+                 finite: Finite | None = None):
         self.host = host
         self.script = script
         self.settings = settings
         self.inputs = inputs
         self.predictor = predictor
+        self._finite = finite or Finite(host)
         #: The latest prediction, for previews and for Skip.
         self.denoised: Tensor | None = None
         self._calls = iter(script.calls)
@@ -103,23 +106,22 @@ class Canvas:
         Beside a stochastic sampler's canvas its trajectory is sampled, as a second latent of `x` (`run`).
         """
         call = next(self._calls)
-        # On the CPU: all below read its value, and each reading would wait for the device.
-        sigma = sigma.flatten()[0].cpu()
         whole, x = x, x[:1]
-        if abs(float(sigma) - call.sigma) > 1e-3 * call.sigma:
-            raise RuntimeError(f"the sampler left its script: sigma {float(sigma):g} instead of {call.sigma:g}")
         check_stop(self.host.progress)
         if call.first and call.c1 > 0:
             x.lerp_(whole[1:] if len(whole) > 1 else self.inputs.trajectory(call.sigma).to(x), call.c1)
-        self.denoised = self.predictor(x, sigma, call)
+        denoised = self._finite.prediction(
+            lambda x, sigma, control: self.predictor(x, sigma, replace(call, control=control)), x, sigma.flatten()[0],
+            call.sigma, f"at step {call.step + 1} of {self.inputs.stage.name}", control=call.control)
         if self._low is not None:
             gain = self.settings.structure_guidance * reference.gain(call.sigma, float(self.script.sigmas[0]))
-            self.denoised = reference.held(self.denoised, self._low, gain)
+            denoised = reference.held(denoised, self._low, gain)
+        self.denoised = denoised
         if call.first:
-            self.host.progress.preview(self.denoised)
+            self.host.progress.preview(denoised)
         if self.inputs.upsampled is None or len(whole) == 1:
-            return self.denoised
-        return torch.cat([self.denoised, self.inputs.upsampled.to(x)])
+            return denoised
+        return torch.cat([denoised, self.inputs.upsampled.to(x)])
 
     def run(self, solver: Solver, seed: int) -> Tensor:
         """Samples the stage with `solver`: its latent [1, C, h, w].

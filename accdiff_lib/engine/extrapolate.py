@@ -15,13 +15,14 @@ from torch import Tensor
 
 from accdiff_lib import seeds
 from accdiff_lib.engine.canvas import Canvas, StageInputs, match_statistics
+from accdiff_lib.engine.finite import Finite
 from accdiff_lib.engine.host import Conditioning, Given, GivenImage, Host, Picture, Text
 from accdiff_lib.engine.method import Method
 from accdiff_lib.engine.plan import CELL, Plan, Stage
-from accdiff_lib.engine.resume import Kept, Resumable
+from accdiff_lib.engine.resume import Kept, Part, Resumable
 from accdiff_lib.engine.schedule import make_script, rehearse
 from accdiff_lib.engine.spread import Batcher, check_stop
-from accdiff_lib.errors import Interrupted, OutOfMemory, Skipped, is_out_of_memory
+from accdiff_lib.errors import Interrupted, NotFinite, OutOfMemory, Skipped, is_out_of_memory, out_of_memory
 from accdiff_lib.parts import reference
 from accdiff_lib.parts.attention import AttentionRecorder, map_size
 from accdiff_lib.parts.dilation_plan import Convolution
@@ -33,6 +34,9 @@ from accdiff_lib.settings import Settings
 
 #: Noise level (share of the training timesteps) at which an existing picture's attention is recorded.
 RECORDING_NOISE = 0.3
+
+#: What messages call the part that is no stage.
+BASE = "the base pass"
 
 
 @dataclass
@@ -96,6 +100,7 @@ class Extrapolation:
         self.host = host
         self._texts: dict[str, Text] = {}
         self._batcher = Batcher(host, window_batch)
+        self._finite = Finite(host, self._batcher)
 
     @property
     def batches(self) -> Batcher:
@@ -105,8 +110,8 @@ class Extrapolation:
     def run(self, request: Request) -> Result:
         """Makes one image.
 
-        Interrupt returns the last finished picture; Skip the current prediction, decoded; when memory or the VAE's
-        precision don't suffice, the last finished picture is returned and the reason commented. What is finished is
+        Interrupt returns the last finished picture; Skip the current prediction, decoded; when memory does not suffice
+        or a network makes NaN, the last finished picture is returned and the reason commented. What is finished is
         also reported to the host at once. Raises Interrupted, Skipped, OutOfMemory or NotFinite when nothing was
         finished, and whatever the model raises.
         """
@@ -119,7 +124,7 @@ class Extrapolation:
             reason = _why_stopped(error)
             if reason is None or not result.pictures:
                 if is_out_of_memory(error):
-                    raise OutOfMemory(f"out of memory before anything was finished: {error}") from error
+                    raise OutOfMemory(out_of_memory(error, "before anything was finished")) from error
                 raise
         # Here, where the exception that keeps the stage's tensors alive is gone: the decode may need their memory.
         self._give_up(result, reason)
@@ -170,6 +175,9 @@ class Extrapolation:
         return [replace(request, method=method, settings=settings) for method, settings in made_by]
 
     def _finish(self, request: Request, result: Result, picture: Picture, *, decode: bool) -> None:
+        if not picture.latent.isfinite().all():
+            raise NotFinite(f"the sampler made NaN in {picture.stage.name if picture.stage else BASE}; another one may "
+                            "not")
         if decode:
             last = picture.stage == (request.plan.stages[-1] if request.plan.stages else None)
             kept = Kept() if last or result.stopped else request.kept  # what comes last is about to be written
@@ -178,17 +186,24 @@ class Extrapolation:
         self.host.progress.finished(picture)
 
     def _give_up(self, result: Result, reason: str) -> None:
-        """Keeps the best finished picture."""
-        result.stopped = reason
-        best = result.pictures[-1]
+        """Keeps the best finished picture that can be decoded. Raises OutOfMemory or NotFinite where none can."""
+        result.stopped, best = reason, result.pictures[-1]
         if best.image is None:
             try:
                 best.image = self.host.decode(best.latent, interruptible=False)
             except Exception as error:
-                if is_out_of_memory(error):
-                    raise OutOfMemory(f"{reason}; nor does the {best.name} picture's decode fit into memory") from error
-                raise
-        self.host.progress.comment(f"{reason}; the picture is the {best.name} one")
+                why = _why_stopped(error)
+                if why is None:
+                    raise
+                if why != reason:
+                    reason = f"{reason}; the {best.name} picture cannot be decoded ({why})"
+                if len(result.pictures) == 1:
+                    raise (NotFinite if isinstance(error, NotFinite) else OutOfMemory)(reason) from error
+        if best.image is None:
+            result.pictures.pop()
+            self._give_up(result, reason)
+        else:
+            self.host.progress.comment(f"{reason}; the picture is the {best.name} one")
 
     # --- the base picture --------------------------------------------------------------------------------------
 
@@ -205,10 +220,16 @@ class Extrapolation:
                 latent = latent.to(host.device)
             else:
                 latent, maps = given.latent, given.maps
+                if not latent.isfinite().all():
+                    self.texts([request.prompt])  # raises where theirs are the NaN
+                    raise NotFinite(f"the {given.made_by} made NaN in the base picture: {host.advice(given.made_by)}")
             if record and maps is None:
                 host.progress.begin(None, 1)
-                maps, latents = request.kept.part("maps", 0).sampled(lambda: self.record(request, latent)), 1
+                maps, latents = self._recorded(request, latent), 1
                 host.progress.advance(1)
+        if maps is not None and not maps.isfinite().all():
+            host.progress.comment("the base picture's attention has NaN, so all windows get the whole prompt")
+            maps = None
         crop = request.plan.crop
         latent = latent[..., crop.rows, crop.columns]
         return Picture(None, latent, None, latents, time.perf_counter() - begin), maps
@@ -218,30 +239,52 @@ class Extrapolation:
         if solver is None:
             raise RuntimeError("the base picture is made by somebody else, but was not given")
         conditioning = self._whole(request)
-        calls = len(rehearse(solver, solver.sigmas))
-        host.progress.begin(None, calls)
+        calls = rehearse(solver, solver.sigmas)
+        host.progress.begin(None, len(calls))
+        script = iter(calls)
         denoised = None
 
         def model(x: Tensor, sigma: Tensor, **_: object) -> Tensor:
             nonlocal denoised
             check_stop(host.progress)
-            denoised = part.predict(x, lambda: host.denoise(x, sigma.flatten()[0], conditioning))
+            call = next(script)
+            denoised = self._whole_prediction(x, sigma.flatten()[0], call.sigma, conditioning, recorder,
+                                              f"at step {call.step + 1} of {BASE}", part)
             host.progress.advance(1)
             host.progress.preview(denoised)
             return denoised
 
         recorder = self._recorder(size)
-        part = request.kept.part("base", calls, attention=recorder)
+        part = request.kept.part("base", len(calls), attention=recorder)
         x = solver.noise_scale * seeds.first_noise((1, host.channels, *size), request.seed).to(host.device)
         try:
-            with recorder if record else nullcontext():
+            with self._finite, recorder if record else nullcontext():
                 latent = part.sampled(lambda: solver.integrate(
                     model, x, solver.sigmas, seeds.derive(request.seed, "base sampler"))).to(host.device)
         except Skipped:
             if denoised is None:
                 raise
             result.stopped, latent = "skipped", denoised
-        return latent, recorder.maps[0] if record and not result.stopped else None, calls
+        return latent, recorder.maps[0] if record and not result.stopped else None, len(calls)
+
+    def _whole_prediction(self, x: Tensor, sigma: Tensor, expected: float, conditioning: Conditioning,
+                          recorder: AttentionRecorder, where: str, part: Part) -> Tensor:
+        """The x0 prediction of a base picture [1, C, h, w], without NaN."""
+        with recorder.evaluation():
+            return self._finite.prediction(
+                lambda x, sigma, _: part.predict(x, lambda: self.host.denoise(x, sigma, conditioning)), x, sigma,
+                expected, where)
+
+    def _recorded(self, request: Request, latent: Tensor) -> Tensor | None:
+        """The attention maps of a given picture; None where they cannot be had, which does not make it a worse one."""
+        try:
+            return request.kept.part("maps", 0).sampled(lambda: self.record(request, latent)).to(latent.device)
+        except Exception as error:
+            reason = _why_stopped(error)
+            if reason is None:
+                raise
+        self.host.progress.comment(f"{reason}; so all windows get the whole prompt")
+        return None
 
     @torch.no_grad()
     def record(self, request: Request, latent: Tensor) -> Tensor:
@@ -257,8 +300,10 @@ class Extrapolation:
         sigma = min((host.base_solver or host.stage_solver).sigmas[:-1].tolist(),
                     key=lambda level: abs(host.timestep(level) - RECORDING_NOISE * TRAINING_STEPS))
         noise = seeds.normal(tuple(latent.shape), request.seed, "recording").to(latent)
-        with self._recorder(size) as recorder:
-            host.denoise(latent + sigma * noise, torch.tensor(sigma, device=host.device), self._whole(request))
+        with self._finite, self._recorder(size) as recorder:
+            self._whole_prediction(latent + sigma * noise, torch.tensor(sigma, device=host.device), sigma,
+                                   self._whole(request), recorder, "where the given picture's words were looked for",
+                                   Kept().part("maps", 0))
         return recorder.maps[0]
 
     def _recorder(self, size: tuple[int, int]) -> AttentionRecorder:
@@ -287,10 +332,11 @@ class Extrapolation:
         if predictor.explanation is not None:
             result.explanation.stages.append((stage, predictor.explanation))
         part = request.kept.part(stage.name, script.latents, explanation=predictor.explanation, batches=self._batcher)
-        canvas = Canvas(host, script, settings, inputs, Resumable(predictor, part))
+        canvas = Canvas(host, script, settings, inputs, Resumable(predictor, part), self._finite)
         seed = seeds.derive(request.seed, "stage sampler", stage.number)
         try:
-            latent = part.sampled(lambda: canvas.run(host.stage_solver, seed))
+            with self._finite:
+                latent = part.sampled(lambda: canvas.run(host.stage_solver, seed))
         except Skipped:
             if canvas.denoised is None:
                 raise
@@ -336,6 +382,6 @@ def _why_stopped(error: Exception) -> str | None:
     """Why a run ended early, for errors after which the last finished picture is still good; None for others."""
     if isinstance(error, (Interrupted, Skipped)):
         return type(error).__name__.lower()
-    if isinstance(error, ArithmeticError):  # NaN in the VAE
+    if isinstance(error, NotFinite):
         return str(error)
-    return f"out of memory: {error}" if isinstance(error, OutOfMemory) or is_out_of_memory(error) else None
+    return out_of_memory(error) if is_out_of_memory(error) else None

@@ -8,6 +8,7 @@ nothing of the program but this file.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -79,6 +80,8 @@ class GivenLatent:
     latent: Tensor
     #: Attention maps [rows, columns, tokens] recorded meanwhile; without, they are recorded from the latent.
     maps: Tensor | None = None
+    #: What is said to have made NaN where there are some.
+    made_by: str = "UNet"
 
 
 #: What a run starts from, where it makes no base picture itself.
@@ -182,15 +185,27 @@ class Host(Protocol):
         ...
 
     def encode_texts(self, prompts: Sequence[str]) -> list[Text]:
-        """Encodes prompts (each with the generation's negative prompt); the engine asks once per distinct text."""
+        """Encodes prompts (each with the generation's negative prompt); the engine asks once per distinct text.
+
+        Raises NotFinite where the text encoders make NaN.
+        """
         ...
 
     def denoise(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """x0 predictions [M, C, h, w] of `x` [M, C, h, w] at noise level `sigma` (a scalar tensor), after CFG.
 
-        All but `sigma` is on `device`. Raises whatever that raises when memory runs out; latents never influence each
-        other.
+        All but `sigma` is on `device`; NaN are returned like other numbers. Raises whatever the device raises when
+        memory runs out; latents never influence each other.
         """
+        ...
+
+    def wider(self) -> AbstractContextManager[str] | None:
+        """Within it UNet and ControlNet compute in the next wider precision, whose name it gives; afterwards they are
+        as before. None where the host has none."""
+        ...
+
+    def advice(self, network: str) -> str:
+        """What a user can do where the "UNet" or the "ControlNet" makes NaN, to stand behind a colon."""
         ...
 
     def cross_attention(self) -> Sequence[tuple[str, nn.Module]]:
@@ -227,7 +242,7 @@ class Host(Protocol):
     def decode(self, latent: Tensor, *, interruptible: bool = True) -> np.ndarray:
         """The picture uint8 [8h, 8w, 3] of a latent [1, C, h, w].
 
-        Raises Interrupted between tiles (unless it must finish), an ArithmeticError when the VAE makes NaN.
+        Raises Interrupted between tiles (unless it must finish), NotFinite when the VAE makes NaN.
         """
         ...
 
@@ -236,7 +251,7 @@ class Host(Protocol):
         ...
 
     def encode_image(self, image: np.ndarray) -> Tensor:
-        """The latent [1, C, h, w] of a picture uint8 [8h, 8w, 3]."""
+        """The latent [1, C, h, w] of a picture uint8 [8h, 8w, 3]. Raises as `decode`."""
         ...
 
     def canvas_device(self, height: int, width: int) -> torch.device:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
+
+from accdiff_lib.errors import is_out_of_memory
+
+T = TypeVar("T")
+U = TypeVar("U")
 
 #: Peak activations of the UNet in numbers per latent cell and channel of the first block, where not yet measured.
 UNET_NUMBERS = 64
@@ -29,6 +36,8 @@ MOST_LATENTS = 32
 #: 2.
 MOST_CPU_LATENTS = 4
 CPU_BUDGET = 4 * 2**30
+#: glibc's name for the size from which on an allocation is a mapping of its own.
+_M_MMAP_THRESHOLD = -3
 
 
 def free_bytes(device: torch.device) -> int:
@@ -42,8 +51,45 @@ def free_bytes(device: torch.device) -> int:
 def release() -> None:
     """Gives back what nothing uses any more."""
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    for there, backend in ((torch.cuda.is_available(), torch.cuda), (torch.backends.mps.is_available(), torch.mps)):
+        if there:
+            with suppress(RuntimeError):  # a failure that is told a second time, by whatever comes next
+                backend.synchronize()
+            backend.empty_cache()
+    if not torch.cuda.is_available():
+        _trim()
+
+
+def _trim() -> None:
+    """Makes glibc give back what it keeps in pieces between what is used, and keep no more large ones."""
+    with suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(_M_MMAP_THRESHOLD, 2**17)
+        libc.malloc_trim(0)
+
+
+def attempt(run: Callable[..., T], *args: Any, last: bool = False) -> T | None:
+    """`run(*args)`, or None where memory runs out, unless it is the `last` try: then the error rises."""
+    try:
+        return run(*args)
+    except Exception as error:
+        if last or not is_out_of_memory(error):
+            raise
+    release()  # here, where the exception that keeps tensors alive is gone
+    return None
+
+
+def in_batches(items: Sequence[T], size: int, run: Callable[[Sequence[T]], Sequence[U]]) -> list[U]:
+    """What `run` makes of the items, of at most `size` at once; of half as many, down to one, where memory runs out."""
+    made: list[U] = []
+    while len(made) < len(items):
+        part = items[len(made):len(made) + size]
+        found = attempt(run, part, last=len(part) == 1)
+        if found is None:
+            size = len(part) // 2
+        else:
+            made += found
+    return made
 
 
 class LatentMemory:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from accdiff_lib.engine import memory
 from accdiff_lib.engine.host import Host, Progress
-from accdiff_lib.errors import Interrupted, OutOfMemory, Skipped, is_out_of_memory
+from accdiff_lib.errors import Interrupted, OutOfMemory, Skipped
 
 
 def check_stop(progress: Progress) -> None:
@@ -27,6 +27,8 @@ class Batcher:
         """`size` latents at once, or 0 to ask the host at every call."""
         self.host = host
         self.size = size
+        #: What is evaluated is progress.
+        self.counts = True
         self._largest: int | None = None  # learned from running out of memory
         #: How many at once by height and width: the latest, and those of a run that goes on, whose roundings are these.
         self._latest: dict[tuple[int, int], int] = {}
@@ -44,26 +46,16 @@ class Batcher:
             check_stop(self.host.progress)
             size = self._latest[height, width] = max(1, min(size, self._largest or size))
             part = slice(begin, min(begin + size, count))
-            result = self._try(evaluate, part)
+            result = memory.attempt(evaluate, part)
             if result is None:
                 if part.stop - part.start == 1:
                     raise OutOfMemory(f"not even one latent of {width * 8}x{height * 8} pixels fits into memory")
                 self._largest = (part.stop - part.start) // 2
-                memory.release()
                 continue
-            self.host.progress.advance(part.stop - part.start)
+            if self.counts:
+                self.host.progress.advance(part.stop - part.start)
             yield part, result
             begin = part.stop
-
-    @staticmethod
-    def _try(evaluate: Callable[[slice], Tensor], part: slice) -> Tensor | None:
-        """The result, or None when memory ran out; the exception, which holds tensors alive, is gone by then."""
-        try:
-            return evaluate(part)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            return None
 
     def state(self) -> dict[str, Tensor]:
         """See resume.Growing."""

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from accdiff_lib.engine import memory
+from accdiff_lib.engine.finite import advice
 from accdiff_lib.engine.host import Progress
-from accdiff_lib.errors import Interrupted, is_out_of_memory
+from accdiff_lib.errors import Interrupted, NotFinite
 from accdiff_lib.parts import vae as tiled_vae
 
 T = TypeVar("T")
@@ -36,8 +37,11 @@ class VaeRunner:
     def decode(self, latent: Tensor, *, interruptible: bool = True) -> np.ndarray:
         """The picture uint8 [8h, 8w, 3] of a latent [1, C, h, w].
 
-        Raises Interrupted between tiles (unless it must finish), NotFinite when the VAE makes NaN in float32 too.
+        Raises Interrupted between tiles (unless it must finish), NotFinite when the VAE makes NaN in float32 too, or
+        gets some.
         """
+        if not latent.isfinite().all():
+            raise NotFinite("the latent has NaN, so there is no picture in it")
         scaled = latent.float() / self._scaling
         image = self._run(scaled.shape[-2:], lambda dtype, tile, store: tiled_vae.decode(
             self._vae, scaled.to(self._device, dtype), tile=tile, check=self._check if interruptible else None,
@@ -58,15 +62,22 @@ class VaeRunner:
         own = next(vae.parameters()).dtype
         try:
             return self._in_tiles(size, own, run)
-        except tiled_vae.NotFinite:
+        except NotFinite as error:
             if own == torch.float32:
-                raise
-        self._progress.comment("The VAE made NaN in half precision; it was run again in float32")
+                raise self._broken(error) from None
+        self._progress.comment("The VAE made NaN in half precision; it was run again in float32. One with the fp16 fix "
+                               "needs no second run")
         try:
             vae.to(torch.float32)
             return self._in_tiles(size, torch.float32, run)
+        except NotFinite as error:
+            raise self._broken(error) from None
         finally:
             vae.to(own)  # exact: its weights came from this precision
+
+    def _broken(self, error: NotFinite) -> NotFinite:
+        """The error, with what a user can do."""
+        return NotFinite(f"{error}: {advice(self._vae, 'VAE', '')}")
 
     def _in_tiles(self, size: Sequence[int], dtype: torch.dtype, run: Callable[[torch.dtype, int, Store], T]) -> T:
         """`run`, when memory runs out with tiles that wait on the CPU, then smaller ones; the result is the same."""
@@ -74,15 +85,12 @@ class VaeRunner:
         tile = self._tile or memory.vae_tile(*given)
         store = memory.vae_store(*given) if tile else None
         while True:
-            try:
-                return run(dtype, tile, store)
-            except Exception as error:
-                if not is_out_of_memory(error) or (store is None and 0 < tile <= SMALLEST_TILE):
-                    raise
-            if store is None:  # here, where the exception that keeps tensors alive is gone
+            found = memory.attempt(run, dtype, tile, store, last=store is None and 0 < tile <= SMALLEST_TILE)
+            if found is not None:
+                return found
+            if store is None:
                 tile = tile // 2 if tile else memory.TILE
             store = None
-            memory.release()
 
     def _check(self) -> None:
         if self._progress.interrupted:

@@ -9,7 +9,7 @@ the same x, sums with weights that add up to 1 (or to 0 in a direction) are the 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 import numpy as np
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from accdiff_lib import seeds
+from accdiff_lib.engine import memory
 from accdiff_lib.engine.canvas import StageInputs
 from accdiff_lib.engine.host import Conditioning, Host
 from accdiff_lib.engine.host import Hints as HintsOf
@@ -291,12 +292,12 @@ class ElasticExplanation:
     #: The views' windows, in the canvas's coordinates; the canvas itself where it is evaluated whole.
     on_canvas: tuple[Window, ...]
     looks: list[Look] = field(default_factory=list)
-    #: (timestep, weight of the reduced-resolution guidance) of each step.
-    weights: list[tuple[float, float]] = field(default_factory=list)
+    #: (timestep, weight of the reduced-resolution guidance) of each step, by its number.
+    weights: dict[int, tuple[float, float]] = field(default_factory=dict)
 
     def state(self) -> dict[str, Tensor]:
         """What was seen so far, for a run that goes on from there."""
-        found = {"weights": torch.tensor(self.weights, dtype=torch.float64)}
+        found = {"weights": torch.tensor([(step, *each) for step, each in self.weights.items()], dtype=torch.float64)}
         for number, look in enumerate(self.looks):
             found[f"{number}.at"] = torch.tensor([look.step, look.timestep], dtype=torch.float64)
             for name in ("direction", "local", "sampled"):
@@ -306,7 +307,7 @@ class ElasticExplanation:
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Goes on from there."""
-        self.weights[:] = [(timestep, weight) for timestep, weight in state["weights"].tolist()]
+        self.weights = {int(step): (timestep, weight) for step, timestep, weight in state["weights"].tolist()}
         pictures = {name: tensor.numpy() for name, tensor in state.items() if name != "weights"}
         self.looks[:] = [Look(int(pictures[f"{number}.at"][0]), float(pictures[f"{number}.at"][1]),
                               pictures[f"{number}.direction"], pictures[f"{number}.local"],
@@ -336,7 +337,7 @@ class ElasticPredictor:
     def __call__(self, x: Tensor, sigma: Tensor, call: Call) -> Tensor:
         """See engine.canvas.Predictor."""
         self._call = call
-        return self.canvas(x, sigma, call.method, call.step, call.trial)
+        return self.canvas(x, sigma, replace(call.method, steered=call.control), call.step, call.trial)
 
     def _draws(self) -> Callable[[int, int, int], Draws]:
         stage, seed = self.inputs.stage, self.inputs.seed
@@ -394,11 +395,20 @@ class ElasticPredictor:
         assert call is not None
         if not call.first:
             return
-        found.weights.append((call.timestep, call.method.rrg))
+        found.weights[call.step] = call.timestep, call.method.rrg
         if sum(call.timestep <= level for level in _LOOKED_AT) > sum(
                 any(look.timestep <= level for look in found.looks) for level in _LOOKED_AT):
-            found.looks.append(Look(call.step, call.timestep, principal(estimate.direction), principal(estimate.local),
-                                    None if estimate.sampled is None else estimate.sampled.cpu().numpy()))
+            look = memory.attempt(_look, call, estimate)  # no look is worth the picture
+            if look is not None:
+                found.looks.append(look)
+
+
+def _look(call: Call, estimate: Estimate) -> Look | None:
+    """What the sheet shows of a step; None of one with NaN, which is not the last word on it."""
+    if not estimate.denoised.isfinite().all():
+        return None
+    sampled = None if estimate.sampled is None else estimate.sampled.cpu().numpy()
+    return Look(call.step, call.timestep, principal(estimate.direction), principal(estimate.local), sampled)
 
 
 def principal(x: Tensor) -> np.ndarray:

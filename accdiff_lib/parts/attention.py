@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,6 +34,9 @@ class AttentionRecorder:
         self._handles: list[Any] = []
         self._sum: Tensor | None = None
         self._count = 0
+        #: Layers that the running evaluation has recorded, and what was there before it; None outside of one.
+        self._seen: set[nn.Module] | None = None
+        self._before: tuple[Tensor | None, int] = None, 0
 
     def __enter__(self) -> AttentionRecorder:
         self._handles = [layer.register_forward_pre_hook(self._record, with_kwargs=True) for _, layer in self._layers]
@@ -42,6 +46,19 @@ class AttentionRecorder:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Around one evaluation of the model. Where it is tried again (memory ran out in the middle of it) the last
+        try counts, and nothing if it fails."""
+        self._seen, self._before = set(), (self._sum, self._count)
+        try:
+            yield
+        except BaseException:
+            self._sum, self._count = self._before
+            raise
+        finally:
+            self._seen, self._before = None, (None, 0)
 
     @property
     def recorded(self) -> bool:
@@ -77,6 +94,11 @@ class AttentionRecorder:
         with torch.no_grad():
             probabilities = attention_probabilities(layer, image, text)
             total = probabilities.sum(dim=1)
+        if self._seen is not None:
+            if layer in self._seen:
+                self._sum, self._count = self._before
+                self._seen.clear()
+            self._seen.add(layer)
         self._sum = total if self._sum is None else self._sum.to(total.device) + total
         self._count += probabilities.shape[1]
 

@@ -21,15 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from accdiff_lib.errors import InputError
+from accdiff_lib.errors import InputError, NotFinite
 from accdiff_lib.parts.vae_layers import Sweep, as_is, call, decoder_sweeps, encoder_sweeps
 
 Check = Callable[[], None]
 OnTile = Callable[[int, int], None]
-
-
-class NotFinite(ArithmeticError):
-    """The VAE made NaN or infinite values: usually SDXL's own VAE in fp16, which float32 cures."""
 
 
 def decode(vae: nn.Module, latent: Tensor, *, tile: int = 64, check: Check | None = None,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from accdiff_lib.engine import memory
+from accdiff_lib.engine.finite import advice
 from accdiff_lib.engine.host import Conditioning, Progress, Solver
 from accdiff_lib.engine.vae_runner import VaeRunner
-from accdiff_lib.errors import InputError, is_out_of_memory
+from accdiff_lib.errors import InputError
 from accdiff_lib.parts import reference
 from accdiff_lib.parts.dilation_plan import Convolution
 from accdiff_lib.parts.guidance import guided
@@ -84,6 +86,8 @@ class StandaloneHost:
         self._halves: tuple[str, ...] = GUIDED
         #: Memory ran out for the pair of a latent.
         self._apart = False
+        #: What the networks compute in where that is not what their weights are in.
+        self._autocast: torch.dtype | None = None
 
     # Text and noise levels
 
@@ -131,20 +135,18 @@ class StandaloneHost:
         alone = both and len(conditioning) == 1
         if alone and (self._apart or not self._memory.pair_fits(*latent.shape[-2:])):
             return None
-        try:
-            return self._predict(latent, level, conditioning, GUIDED if both else ("cond",))
-        except Exception as error:
-            if not (alone and is_out_of_memory(error)):
-                raise
-        self._apart = True
-        memory.release()  # here, where the exception that keeps tensors alive is gone
-        return None
+        output = memory.attempt(self._predict, latent, level, conditioning, GUIDED if both else ("cond",),
+                                last=not alone)
+        if output is None:
+            self._apart = True
+        return output
 
     def _predict(self, latent: Tensor, level: float, conditioning: Conditioning, halves: tuple[str, ...]) -> Tensor:
         """The UNet's output [B, C, h, w], float32, for scaled latents [M, C, h, w]: B is M times the `halves`."""
         self._halves = halves
         latent = latent.repeat(len(halves), 1, 1, 1)
-        with self._memory.measured(len(latent), *latent.shape[-2:]):
+        computing = torch.autocast(self.device.type, self._autocast) if self._autocast else nullcontext()
+        with computing, self._memory.measured(len(latent), *latent.shape[-2:]):
             inputs: dict[str, Any] = self._conditioning(conditioning, halves)
             t = torch.full((len(latent),), self._levels.timestep(level), device=self.device)
             if conditioning.steered:
@@ -173,6 +175,47 @@ class StandaloneHost:
         """These parts of the texts, one part after the other."""
         stacked = torch.stack([getattr(text, part) for part in parts for text in conditioning.texts])
         return stacked.to(self.device, self.dtype)
+
+    def wider(self) -> AbstractContextManager[str] | None:
+        """See engine.host.Host: bfloat16 after float16 where the GPU has it, which takes no more memory, else float32.
+        """
+        if self.dtype == torch.float32 or self._autocast:
+            return None
+        has_bfloat16 = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device)[0] >= 8
+        return self._in_bfloat16() if has_bfloat16 and self.dtype == torch.float16 else self._in_float32()
+
+    @contextmanager
+    def _in_bfloat16(self) -> Iterator[str]:
+        self._hints.forget()
+        self._autocast = torch.bfloat16
+        try:
+            yield "bfloat16"
+        finally:
+            self._autocast = None
+            self._hints.forget()
+
+    @contextmanager
+    def _in_float32(self) -> Iterator[str]:
+        before, networks = self.dtype, [each for each in (self._unet, self._controlnet) if each is not None]
+        try:
+            self._compute_in(torch.float32, networks)
+            yield "float32"
+        finally:
+            self._compute_in(before, networks)  # exact: the weights came from this precision
+
+    def _compute_in(self, dtype: torch.dtype, networks: Sequence[nn.Module]) -> None:
+        self.dtype = dtype
+        self._memory = memory.LatentMemory(self.device, self._unet.config["block_out_channels"][0], dtype.itemsize)
+        self._hints = HintEmbeddings(self._controlnet, self.device, dtype)
+        for network in networks:
+            network.to(dtype)
+
+    def advice(self, network: str) -> str:
+        """See engine.host.Host."""
+        module = {"UNet": self._unet, "ControlNet": self._controlnet, "VAE": self._vae}[network]
+        kind = "checkpoint" if network == "UNet" else network
+        widest = self.dtype == torch.float32 or network == "VAE"  # which has a precision of its own
+        return advice(module, kind, "" if widest else "--dtype float32")
 
     def cross_attention(self) -> list[tuple[str, nn.Module]]:
         """See engine.host.Host."""

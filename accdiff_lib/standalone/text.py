@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from accdiff_lib.engine import memory
+from accdiff_lib.engine.finite import advice
+from accdiff_lib.errors import NotFinite
 from accdiff_lib.parts.prompts import CONTEXT, Chunk, Word, lay_out, split_words
 
 if TYPE_CHECKING:
-
     from accdiff_lib.standalone.loading import Models
 
 #: Contexts that go through a text encoder at once.
@@ -74,25 +76,40 @@ class TextEncoder:
 
     def _encode_chunks(self, chunks: Sequence[Chunk]) -> list[tuple[Tensor, Tensor | None]]:
         """([77, D], pooled [P] or None) of each chunk."""
-        encoded: list[tuple[Tensor, Tensor | None]] = []
-        for begin in range(0, len(chunks), BATCH):
-            part = chunks[begin:begin + BATCH]
-            weights = torch.tensor([_padded(chunk.weights, 1.0, 1.0, 1.0) for chunk in part])
-            states = []
-            pooled = None
-            for tokenizer, encoder in self._encoders:
-                tokens = torch.tensor([
-                    _padded(chunk.tokens, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-                    for chunk in part])
+        return memory.in_batches(chunks, BATCH, self._encode_batch)
+
+    def _encode_batch(self, chunks: Sequence[Chunk]) -> list[tuple[Tensor, Tensor | None]]:
+        weights = torch.tensor([_padded(chunk.weights, 1.0, 1.0, 1.0) for chunk in chunks])
+        states = []
+        pooled = None
+        for tokenizer, encoder in self._encoders:
+            tokens = torch.tensor([
+                _padded(chunk.tokens, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+                for chunk in chunks])
+            state, pooled = self._encoded(encoder, tokens.to(encoder.device))
+            states.append(_emphasise(state, weights.to(state.device)))
+        rows = torch.cat(states, dim=-1)
+        if not rows.isfinite().all():
+            largest = max(weight for chunk in chunks for weight in chunk.weights)
+            raise NotFinite(f"the weights in the prompt (up to {largest:.3g}) are too large: the encoded text has NaN")
+        return list(zip(rows, [None] * len(chunks) if pooled is None else pooled, strict=True))
+
+    def _encoded(self, encoder: Any, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """States [M, 77, D] and pooled [M, P] or None of tokens [M, 77]: in float32 where half precision makes NaN."""
+        own = encoder.dtype
+        for dtype in dict.fromkeys((own, torch.float32)):
+            try:
                 with torch.no_grad():
-                    result = encoder(tokens.to(encoder.device), output_hidden_states=True)
-                # SDXL was trained on the states before the last layer, without the final norm.
-                state = result.hidden_states[-2] if self._family == "sdxl" else result.last_hidden_state
-                states.append(_emphasise(state, weights.to(state.device)))
-                pooled = result.text_embeds if "text_embeds" in result else None
-            rows = torch.cat(states, dim=-1)
-            encoded += zip(rows, [None] * len(part) if pooled is None else pooled, strict=True)
-        return encoded
+                    result = encoder.to(dtype)(tokens, output_hidden_states=True)
+            finally:
+                encoder.to(own)  # exact: its weights came from this precision
+            # SDXL was trained on the states before the last layer, without the final norm.
+            state = result.hidden_states[-2] if self._family == "sdxl" else result.last_hidden_state
+            pooled = result.text_embeds if "text_embeds" in result else None
+            found = state.to(own), None if pooled is None else pooled.to(own)
+            if all(part.isfinite().all() for part in found if part is not None):
+                return found
+        raise NotFinite(f"the text encoder made NaN: {advice(encoder, 'checkpoint', '')}")
 
 
 def _padded(values: Sequence, begin: float, end: float, padding: float) -> list:

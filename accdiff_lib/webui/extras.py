@@ -9,6 +9,7 @@ from PIL import Image
 from accdiff_lib.engine.extrapolate import Result
 from accdiff_lib.engine.host import Host, Picture
 from accdiff_lib.engine.plan import Plan
+from accdiff_lib.errors import is_out_of_memory, out_of_memory
 from accdiff_lib.explain import sheet
 from accdiff_lib.webui.ui import options_page
 
@@ -45,7 +46,8 @@ class Extras:
             image = shown.image if shown.image is not None else host.decode(shown.latent, interruptible=False)
             self._sheets.append(Image.fromarray(sheet(image, result.explanation, plan.part)))
         except Exception as error:  # no memory for one more decode, say
-            self._p.comment(f"AccDiffusion: the sheet that explains the run could not be made: {error}")
+            said = out_of_memory(error) if is_out_of_memory(error) else error
+            self._p.comment(f"AccDiffusion: the sheet that explains the run could not be made: {said}")
 
     def show(self, processed: Any) -> None:
         """Adds the sheets to the end of the gallery."""

@@ -23,7 +23,7 @@ from accdiff_lib.engine.cost import estimate
 from accdiff_lib.engine.extrapolate import Extrapolation, Request, Result
 from accdiff_lib.engine.host import Given, GivenImage, GivenLatent, Picture
 from accdiff_lib.engine.plan import make_plan
-from accdiff_lib.errors import InputError
+from accdiff_lib.errors import InputError, Interrupted, NotFinite, OutOfMemory
 from accdiff_lib.methods import of
 from accdiff_lib.parts.attention import map_size
 from accdiff_lib.parts.regions import check_regions
@@ -186,7 +186,7 @@ class Batch:
                 if shared.state.interrupted:  # the WebUI's sampler stops at once
                     return base.latent if isinstance(base, GivenLatent) else original()
                 with self._session.stages(given):
-                    results = [self._extrapolate(index, first_job, base) for index in range(len(given["seeds"]))]
+                    results = self._results(len(given["seeds"]), first_job, base)
         finally:
             p.sampler = None
         return self._decoded([self._shown(result.pictures[-1]) for result in results])
@@ -196,11 +196,11 @@ class Batch:
         """
         p = self._p
         if self._from_image:
-            return GivenLatent(p.init_latent)
+            return GivenLatent(p.init_latent, made_by="VAE")
         if self._selected is not None:
             return GivenImage(self._selected)
         settings = self._settings
-        if not settings.base_pass:
+        if not settings.base_pass and self._plan.stages:
             return None
         record = settings.wants_attention and bool(self._plan.stages) and self._same_prompts()
         before = getattr(p, "enable_hr", None)
@@ -229,6 +229,21 @@ class Batch:
                 for pair in zip(positive, negative, strict=True)]
 
     # --- the stages --------------------------------------------------------------------------------------------
+
+    def _results(self, count: int, first_job: int, base: Given | None) -> list[Result]:
+        """The batch's pictures, up to the first of which nothing could be finished. Raises what that one raised if it
+        is the very first."""
+        results: list[Result] = []
+        for index in range(count):
+            try:
+                results.append(self._extrapolate(index, first_job, base))
+            except (Interrupted, NotFinite, OutOfMemory) as error:
+                if not results:
+                    raise
+                why = str(error) or type(error).__name__.lower()
+                self._p.comment(f"AccDiffusion: picture {index + 1} of the batch and those after it are missing: {why}")
+                break
+        return results
 
     def _extrapolate(self, index: int, first_job: int, base: Given | None) -> Result:
         from modules import shared
@@ -302,7 +317,7 @@ def _of_picture(base: Given | None, index: int) -> Given | None:
     """What the batch's picture `index` starts from."""
     if isinstance(base, GivenLatent):
         maps = None if base.maps is None else base.maps[index]
-        return GivenLatent(base.latent[index:index + 1].float(), maps)
+        return GivenLatent(base.latent[index:index + 1].float(), maps, base.made_by)
     return base
 
 

@@ -184,7 +184,8 @@ def test_the_sheet_shows_a_few_steps():
     (stage, said), = result.explanation.stages
     assert isinstance(said, ElasticExplanation) and len(said.weights) == 12 and said.rounds == 3
     assert 3 <= len(said.looks) <= 4 and said.looks[0].step == 0
-    assert said.weights[0][1] > said.weights[-1][1] == 0
+    weights = list(said.weights.values())
+    assert weights[0][1] > weights[-1][1] == 0
     for look in said.looks:
         assert look.direction.shape == look.local.shape == (stage.height, stage.width, 3)
         assert 0.25 < look.sampled.mean() < 0.8

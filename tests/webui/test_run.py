@@ -18,11 +18,12 @@ import pytest
 import torch
 from PIL import Image
 
-from accdiff_lib.errors import InputError
+from accdiff_lib.errors import InputError, NotFinite, OutOfMemory
 from accdiff_lib.methods import make
 from accdiff_lib.webui import hires, run
 from accdiff_lib.webui.hosts import webui as webui_host
 from accdiff_lib.webui.hosts.ldm import controlnet as ldm_controlnet
+from accdiff_lib.webui.hosts.windows import WindowHost
 from tests import tiny
 from tests.webui_stand_in.generation import BASE, OPTIONS, Answer, WebUI, at_call, started
 from tests.webui_stand_in.model import checkpoint
@@ -136,6 +137,10 @@ def test_notes_reach_the_user_once(webui, large):
     answer = webui.generate({**OPTIONS, "preset": "low-vram"}, n_iter=2)
     assert np.array_equal(answer.picture, large)
     assert len(answer.p.comments) == 1 and answer.comments.startswith("AccDiffusion: preset: low-vram is paper now")
+
+
+def test_a_method_without_a_base_pass_at_the_base_pictures_own_size(webui, plain):
+    assert same(webui.generate({"method": "elasticdiffusion", "scale": 1}).picture, plain)
 
 
 def test_a_bar_has_jobs_for_the_work_of_the_stages(webui, controlnet):
@@ -416,6 +421,88 @@ def test_no_memory_at_all_gives_the_base_picture(webui, plain):
     with hooked(unet(webui), full):
         answer = webui.generate({**OPTIONS, "window_prompts": False})
     assert same(answer.picture, plain) and "out of memory" in answer.comments
+
+
+def test_text_that_does_not_fit_is_encoded_in_smaller_batches(webui, large, monkeypatch):
+    from modules import prompt_parser
+
+    encode, sizes = prompt_parser.get_multicond_learned_conditioning, []
+
+    def tight(model: Any, prompts: Any, *args: Any, **kwargs: Any) -> Any:
+        sizes.append(len(prompts))
+        if len(prompts) > 3:
+            out_of_memory()
+        return encode(model, prompts, *args, **kwargs)
+
+    monkeypatch.setattr(prompt_parser, "get_multicond_learned_conditioning", tight)
+    assert same(webui.generate(OPTIONS).picture, large)
+    assert max(sizes) > 3 >= sizes[-1]
+
+
+def test_finished_pictures_of_a_batch_outlive_one_that_fails(webui, large):
+    """Without a base pass, nothing of the second is finished when its first step fails."""
+    options = {"method": "elasticdiffusion", "scale": 2, "stage_steps": 1}
+    calls: list[int] = []
+    with hooked(unet(webui), lambda *_: calls.append(1)):
+        alone = webui.generate(options)
+    full = iter(range(len(calls)))
+    with hooked(unet(webui), lambda *_: None if next(full, None) is not None else out_of_memory()):
+        answer = webui.generate(options, batch_size=3)
+    assert len(answer.pictures) == 1 and same(answer.pictures[0], alone.picture)
+    assert ("picture 2 of the batch and those after it are missing: out of memory before anything was finished"
+            in answer.comments)
+    with hooked(unet(webui), lambda *_: out_of_memory()), pytest.raises(OutOfMemory, match=r"^out of memory before"):
+        webui.generate(options)
+
+
+# --- NaN -------------------------------------------------------------------------------------------------------
+
+def test_nan_of_the_unet_in_a_stage_gives_the_base_picture(webui, plain):
+    calls: list[int] = []
+    with hooked(unet(webui), lambda _m, _args, out: calls.append(1) or (out * torch.nan if len(calls) > STEPS else out),
+                after=True):
+        answer = webui.generate(OPTIONS)
+    assert same(answer.picture, plain) and len(calls) <= STEPS + 4  # the windows and views of one step
+    assert ("AccDiffusion: the UNet made NaN at step 1 of 2x: another checkpoint, or smaller weights in the prompt may "
+            "help; the picture is the base one" in answer.comments)
+
+
+def test_nan_of_the_base_pass_is_named(webui, monkeypatch):
+    from modules import prompt_parser
+
+    with hooked(unet(webui), lambda _m, _args, out: out * torch.nan, after=True), \
+            pytest.raises(NotFinite, match=r"^the UNet made NaN in the base picture: another checkpoint"):
+        webui.generate(OPTIONS)
+    encode = prompt_parser.get_learned_conditioning
+
+    def spoilt(*args: Any, **kwargs: Any) -> Any:
+        found = encode(*args, **kwargs)
+        for schedules in found:
+            for number, schedule in enumerate(schedules):
+                schedules[number] = schedule._replace(cond={key: value * torch.nan
+                                                            for key, value in schedule.cond.items()})
+        return found
+
+    monkeypatch.setattr(prompt_parser, "get_learned_conditioning", spoilt)
+    with pytest.raises(NotFinite, match=r"^the text encoder made NaN"):
+        webui.generate(OPTIONS)
+
+
+def test_half_precision_that_makes_nan_is_bfloat16_for_the_rest_of_the_stage(webui, large, monkeypatch):
+    """As on a GPU: here everything is in float32, and stands for half precision until autocast is on."""
+    monkeypatch.setattr(WindowHost, "wider", lambda self: self._in_bfloat16())
+    wide: list[bool] = []
+
+    def spoil(_m: Any, _args: Any, out: Any) -> Any:
+        wide.append(torch.is_autocast_enabled("cpu"))
+        return out * torch.nan if len(wide) > STEPS + 4 and not wide[-1] else out
+
+    with hooked(unet(webui), spoil, after=True):
+        answer = webui.generate(OPTIONS)
+    assert "from there on it computes in bfloat16" in answer.comments and answer.picture.shape == large.shape
+    first = wide.index(True)
+    assert all(wide[first:]) and not torch.is_autocast_enabled("cpu")
+    assert np.abs(answer.picture.astype(int) - large.astype(int)).mean() < 8
 
 
 # --- NaN in the VAE --------------------------------------------------------------------------------------------

@@ -145,7 +145,9 @@ class A1111Host(WindowHost):
         self.channels = int(self._unet.in_channels) if not model.is_sdxl_inpaint else 4
         self._model, self._images = model, session.halves.images
         self._controlnet: LdmControlNet | None = session.control
-        vae = model.first_stage_model
+        vae = self._networks["VAE"] = model.first_stage_model
+        if self._controlnet is not None:
+            self._networks["ControlNet"] = self._controlnet.network
         self._runner = VaeRunner(vae, session.webui.scaling(model), self.device, progress, tile=vae_tile,
                                  width=int(vae.decoder.ch))
 

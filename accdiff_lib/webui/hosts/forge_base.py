@@ -36,6 +36,8 @@ _POST_CFG = "sampler_post_cfg_function"
 class ForgeBase(WebUI):
     """See WebUI. A "patcher" is the program's own: a network, its patches, and the devices it works and waits on."""
 
+    precise = "starting the WebUI with --all-in-fp32"
+
     # --- what differs ------------------------------------------------------------------------------------------
 
     @abstractmethod
@@ -252,6 +254,9 @@ class ForgeHost(WindowHost):
         self._webui, self._stage = webui, unet
         self._vae_patcher = model.forge_objects.vae
         vae = self._vae_patcher.first_stage_model
+        self._networks["VAE"] = vae
+        for patcher in session.control.get_models()[:1] if session.control is not None else ():
+            self._networks["ControlNet"] = patcher.model
         tile = vae_tile or (64 if webui.always_tiled() else 0)
         self._runner = VaeRunner(vae, webui.scaling(model), torch.device(self._vae_patcher.device), progress,
                                  tile=tile, width=int(vae.decoder.conv_out.in_channels))

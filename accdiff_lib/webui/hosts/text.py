@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from accdiff_lib.engine import memory
+from accdiff_lib.errors import NotFinite
 from accdiff_lib.parts.prompts import CONTEXT, Word, parse, split_words
 
 #: Prompts that are encoded at once.
@@ -79,12 +81,9 @@ class WebUITextEncoder:
     def encode(self, prompts: Sequence[str]) -> list[WebUIText]:
         """See engine.host.Host."""
         uncond = self._uncond(self._negatives[0])
-        texts: list[WebUIText] = []
-        for begin in range(0, len(prompts), BATCH):
-            # Together with the whole prompt: the WebUI gives all texts of a call the contexts of the longest.
-            parts = self._conds([self._prompt, *prompts[begin:begin + BATCH]], negative=False)[1:]
-            texts += [WebUIText(part, uncond) for part in parts]
-        return texts
+        # Together with the whole prompt: the WebUI gives all texts of a call the contexts of the longest.
+        return [WebUIText(parts, uncond) for parts in memory.in_batches(
+            prompts, BATCH, lambda batch: self._conds([self._prompt, *batch], negative=False)[1:])]
 
     def with_negative(self, text: WebUIText, negative: str) -> WebUIText:
         """See engine.host.Host; `negative` is one of the encoder's."""
@@ -105,9 +104,13 @@ class WebUITextEncoder:
         with devices.autocast():
             if negative:
                 found = prompt_parser.get_learned_conditioning(self._model, batch, 1)
-                return [[(schedules[-1].cond, 1.0)] for schedules in found]
-            multi = prompt_parser.get_multicond_learned_conditioning(self._model, batch, 1)
-        return [[(part.schedules[-1].cond, part.weight) for part in parts] for parts in multi.batch]
+                conds = [[(schedules[-1].cond, 1.0)] for schedules in found]
+            else:
+                multi = prompt_parser.get_multicond_learned_conditioning(self._model, batch, 1)
+                conds = [[(part.schedules[-1].cond, part.weight) for part in parts] for parts in multi.batch]
+        if not all(map(_is_finite, (cond for parts in conds for cond, _ in parts))):
+            raise NotFinite("the text encoder made NaN: smaller weights in the prompt or another checkpoint may help")
+        return conds
 
     def words(self, prompt: str) -> list[Word]:
         """The words of a prompt with the columns their tokens have in the attention maps."""
@@ -197,6 +200,11 @@ def _find(columns: Sequence[int | None], tokens: list[int], place: int, embedded
 def _without(words: list[tuple[str, Sequence[int]]], name: list[tuple[str, Sequence[int]]]) -> list:
     """The words after an embedding's name, which the prompt spells as ordinary words."""
     return words[len(name):]
+
+
+def _is_finite(cond: Any) -> bool:
+    tensors = cond.values() if isinstance(cond, dict) else [cond]
+    return all(bool(tensor.isfinite().all()) for tensor in tensors if isinstance(tensor, Tensor))
 
 
 class SizeVectors:

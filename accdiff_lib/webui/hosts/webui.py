@@ -46,6 +46,8 @@ class WebUI(ABC):
 
     #: What its users call it.
     name: str
+    #: How its users give the UNet a wider precision: the beginning of a sentence.
+    precise = "starting the WebUI with --no-half"
 
     # --- what the extension asks -------------------------------------------------------------------------------
 

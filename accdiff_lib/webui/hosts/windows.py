@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from accdiff_lib.engine import memory
+from accdiff_lib.engine.finite import advice
 from accdiff_lib.engine.host import Conditioning, Progress, Solver
 from accdiff_lib.engine.vae_runner import VaeRunner
 from accdiff_lib.errors import InputError, Interrupted, Skipped
@@ -131,9 +132,14 @@ class WindowHost(ABC):
         self.multiple = 2 ** halvings
         self.has_control = session.has_control
         self._halves = session.halves
+        self._dtype, self._precise = webui.dtype(model), webui.precise
+        #: What may make NaN, by its name in messages.
+        self._networks: dict[str, nn.Module] = {"UNet": self._unet}
+        #: What the networks compute in where that is not what the WebUI has chosen.
+        self._autocast: torch.dtype | None = None
         self._levels, self._prediction = webui.levels(model), webui.prediction(model)
         self._text, self._place = webui.text(model, prompt, negatives, size), webui.place(model)
-        self._memory = memory.LatentMemory(self.device, int(self._unet.model_channels), webui.dtype(model).itemsize)
+        self._memory = memory.LatentMemory(self.device, int(self._unet.model_channels), self._dtype.itemsize)
         self._view = own_view(p)
         # Euler's is the plain one: x in sigma space in, x0 out.
         sampler = sd_samplers.create_sampler("Euler", model)
@@ -199,9 +205,11 @@ class WindowHost(ABC):
         # At scale 1 the unconditional halves count for nothing; odd steps below this sigma leave them out.
         denoiser.step, no_uncond = 1, float("inf") if guidance == 1 else 0.0
         preview, step = shared.state.current_latent, shared.state.sampling_step
+        # The WebUI's own autocast, within, takes over the precision of one around it.
+        computing = torch.autocast(self.device.type, self._autocast) if self._autocast else nullcontext()
         try:
-            # What weights take when `_evaluating` loads them is not the latents'.
-            with self._evaluating(x, sigma, conditioning), self._memory.measured(2 * count, *x.shape[-2:]):
+            # What weights take when `_evaluating` loads them is not the latents', nor is LoRA merged in less precision.
+            with self._evaluating(x, sigma, conditioning), computing, self._memory.measured(2 * count, *x.shape[-2:]):
                 return denoiser(
                     x, sigma.to(x).flatten()[:1].expand(count), uncond=unconds,
                     cond=MulticondLearnedConditioning((count,), conds), cond_scale=guidance, s_min_uncond=no_uncond,
@@ -216,6 +224,25 @@ class WindowHost(ABC):
         cond, combined = (output_of(x, level, each, self._prediction) for each in (cond, combined))
         output = guided(cond, None, conditioning.guidance, conditioning.rescale, combined=combined)
         return denoised(x, level, output, self._prediction)
+
+    def wider(self) -> AbstractContextManager[str] | None:
+        """See engine.host.Host: bfloat16 after float16 where the GPU has it. The weights are the WebUI's to move."""
+        has_bfloat16 = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device)[0] >= 8
+        return self._in_bfloat16() if has_bfloat16 and self._dtype == torch.float16 and not self._autocast else None
+
+    @contextmanager
+    def _in_bfloat16(self) -> Iterator[str]:
+        self._autocast = torch.bfloat16
+        try:
+            yield "bfloat16"
+        finally:
+            self._autocast = None
+
+    def advice(self, network: str) -> str:
+        """See engine.host.Host."""
+        kind = "checkpoint" if network == "UNet" else network
+        widest = self._dtype == torch.float32 or network == "VAE"  # which has a precision of its own
+        return advice(self._networks.get(network), kind, "" if widest else self._precise)
 
     def cross_attention(self) -> list[tuple[str, nn.Module]]:
         """See engine.host.Host."""
