@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 
-from modules import options, shared_state, shared_total_tqdm
+from modules import options, paths, shared_state, shared_total_tqdm  # noqa: F401 - the paths are there when others come
 
 opts: options.Options = options.Options({}, set())
 cmd_opts = SimpleNamespace(controlnet_dir=None)
