@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -83,6 +83,10 @@ class Request:
     regions: Sequence[Region] = ()
     #: What guides all stages through the ControlNet, instead of each last picture's edges.
     guide: Guide | None = None
+    #: Gives the texts of so many calls of the base pass, where they are not the prompt's from the first to the last.
+    base_texts: Callable[[int], Sequence[Text]] | None = None
+    #: The base pass sees the prompt from the first call to the last, so that the attention to it is recorded meanwhile.
+    seen_in_base: bool = True
 
 
 class Extrapolation:
@@ -196,8 +200,9 @@ class Extrapolation:
                 latent, maps = given.latent, given.maps
             if record and maps is None:
                 host.progress.begin(None, 1)
-                maps, latents = self.record(request, latent), 1
-                host.progress.advance(1)
+        if record and maps is None and not result.stopped:
+            maps, latents = self.record(request, latent), latents + 1
+            host.progress.advance(1)
         crop = request.plan.crop
         latent = latent[..., crop.rows, crop.columns]
         return Picture(None, latent, None, latents, time.perf_counter() - begin), maps
@@ -208,13 +213,16 @@ class Extrapolation:
             raise RuntimeError("the base picture is made by somebody else, but was not given")
         conditioning = self._whole(request)
         calls = len(rehearse(solver, solver.sigmas))
-        host.progress.begin(None, calls)
+        later = record and not request.seen_in_base
+        record &= not later
+        host.progress.begin(None, calls + later)
+        texts = iter([*conditioning.texts] * calls if request.base_texts is None else request.base_texts(calls))
         denoised = None
 
         def model(x: Tensor, sigma: Tensor, **_: object) -> Tensor:
             nonlocal denoised
             check_stop(host.progress)
-            denoised = host.denoise(x, sigma.flatten()[0], conditioning)
+            denoised = host.denoise(x, sigma.flatten()[0], replace(conditioning, texts=[next(texts)]))
             host.progress.advance(1)
             host.progress.preview(denoised)
             return denoised

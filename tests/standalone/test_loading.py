@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from accdiff_lib.errors import InputError
 from accdiff_lib.standalone import export, loading
 from accdiff_lib.standalone.finding import CONFIGS, EMBEDDED
-from accdiff_lib.standalone.loading import Models, alphas_cumprod, describe, load
+from accdiff_lib.standalone.loading import Models, alphas_cumprod, describe, examine, load
 from tests import tiny
 
 FAMILIES = {"sdxl": tiny.sdxl, "sd15": tiny.sd15}
@@ -309,8 +309,8 @@ def test_wrong_vaes(store, tmp_path, case, message):
 # -------------------------------------------------------------------------------------------- refusals
 
 def refused(message: str, option: str, path: Path, model: Path | None, **options: Any) -> None:
-    """`describe` and `load` both refuse, in one line that names the option, the path and what is allowed."""
-    for function in (describe, load):
+    """All of them refuse, in one line that names the option, the path and what is allowed."""
+    for function in (describe, examine, load):
         with pytest.raises(InputError, match=message) as caught:
             function(model, **options)
         text = str(caught.value)
