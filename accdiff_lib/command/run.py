@@ -81,8 +81,8 @@ def dry_run(job: Job) -> int:
 
 
 def _notes(job: Job) -> list[str]:
-    """What the user should know of the settings, in the words of the command line."""
-    return [arguments.in_flags(note) for note in job.settings.notes]
+    """What the user should know of the settings, the model and the prompts, in the words of the command line."""
+    return [*(arguments.in_flags(note) for note in job.settings.notes), *job.notes]
 
 
 def _remarks(job: Job) -> list[str]:
@@ -117,12 +117,13 @@ def run(job: Job) -> int:
     from accdiff_lib.command.report import Terminal
     from accdiff_lib.engine.extrapolate import Extrapolation
     from accdiff_lib.standalone.loading import load
+    from accdiff_lib.standalone.lora import merged
 
     begin = time.perf_counter()
     given = job.arguments
     offload = job.offloads
     models = load(given.model, vae=given.vae, controlnet=given.controlnet, config=given.config,
-                  device="cpu" if offload else job.device, dtype=job.dtype)
+                  prediction=job.general["prediction"], device="cpu" if offload else job.device, dtype=job.dtype)
     # With --json the object is all that stdout gets.
     lines = sys.stderr if given.json else sys.stdout
     terminal = Terminal(job.parts, job.general["batch"], lines, sys.stderr)
@@ -136,7 +137,7 @@ def run(job: Job) -> int:
         extrapolation = Extrapolation(host, job.settings.window_batch)
         images: list[dict[str, Any]] = []
         code = DONE
-        with terminal.stopped_by_ctrl_c():
+        with merged(job.prompts.loras, models.networks), terminal.stopped_by_ctrl_c():
             for seed in range(job.general["seed"], job.general["seed"] + job.general["batch"]):
                 if terminal.interrupted:
                     code = INTERRUPTED
@@ -158,8 +159,9 @@ def _host(job: Job, models: Models, terminal: Terminal, offload: bool) -> Standa
     general = job.general
     sampler, scheduler, steps = job.stage_solver
     return StandaloneHost(
-        models, prompt=job.arguments.prompt, negative=general["negative"], progress=terminal,
+        models, prompt=job.prompts.prompt, negative=job.prompts.negative, progress=terminal,
         regions=[text for region in job.regions for text in (region.prompt, region.negative or "")],
+        embeddings=job.prompts.embeddings,
         sampler=general["sampler"], scheduler=general["scheduler"], steps=general["steps"],
         stage_sampler=sampler, stage_scheduler=scheduler, stage_steps=steps, vae_tile=job.settings.vae_tile,
         device=job.device, dtype=job.dtype, offload=offload)
@@ -176,10 +178,10 @@ def _one(job: Job, terminal: Terminal, host: StandaloneHost, extrapolation: Any,
     terminal.next_image()
     if job.general["batch"] > 1:
         terminal.say(f"seed {seed}")
-    request = Request(job.arguments.prompt, seed, job.general["cfg"], of(job.settings), job.settings, job.plan,
+    request = Request(host.prompt, seed, job.general["cfg"], of(job.settings), job.settings, job.plan,
                       intermediate=job.arguments.intermediate,
                       given=None if job.image is None else GivenImage(job.image), regions=job.regions,
-                      guide=job.guide)
+                      guide=job.guide, base_texts=host.base_texts, seen_in_base=host.seen_in_base)
     record: dict[str, Any] = {"seed": seed, "stopped": ""}
     try:
         result = extrapolation.run(request)
@@ -257,8 +259,10 @@ def parameters(job: Job, seed: int) -> str:
     if job.guide is not None:
         values[f"AccDiffusion control {'map' if job.guide.is_map else 'image'}"] = given.control_image.name
     if job.regions:
-        values["AccDiffusion regions"] = " | ".join(region.prompt for region in job.regions)
-    values |= {"AccDiffusion": __version__, **settings_infotext(job.settings)}
+        values["AccDiffusion regions"] = " | ".join(prompt for prompt, _ in given.region)
+    if general["prediction"] != "auto":
+        values["AccDiffusion prediction"] = general["prediction"]
+    values |= {"AccDiffusion": __version__, **settings_infotext(job.stated), **job.prompts.hashes}
     text = infotext.write(given.prompt, general["negative"], values)
     return text.encode("utf-8", "replace").decode("utf-8")  # a file's name may be no text
 
@@ -272,7 +276,7 @@ def _described(job: Job) -> dict[str, Any]:
             "seeds": list(range(general["seed"], general["seed"] + general["batch"])),
             "base": {"width": base_width, "height": base_height}, "target": {"width": width, "height": height},
             "regions": [{"prompt": prompt, "mask": mask} for prompt, mask in getattr(given, "region", [])],
-            "settings": values(job.settings)}
+            "settings": values(job.stated), "predicts": job.model.prediction, **job.prompts.files}
 
 
 def _print_json(value: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from accdiff_lib.parts.checkpoint import TensorFile
 from accdiff_lib.parts.prompts import CONTEXT, Vector, split_words
 from accdiff_lib.standalone.library import Library, sha256
+from accdiff_lib.standalone.lora import Lora
 
 #: The tensors of an embedding for SDXL, in the order of the text encoders.
 _SDXL = ("clip_l", "clip_g")
@@ -54,11 +55,12 @@ class Embeddings:
     """The embeddings that prompts may name."""
 
     def __init__(self, tokenizer: Any, widths: Sequence[int], library: Library | None = None,
-                 bundled: Mapping[str, Embedding] | None = None) -> None:
-        """`widths`: the numbers of a vector for each of the model's text encoders. `bundled`: those of LoRAs, which
-        count where the folder has none of the name."""
+                 loras: Sequence[Lora] = ()) -> None:
+        """`widths`: the numbers of a vector for each of the model's text encoders. What `loras` bring counts where the
+        folder has none of the name."""
         self._tokenizer, self._widths, self._library = tokenizer, tuple(widths), library
-        self._known: dict[str, Embedding | None] = dict(bundled or {})
+        self._known: dict[str, Embedding | None] = {
+            name: self._brought(name, tensors, lora) for lora in loras for name, tensors in lora.bundled.items()}
         #: What has been found in prompts, by name, and what is to say of other files that they name.
         self.used: dict[str, Embedding] = {}
         self.remarks: list[str] = []
@@ -124,14 +126,19 @@ class Embeddings:
             raise self._library.missing(name, f"the embedding {name}")
         path = self._library.files[name]
         file = self._library.open(path)
-        tensors = self.tensors(file.shapes)
+        tensors = self._fitting(file.shapes)
         if tensors is None:
             self.remarks.append(f"the prompt names {path.name}, which is no embedding for this model, so the name is "
                                 "read as words, as by the WebUI")
             return None
         return Embedding(name, file, tensors)
 
-    def tensors(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...] | None:
+    def _brought(self, name: str, tensors: Mapping[str, str], lora: Lora) -> Embedding | None:
+        found = self._fitting({key: lora.file.shapes[tensor] for key, tensor in tensors.items()})
+        return None if found is None else Embedding(name, lora.file, tuple(tensors[key] for key in found),
+                                                    lora.mention.name)
+
+    def _fitting(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...] | None:
         """The tensors of an embedding for the model's text encoders, of those with these shapes."""
         names = _SDXL if len(self._widths) == 2 else tuple(shapes)
         if set(names) != set(shapes) or len(names) != len(self._widths):

@@ -46,6 +46,12 @@ class Models:
     #: An empty negative prompt is zeros, not the encoded empty text.
     zero_negative: bool = False
 
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """The networks that a LoRA can change, as a ModelShape names them."""
+        found: list[Any] = [self.unet, *self.text_encoders]
+        return dict(zip(("unet", "text_encoder", "text_encoder_2"), found, strict=False))
+
     def modules(self) -> list[nn.Module]:
         """All networks."""
         networks: list[Any] = [self.unet, self.vae, *self.text_encoders, self.controlnet]
