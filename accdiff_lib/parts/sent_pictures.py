@@ -10,6 +10,7 @@ from typing import TypeAlias
 from PIL import Image
 
 from accdiff_lib.errors import InputError
+from accdiff_lib.parts.pictures import Unreadable, eight_bits, opened
 
 #: A path, base64 (also as a data URL), an encoded picture, or a picture.
 PictureSource: TypeAlias = "str | bytes | os.PathLike[str] | Image.Image"
@@ -26,13 +27,13 @@ def read_picture(source: PictureSource, option: str, *, files: bool = True) -> I
     if isinstance(source, Image.Image):
         return source
     try:
-        picture = Image.open(_opened(source, files))
-        picture.load()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # Pillow raises all of these
+        with opened(_opened(source, files)) as picture:
+            return eight_bits(picture)
+    except (OSError, ValueError) as error:
         shown = f"{len(source)} bytes" if isinstance(source, bytes) else repr(str(source)[:60])
         wanted = "a picture file or a picture in base64" if files else "a picture in base64"
-        raise InputError(f"{option}: {shown} is not {wanted}") from None
-    return picture
+        why = f" ({error})" if isinstance(error, Unreadable) else ""
+        raise InputError(f"{option}: {shown} is not {wanted}{why}") from None
 
 
 def _opened(source: str | bytes | os.PathLike[str], files: bool) -> io.BytesIO:

@@ -161,7 +161,7 @@ class TextEncoder:
             rows = [self._states(chunk, [laid_out[text, each.own][number] for text in each.edits], encoded)
                     for number, chunk in enumerate(own)]
             rows += [rows[-1][-1:].expand(CONTEXT * (each.joined - each.own), -1)]
-            rows += [encoded[_EMPTY].states] * (each.all - each.joined)
+            rows += [encoded[_EMPTY].states for _ in range(each.joined, each.all)]
             result[each] = torch.cat(rows)[:CONTEXT * each.all], encoded[own[0]].pooled
         return result
 
