@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 from accdiff_lib.engine.plan import CELL
 from accdiff_lib.errors import InputError
 from accdiff_lib.parts import infotext
-from accdiff_lib.parts.pictures import Unreadable, opened, rgb
+from accdiff_lib.parts.pictures import MOST_PIXELS, Unreadable, opened, rgb
 
 SMALLEST = 8 * CELL
 LARGEST = 8192
@@ -81,7 +82,7 @@ def read_image(path: Path, fit: tuple[int, int] | None = None, flag: str = "--im
     try:
         if path.exists() and not path.is_file() and not path.is_dir():
             raise InputError(f"{flag}: {path} is no file; it takes a picture file")
-        with opened(path) as image:
+        with _our_limit(), opened(path) as image:
             _check_size(path, image.size, fit, flag)
             image, remark = rgb(image)
     except FileNotFoundError:
@@ -106,6 +107,16 @@ def _check_size(path: Path, size: tuple[int, int], fit: tuple[int, int] | None, 
     if max(size) > LARGEST and fit is None:
         raise InputError(f"{flag}: {path} is {size[0]}x{size[1]} pixels; it takes at most {LARGEST}x{LARGEST} (give "
                          "--width and --height to shrink it)")
+
+
+@contextmanager
+def _our_limit() -> Iterator[None]:
+    """Lets Pillow open pictures that it would take for an attack, as far as we read them. It refuses at twice this."""
+    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, MOST_PIXELS // 2
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
 
 
 def _exists(path: Path) -> bool:

@@ -49,6 +49,8 @@ class Job:
     regions: tuple[Region, ...] = ()
     #: What guides the stages through the ControlNet, instead of the last picture's edges.
     guide: Guide | None = None
+    #: What is to say of the picture files.
+    remarks: tuple[str, ...] = ()
 
     @property
     def stage_solver(self) -> tuple[str, str, int]:
@@ -57,8 +59,8 @@ class Job:
 
     @property
     def notes(self) -> list[str]:
-        """What the user should know of the model and the prompts."""
-        found = [*self.model.notes, *self.prompts.notes]
+        """What the user should know of pictures, model and prompts."""
+        found = [*self.remarks, *self.model.notes, *self.prompts.notes]
         if len(self.prompts.weights) == 1 and self.prompts.composed:
             found.append(f"the number at the end of the prompt, {self.prompts.weights[0]:g}, is its weight, as in the "
                          "WebUI, and all windows get the whole of it")
@@ -109,11 +111,12 @@ def prepare(argv: Sequence[str] | None) -> Job:
     from accdiff_lib.standalone.samplers import counted_steps
 
     image = None
+    remarks: list[str] = []
     if namespace.image is not None:
         fit = general["height"], general["width"]
         if bool(fit[0]) != bool(fit[1]):
             raise InputError("--width, --height: with --image give both, or neither to take the picture's own size")
-        image = read_image(namespace.image, fit if fit[0] else None)
+        image = read_image(namespace.image, fit if fit[0] else None, remarks=remarks)
     general["sampler"], general["scheduler"] = _sampler(general["sampler"], general["scheduler"])
     settings = _stage_names(settings)
     device, dtype = _device(general["device"]), _dtype(general["dtype"], general["device"])
@@ -129,14 +132,15 @@ def prepare(argv: Sequence[str] | None) -> Job:
         settings = settings.without_attention()
     plan = _in_flags(make_plan, _base(general, settings, model, image), settings, native=model.native)
     regions = _regions(getattr(namespace, "region", []), settings, plan, prompts.steps)
-    guide = _guide(namespace, settings, model, plan)
+    guide = _guide(namespace, settings, model, plan, remarks)
     parts = _cost(general, settings, model, plan, image is not None, regions, guide is not None, prompts)
     if general["seed"] + general["batch"] > 2**32:
         raise InputError(f"--batch: {general['batch']} pictures from --seed {general['seed']} need seeds beyond "
                          f"{2**32 - 1}; give a smaller seed")
     if general["seed"] == -1:
         general["seed"] = random.SystemRandom().randrange(2**32 - general["batch"])
-    job = Job(namespace, general, settings, model, plan, parts, device, dtype, image, prompts, stated, regions, guide)
+    job = Job(namespace, general, settings, model, plan, parts, device, dtype, image, prompts, stated, regions, guide,
+              tuple(remarks))
     if not namespace.dry_run:
         pixels = sum(part.pixels[0] * part.pixels[1] for part in parts)
         job.folder.check(3 * pixels * general["batch"])
@@ -165,7 +169,8 @@ def _regions(given: Sequence[tuple[str, str]], settings: Settings, plan: Plan, s
     return regions
 
 
-def _guide(namespace: argparse.Namespace, settings: Settings, model: ModelShape, plan: Plan) -> Guide | None:
+def _guide(namespace: argparse.Namespace, settings: Settings, model: ModelShape, plan: Plan,
+           remarks: list[str]) -> Guide | None:
     """The picture or map of --control-image, in the shape of the result."""
     if namespace.control_image is None:
         if namespace.control_map:
@@ -178,7 +183,8 @@ def _guide(namespace: argparse.Namespace, settings: Settings, model: ModelShape,
     from accdiff_lib.command.files import read_image
     from accdiff_lib.parts.structure import Guide
 
-    return Guide(read_image(namespace.control_image, plan.pixels, "--control-image"), namespace.control_map)
+    picture = read_image(namespace.control_image, plan.pixels, "--control-image", remarks)
+    return Guide(picture, namespace.control_map)
 
 
 def _sampler(sampler: str, scheduler: str, prefix: str = "--") -> tuple[str, str]:

@@ -112,6 +112,8 @@ def _find(given: Given, vae: str | Path | None, controlnet: str | Path | None, c
     part = found.parts["vae"]
     if not part.file.shapes:
         raise given.error("it holds no VAE; name one with --vae")
+    if not isinstance(part.config.get("scaling_factor", 1.0), int | float):
+        raise part.file.given.error("vae/config.json has a scaling_factor that is no number")
     if len(part.config.get("block_out_channels", ())) != 4:
         raise part.file.given.error("its VAE does not make 8 x 8 pixels of a latent cell")
     if controlnet is not None:
@@ -191,6 +193,8 @@ def _found(given: Given, source: Given, family: str, unet: dict[str, Any], vae: 
         raise source.error(f"its scheduler cannot be used ({error})") from error
     name = given.path.stem if given.path.is_file() else given.path.resolve().name
     native = _side(unet.get("sample_size") or _NATIVE[family])
+    if not isinstance(native, int) or native < 1:
+        raise source.error(f"unet/config.json has the sample_size {native!r}, which is none")
     shape = ModelShape(family=family, name=name, prediction=said.prediction, native=native,
                        unet={**unet, "sample_size": native}, vae=vae, controlnet=None, alphas_cumprod=alphas,
                        zero_negative=family == "sdxl" and _zeroes(source), notes=tuple(said.notes))
@@ -284,7 +288,11 @@ def _find_controlnet(given: Given, unet: Mapping[str, Any]) -> Part:
         raise given.error(f"it is a {config['_class_name']}, not a ControlNet that can be used here")
     prefix = names.CONTROL if file.has(names.CONTROL) else ""
     original = file.has(f"{prefix}input_hint_block.")
-    _check_control_family(given, file, prefix, unet)
+    if not _is_of_family(file, prefix, unet):
+        family = "SDXL" if unet.get("addition_embed_type") else "SD1.5"
+        raise given.error(f"it is a ControlNet of another family or size than the model, which is {family}")
+    if config is not None and not _is_of_family(file, prefix, config):
+        raise given.error("the config.json with it is of another ControlNet; it must be its own, or not be there")
     if config is None:
         config = {key: unet[key] for key in _SHARED_WITH_UNET if key in unet}
         config["conditioning_embedding_out_channels"] = _hint_channels(file, prefix, original)
@@ -301,16 +309,15 @@ _SHARED_WITH_UNET = (
     "upcast_attention", "resnet_time_scale_shift", "projection_class_embeddings_input_dim", "mid_block_type")
 
 
-def _check_control_family(given: Given, file: TensorFile, prefix: str, unet: Mapping[str, Any]) -> None:
-    """Compares what differs between families, and would otherwise fail in the middle of a run."""
+def _is_of_family(file: TensorFile, prefix: str, config: Mapping[str, Any]) -> bool:
+    """Compares a ControlNet's file with a config, the UNet's or its own, by what differs between families: it would
+    otherwise fail in the middle of a run."""
     context = {shape[1] for name, shape in file.shapes.items() if name.endswith("attn2.to_k.weight")}
     added = file.has(f"{prefix}label_emb.", f"{prefix}add_embedding.")
     first = next((file.shapes[prefix + name] for name in ("input_blocks.0.0.weight", "conv_in.weight")
                   if prefix + name in file), (0,))
-    if (context - {unet["cross_attention_dim"]} or added != (unet.get("addition_embed_type") is not None)
-            or first[0] != unet.get("block_out_channels", [320])[0]):
-        family = "SDXL" if unet.get("addition_embed_type") else "SD1.5"
-        raise given.error(f"it is a ControlNet of another family or size than the model, which is {family}")
+    return (not context - {config.get("cross_attention_dim")} and first[0] == config.get("block_out_channels", [320])[0]
+            and added == (config.get("addition_embed_type") is not None))
 
 
 def _hint_channels(file: TensorFile, prefix: str, original: bool) -> list[int]:

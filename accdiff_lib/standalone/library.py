@@ -58,10 +58,11 @@ class Library:
         return InputError(f"PROMPT: {mention} is not in {self.given.option} {self.given.path}; {there}")
 
     def near(self, name: str) -> list[str]:
-        """The names that are most like one, whatever their case."""
+        """The names that are most like one or have it in them, whatever their case."""
         by_case = {known.lower(): known for known in self.files}
-        found = difflib.get_close_matches(name.lower(), by_case, _NEAR)
-        return [by_case[each] for each in found]
+        found = [*difflib.get_close_matches(name.lower(), by_case, _NEAR), *(
+            each for each in by_case if name.lower() in each)]
+        return [by_case[each] for each in dict.fromkeys(found)][:_NEAR]
 
 
 def sha256(path: Path, *, tensors_only: bool = False) -> str:

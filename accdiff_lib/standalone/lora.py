@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -91,15 +92,17 @@ def find(found: Sequence[Mention], library: Library | None) -> list[Lora]:
     return loras
 
 
-def _by_alias(name: str, library: Library) -> Any:
+def _by_alias(name: str, library: Library) -> Path:
     """The file that was trained under a name."""
     paths = [path for path in library.files.values() if _alias(library, path) == name]
-    if len(paths) != 1:
+    if len(paths) > 1:
+        raise InputError(f"PROMPT: <lora:{name}> may be {' or '.join(path.stem for path in paths)}; name one of them")
+    if not paths:
         raise library.missing(name, f"<lora:{name}>")
     return paths[0]
 
 
-def _alias(library: Library, path: Any) -> str:
+def _alias(library: Library, path: Path) -> str:
     try:
         return library.open(path).metadata.get("ss_output_name", "")
     except InputError:
