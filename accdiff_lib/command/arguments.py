@@ -40,6 +40,9 @@ GENERAL: dict[str, Option] = {row.name: row for row in (
     Option("keep_every", "keep every", "Seconds after which a run keeps anew what it has computed, to go on from there "
            "when it was stopped or killed; less often where that would take more than 2 % of the time.", 10.0, "output",
            0, 3600),
+    Option("prediction", "prediction", "What the model's output is: the noise (epsilon) or v. auto goes by NAME.yaml "
+           "beside the checkpoint, marks in it, or its configs, and says so.", "auto", "model",
+           choices=("auto", "epsilon", "v")),
 )}
 
 #: Flags that are not made from the option's name: --controlnet names the file of the ControlNet.
@@ -89,7 +92,8 @@ def parser() -> Parser:
                     description="Makes a picture larger than the model was trained for, with AccDiffusion v2.",
                     epilog=_EXAMPLES, argument_default=argparse.SUPPRESS)
     result.add_argument("prompt", metavar="PROMPT", nargs="?", default="",
-                        help="What the picture shows; (word:1.3) and BREAK as in the WebUI.")
+                        help="What the picture shows, in the WebUI's grammar: (word:1.3), BREAK, [from:to:0.5], "
+                        "[one|other], AND, <lora:NAME:0.8>.")
 
     picture = result.add_argument_group("picture")
     _add(picture, (row for row in GENERAL.values() if row.group == "picture"), prefix="general")
@@ -110,7 +114,9 @@ def parser() -> Parser:
             ("--model", "Diffusers folder or .safetensors checkpoint of SDXL or SD1.5."),
             ("--vae", "VAE instead of the model's own: folder or .safetensors."),
             ("--controlnet", "Canny ControlNet of the model's family: folder or .safetensors."),
-            ("--config", "Folder with the configs of a diffusers model, for a checkpoint of unusual sizes.")):
+            ("--config", "Folder with the configs of a diffusers model, for a checkpoint of unusual sizes."),
+            ("--lora-dir", "Folder with the LoRAs that the prompt names, <lora:NAME:0.8>, as .safetensors."),
+            ("--embedding-dir", "Folder with the embeddings that prompts name, as .safetensors.")):
         model.add_argument(name, metavar="PATH", help=text)
     _add(model, (row for row in GENERAL.values() if row.group == "model"), prefix="general")
 
@@ -208,7 +214,8 @@ def read(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, dict[st
     for name, text in (("PROMPT", namespace.prompt), ("--negative", general["negative"])):
         if not text.isprintable() and any(0xD800 <= ord(letter) <= 0xDFFF for letter in text):
             raise InputError(f"{name}: {text!a} is not allowed; it takes text in UTF-8")
-    for name in ("image", "control_image", "model", "vae", "controlnet", "config", "out", "spare"):
+    for name in ("image", "control_image", "model", "vae", "controlnet", "config", "lora_dir", "embedding_dir", "out",
+                 "spare"):
         setattr(namespace, name, _path(namespace, name))
     return namespace, general, chosen
 

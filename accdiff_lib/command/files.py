@@ -7,39 +7,38 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from accdiff_lib.engine.plan import CELL
 from accdiff_lib.errors import InputError
+from accdiff_lib.parts.pictures import MOST_PIXELS, Unreadable, opened, rgb
 
 SMALLEST = 8 * CELL
 LARGEST = 8192
-#: One that is shrunk when it is read may have so many.
-MOST_PIXELS = 2**28
 
 
-def read_image(path: Path, fit: tuple[int, int] | None = None, flag: str = "--image") -> np.ndarray:
-    """A picture uint8 [H, W, 3], upright and opaque.
+def read_image(path: Path, fit: tuple[int, int] | None = None, flag: str = "--image",
+               remarks: list[str] | None = None) -> np.ndarray:
+    """A picture uint8 [H, W, 3], upright, opaque and in sRGB.
 
     Its sides are cut to multiples of 8, or it is resized and cut (both centred) to `fit` = (height, width) pixels.
-    Complaints name the `flag`.
+    Complaints name the `flag`; what else is to say goes to `remarks`.
     Raises InputError when it cannot be read or is too small or too large.
     """
     try:
-        with _any_size(), Image.open(path) as opened:
-            _check_size(path, opened.size, fit, flag)
-            image = _rgb(ImageOps.exif_transpose(opened))
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise InputError(f"{flag}: {path} is no file; it takes a picture file")
+        with _our_limit(), opened(path) as image:
+            _check_size(path, image.size, fit, flag)
+            image, remark = rgb(image)
     except FileNotFoundError:
         raise InputError(f"{flag}: {path} does not exist; it takes a picture file") from None
-    except UnidentifiedImageError:
-        raise InputError(f"{flag}: {path} is not a picture that can be read; it takes PNG, JPEG, WebP, ...") from None
-    except InputError:
-        raise
-    except MemoryError:
-        raise InputError(f"{flag}: {path} does not fit into memory; it takes a smaller picture") from None
-    except (OSError, ValueError, SyntaxError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise InputError(f"{flag}: {path} cannot be read ({reason}); it takes a picture file") from error
+    except Unreadable as error:
+        raise InputError(f"{flag}: {path} cannot be read: {error}; it takes PNG, JPEG, WebP, ...") from error
+    except OSError as error:
+        raise InputError(f"{flag}: {path} cannot be read ({error.strerror}); it takes a picture file") from error
+    if remark and remarks is not None:
+        remarks.append(f"{flag} {path.name}: {remark}")
     width, height = image.size
     size = (fit[1], fit[0]) if fit else (width // CELL * CELL, height // CELL * CELL)
     if fit:
@@ -54,24 +53,12 @@ def _check_size(path: Path, size: tuple[int, int], fit: tuple[int, int] | None, 
     if max(size) > LARGEST and fit is None:
         raise InputError(f"{flag}: {path} is {size[0]}x{size[1]} pixels; it takes at most {LARGEST}x{LARGEST} (give "
                          "--width and --height to shrink it)")
-    if size[0] * size[1] > MOST_PIXELS:
-        raise InputError(f"{flag}: {path} is {size[0]}x{size[1]} pixels; it takes at most {MOST_PIXELS >> 20} million")
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB; transparent parts become white."""
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
-        return Image.fromarray((np.asarray(image, np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
 
 
 @contextmanager
-def _any_size() -> Iterator[None]:
-    """Lets Pillow open large pictures, which it would take for an attack."""
-    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+def _our_limit() -> Iterator[None]:
+    """Lets Pillow open pictures that it would take for an attack, as far as we read them. It refuses at twice this."""
+    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, MOST_PIXELS // 2
     try:
         yield
     finally:

@@ -13,6 +13,7 @@ from accdiff_lib.command import arguments
 from accdiff_lib.engine.plan import CELL, Plan, base_size, make_plan
 from accdiff_lib.errors import InputError
 from accdiff_lib.methods import make, of
+from accdiff_lib.parts.prompt_editing import is_composed
 from accdiff_lib.settings import ENLARGERS, SAME, Settings
 
 if TYPE_CHECKING:  # torch takes seconds to import; --help and typing mistakes are answered before
@@ -20,6 +21,7 @@ if TYPE_CHECKING:  # torch takes seconds to import; --help and typing mistakes a
     import torch
 
     from accdiff_lib.command.folder import Folder
+    from accdiff_lib.command.prompts import Prompts
     from accdiff_lib.engine.cost import Part
     from accdiff_lib.engine.memory import Need
     from accdiff_lib.parts.regions import Region
@@ -41,16 +43,36 @@ class Job:
     device: torch.device
     dtype: torch.dtype
     image: np.ndarray | None
+    prompts: Prompts
+    #: As they were given; `settings` are what the stages can do with the prompt.
+    stated: Settings
     regions: tuple[Region, ...] = ()
     #: What guides the stages through the ControlNet, instead of the last picture's edges.
     guide: Guide | None = None
     #: The seed was left to chance.
     drawn: bool = False
+    #: What is to say of the picture files.
+    remarks: tuple[str, ...] = ()
 
     @property
     def stage_solver(self) -> tuple[str, str, int]:
         """Sampler, schedule and steps of the stages."""
         return _stage_solver(self.general, self.settings)
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know of pictures, model and prompts."""
+        found = [*self.remarks, *self.model.notes, *self.prompts.notes]
+        if len(self.prompts.weights) == 1 and self.prompts.composed:
+            found.append(f"the number at the end of the prompt, {self.prompts.weights[0]:g}, is its weight, as in the "
+                         "WebUI, and all windows get the whole of it")
+        elif self.settings != self.stated:
+            found.append("the prompt has parts joined by AND, so all windows get the whole of it")
+        if any(is_composed(region.prompt) for region in self.regions):
+            found.append("a region's prompt has parts joined by AND: they take more evaluations than are counted")
+        if self.model.prediction == "v_prediction" and self.general["cfg"] > 1 and not self.stated.guidance_rescale:
+            found.append("models that predict v overexpose pictures at a high CFG scale; --guidance-rescale 0.7 helps")
+        return found
 
     @property
     def need(self) -> Need:
@@ -108,29 +130,42 @@ def prepare(argv: Sequence[str] | None) -> Job:
     settings = _in_flags(make, chosen)
     # From here on with torch and PIL.
     from accdiff_lib.command.files import read_image
-    from accdiff_lib.standalone.loading import describe
+    from accdiff_lib.command.prompts import names_files, read
+    from accdiff_lib.standalone.loading import describe, examine
+    from accdiff_lib.standalone.samplers import counted_steps
 
     image = None
+    remarks: list[str] = []
     if namespace.image is not None:
         fit = general["height"], general["width"]
         if bool(fit[0]) != bool(fit[1]):
             raise InputError("--width, --height: with --image give both, or neither to take the picture's own size")
-        image = read_image(namespace.image, fit if fit[0] else None)
+        image = read_image(namespace.image, fit if fit[0] else None, remarks=remarks)
     general["sampler"], general["scheduler"] = _sampler(general["sampler"], general["scheduler"])
     settings = _stage_names(settings)
     device, dtype = _device(general["device"]), _dtype(general["dtype"], general["device"])
-    model = describe(namespace.model, vae=namespace.vae, controlnet=namespace.controlnet, config=namespace.config)
+    thorough = namespace.dry_run or names_files(namespace.prompt, namespace.embedding_dir)
+    model = (examine if thorough else describe)(
+        namespace.model, vae=namespace.vae, controlnet=namespace.controlnet, config=namespace.config,
+        prediction=general["prediction"])
+    prompts = read(namespace.prompt, general["negative"], [prompt for prompt, _ in getattr(namespace, "region", [])],
+                   steps=counted_steps(general["sampler"], general["steps"]), model=model,
+                   lora_dir=namespace.lora_dir, embedding_dir=namespace.embedding_dir)
+    stated = settings
+    if prompts.composed:
+        settings = settings.without_attention()
     plan = _in_flags(make_plan, _base(general, settings, model, image), settings, native=model.native)
-    regions = _regions(getattr(namespace, "region", []), settings, plan)
-    guide = _guide(namespace, settings, model, plan)
-    parts = _cost(general, settings, model, plan, image is not None, regions, guide is not None)
+    regions = _regions(getattr(namespace, "region", []), settings, plan, prompts.steps)
+    guide = _guide(namespace, settings, model, plan, remarks)
+    parts = _cost(general, settings, model, plan, image is not None, regions, guide is not None, prompts)
     if general["seed"] + general["batch"] > 2**32:
         raise InputError(f"--batch: {general['batch']} pictures from --seed {general['seed']} need seeds beyond "
                          f"{2**32 - 1}; give a smaller seed")
     drawn = general["seed"] == -1
     if drawn:
         general["seed"] = random.SystemRandom().randrange(2**32 - general["batch"])
-    job = Job(namespace, general, settings, model, plan, parts, device, dtype, image, regions, guide, drawn)
+    job = Job(namespace, general, settings, model, plan, parts, device, dtype, image, prompts, stated, regions, guide,
+              drawn, tuple(remarks))
     if not namespace.dry_run:
         _check_output(job)
     return job
@@ -144,19 +179,21 @@ def _in_flags(function: Any, *args: Any, **kwargs: Any) -> Any:
         raise InputError(arguments.in_flags(str(error))) from error
 
 
-def _regions(given: Sequence[tuple[str, str]], settings: Settings, plan: Plan) -> tuple[Region, ...]:
-    """The regions of --region PROMPT MASK."""
+def _regions(given: Sequence[tuple[str, str]], settings: Settings, plan: Plan, steps: int) -> tuple[Region, ...]:
+    """The regions of --region PROMPT MASK; what the prompts are at the last of so many steps."""
     if not given:
         return ()
+    from accdiff_lib.parts.prompt_editing import final
     from accdiff_lib.parts.regions import Region, check_regions, read_mask
 
-    regions = tuple(Region(prompt, None, read_mask(Path(mask), f"--region: region {number}"))
+    regions = tuple(Region(final(prompt, steps), None, read_mask(Path(mask), f"--region: region {number}"))
                     for number, (prompt, mask) in enumerate(given, 1))
     check_regions(regions, settings, plan.pixels, "--region")
     return regions
 
 
-def _guide(namespace: argparse.Namespace, settings: Settings, model: ModelShape, plan: Plan) -> Guide | None:
+def _guide(namespace: argparse.Namespace, settings: Settings, model: ModelShape, plan: Plan,
+           remarks: list[str]) -> Guide | None:
     """The picture or map of --control-image, in the shape of the result."""
     if namespace.control_image is None:
         if namespace.control_map:
@@ -169,7 +206,8 @@ def _guide(namespace: argparse.Namespace, settings: Settings, model: ModelShape,
     from accdiff_lib.command.files import read_image
     from accdiff_lib.parts.structure import Guide
 
-    return Guide(read_image(namespace.control_image, plan.pixels, "--control-image"), namespace.control_map)
+    picture = read_image(namespace.control_image, plan.pixels, "--control-image", remarks)
+    return Guide(picture, namespace.control_map)
 
 
 def _sampler(sampler: str, scheduler: str, prefix: str = "--") -> tuple[str, str]:
@@ -243,7 +281,7 @@ def _base(general: dict[str, Any], settings: Settings, model: ModelShape, image:
 
 
 def _cost(general: dict[str, Any], settings: Settings, model: ModelShape, plan: Plan,
-          has_image: bool, regions: tuple[Region, ...], has_guide: bool) -> list[Part]:
+          has_image: bool, regions: tuple[Region, ...], has_guide: bool, prompts: Prompts) -> list[Part]:
     from accdiff_lib.engine.cost import estimate
     from accdiff_lib.parts.noise_levels import NoiseLevels
     from accdiff_lib.standalone.samplers import solver
@@ -254,7 +292,7 @@ def _cost(general: dict[str, Any], settings: Settings, model: ModelShape, plan: 
     return estimate(of(settings), plan, settings, base_solver=base,
                     stage_solver=solver(*_stage_solver(general, settings), levels), timestep=levels.timestep,
                     guidance=general["cfg"], has_control=model.controlnet is not None, from_image=has_image,
-                    has_guide=has_guide, regions=regions)
+                    has_guide=has_guide, regions=regions, seen_in_base=prompts.seen_in_base, weights=prompts.weights)
 
 
 def _check_output(job: Job) -> None:

@@ -85,6 +85,7 @@ def write_png(path: Path, image: np.ndarray, parameters: str = "", *, temporary:
               replace: bool = True) -> None:
     """Writes a picture uint8 [H, W, 3] with its generation parameters. Raises what `write_whole` does."""
     chunks = PngInfo()
+    chunks.add(b"sRGB", b"\0")  # perceptual, as the PNG specification has it for pictures
     if parameters:
         chunks.add_text(infotext.CHUNK, parameters)
     write_whole(path, lambda stream: Image.fromarray(image).save(stream, "PNG", pnginfo=chunks), temporary=temporary,

@@ -23,7 +23,8 @@ from accdiff_lib.settings import values
 from accdiff_lib.standalone.loading import EMBEDDED
 
 #: Arguments and general options that do not decide the pictures.
-_APART = {"out", "spare", "overwrite", "fresh", "explain", "json", "dry_run", "keep_every", "offload"}
+_APART = {"out", "spare", "overwrite", "fresh", "explain", "json", "dry_run", "keep_every", "offload", "lora_dir",
+          "embedding_dir"}
 #: Arguments that name pictures, which count by their pixels.
 _PICTURES = {"image", "control_image"}
 #: Packages that compute them.
@@ -44,6 +45,7 @@ def key(job: Job) -> str:
     decides = {"arguments": _named(given), "embedded": _named(EMBEDDED) if job.arguments.model is None else "",
                "pictures": [None if each is None else [each.shape, _hash(each.tobytes())] for each in pictures],
                "general": general, "settings": values(job.settings), "dtype": str(job.dtype), "device": device,
+               "prompts": _named([Path(each["file"]) for kind in job.prompts.files.values() for each in kind]),
                "program": _program()}
     return _hash(json.dumps(decides, sort_keys=True).encode())
 

@@ -97,8 +97,8 @@ def dry_run(job: Job, told: dict[str, Any]) -> int:
 
 
 def _notes(job: Job) -> list[str]:
-    """What the user should know of the settings, in the words of the command line."""
-    return [arguments.in_flags(note) for note in job.settings.notes]
+    """What the user should know of the settings, the model and the prompts, in the words of the command line."""
+    return [*(arguments.in_flags(note) for note in job.settings.notes), *job.notes]
 
 
 def _remarks(job: Job) -> list[str]:
@@ -135,12 +135,13 @@ def run(job: Job, told: dict[str, Any], stop: Stop) -> int:
     from accdiff_lib.command.output import Output
     from accdiff_lib.command.report import Terminal
     from accdiff_lib.standalone.loading import load
+    from accdiff_lib.standalone.lora import merged
 
     begin = time.perf_counter()
     given = job.arguments
     offload = job.offloads
     models = load(given.model, vae=given.vae, controlnet=given.controlnet, config=given.config,
-                  device="cpu" if offload else job.device, dtype=job.dtype)
+                  prediction=job.general["prediction"], device="cpu" if offload else job.device, dtype=job.dtype)
     with stop.working():
         claim = job.folder.claim(resume.key(job), overwrite=given.overwrite, fresh=given.fresh)
         try:
@@ -158,7 +159,9 @@ def run(job: Job, told: dict[str, Any], stop: Stop) -> int:
                 if job.settings.wants_control and job.plan.stages and not host.has_control:
                     terminal.comment("no ControlNet is loaded, so edges do not guide the windows (give --controlnet "
                                      "PATH, or --no-use-controlnet)")
-                code = Pictures(job, terminal, host, Output(claim, given.spare, terminal)).make(told["images"], stop)
+                with merged(job.prompts.loras, models.networks):
+                    code = Pictures(job, terminal, host, Output(claim, given.spare, terminal)).make(
+                        told["images"], stop)
         finally:
             left = claim.release()
             if left:
@@ -174,8 +177,9 @@ def _host(job: Job, models: Models, terminal: Terminal, offload: bool) -> Standa
     general = job.general
     sampler, scheduler, steps = job.stage_solver
     return StandaloneHost(
-        models, prompt=job.arguments.prompt, negative=general["negative"], progress=terminal,
+        models, prompt=job.prompts.prompt, negative=job.prompts.negative, progress=terminal,
         regions=[text for region in job.regions for text in (region.prompt, region.negative or "")],
+        embeddings=job.prompts.embeddings,
         sampler=general["sampler"], scheduler=general["scheduler"], steps=general["steps"],
         stage_sampler=sampler, stage_scheduler=scheduler, stage_steps=steps, vae_tile=job.settings.vae_tile,
         device=job.device, dtype=job.dtype, offload=offload)
@@ -233,10 +237,11 @@ class Pictures:
             terminal.say(f"seed {seed}")
         disk = Disk(self.output.claim.hidden, f"{seed}-", job.room, terminal.comment)
         kept = Kept(disk, job.general["keep_every"], terminal.advance)
-        request = Request(job.arguments.prompt, seed, job.general["cfg"], of(job.settings), job.settings, job.plan,
+        request = Request(self.host.prompt, seed, job.general["cfg"], of(job.settings), job.settings, job.plan,
                           intermediate=job.arguments.intermediate,
                           given=None if job.image is None else GivenImage(job.image), regions=job.regions,
-                          guide=job.guide, kept=kept)
+                          guide=job.guide, kept=kept, base_texts=self.host.base_texts,
+                          seen_in_base=self.host.seen_in_base)
         record |= {"files": files.written, "parts": terminal.done}
         try:
             result = self.extrapolation.run(request)
@@ -332,8 +337,10 @@ def parameters(job: Job, seed: int) -> str:
     if job.guide is not None:
         values[f"AccDiffusion control {'map' if job.guide.is_map else 'image'}"] = given.control_image.name
     if job.regions:
-        values["AccDiffusion regions"] = " | ".join(region.prompt for region in job.regions)
-    values |= {"AccDiffusion": __version__, **settings_infotext(job.settings)}
+        values["AccDiffusion regions"] = " | ".join(prompt for prompt, _ in given.region)
+    if general["prediction"] != "auto":
+        values["AccDiffusion prediction"] = general["prediction"]
+    values |= {"AccDiffusion": __version__, **settings_infotext(job.stated), **job.prompts.hashes}
     text = infotext.write(given.prompt, general["negative"], values)
     return text.encode("utf-8", "replace").decode("utf-8")  # a file's name may be no text
 
@@ -347,4 +354,4 @@ def _described(job: Job) -> dict[str, Any]:
             "seeds": list(range(general["seed"], general["seed"] + general["batch"])),
             "base": {"width": base_width, "height": base_height}, "target": {"width": width, "height": height},
             "regions": [{"prompt": prompt, "mask": mask} for prompt, mask in getattr(given, "region", [])],
-            "settings": values(job.settings)}
+            "settings": values(job.stated), "predicts": job.model.prediction, **job.prompts.files}

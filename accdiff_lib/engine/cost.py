@@ -11,6 +11,7 @@ from accdiff_lib.engine.host import Solver
 from accdiff_lib.engine.method import Method, Work
 from accdiff_lib.engine.plan import CELL, Plan, Stage
 from accdiff_lib.engine.schedule import Foreseen, rehearsal, trace
+from accdiff_lib.parts.prompt_editing import needs_negative
 from accdiff_lib.parts.regions import Region
 from accdiff_lib.settings import Settings
 
@@ -56,11 +57,14 @@ class Part:
 
 def estimate(method: Method, plan: Plan, settings: Settings, *, base_solver: Solver | Foreseen,
              stage_solver: Solver | Foreseen, timestep: Callable[[float], float], guidance: float, has_control: bool,
-             from_image: bool = False, has_guide: bool = False, regions: Sequence[Region] = ()) -> list[Part]:
+             from_image: bool = False, has_guide: bool = False, regions: Sequence[Region] = (),
+             seen_in_base: bool = True, weights: Sequence[float] = (1.0,)) -> list[Part]:
     """The cost of every part of one image's run, exactly as it will be counted (`Picture.latents`).
 
     With `from_image` the base picture is given: then one evaluation records its attention, if that is used.
-    `has_guide`: the ControlNet has a picture of its own, and needs no base picture's edges.
+    `has_guide`: the ControlNet has a picture of its own, and needs no base picture's edges. `seen_in_base`: see
+    Request; otherwise one evaluation more records the attention. `weights`: of the parts of the prompt, each of which
+    is evaluated by itself.
     """
     parts = []
     has_base = settings.base_pass or not plan.stages or from_image
@@ -72,8 +76,10 @@ def estimate(method: Method, plan: Plan, settings: Settings, *, base_solver: Sol
             steps, calls = len(base_solver.sigmas) - 1, len(trace(base_solver, base_solver.sigmas))
             size = plan.base
         once = Work("picture", 1, *size, guided=guidance != 1)
-        parts.append(Part(None, (plan.crop.height * CELL, plan.crop.width * CELL), steps, calls,
-                          (once,), (replace(once, count=calls),)))
+        work = [replace(once, count=calls)]
+        if not seen_in_base and not from_image and settings.wants_attention and plan.stages:
+            work.append(replace(once, height=plan.recorded[0], width=plan.recorded[1]))
+        parts.append(Part(None, (plan.crop.height * CELL, plan.crop.width * CELL), steps, calls, (once,), tuple(work)))
     rehearsed = cache(lambda settings, from_noise: rehearsal(
         stage_solver, settings, timestep, plan.stages[0], guidance=guidance,
         has_control=has_control and (has_base or has_guide), stages=len(plan.stages), from_noise=from_noise,
@@ -83,7 +89,16 @@ def estimate(method: Method, plan: Plan, settings: Settings, *, base_solver: Sol
         stage_rehearsal = rehearsed(own, not has_base and stage is plan.stages[0])
         tally = stage_rehearsal.tally(made_by, stage)
         parts.append(Part(stage, stage.pixels, len(stage_rehearsal.sigmas) - 1, sum(tally.values()), *_summed(tally)))
-    return parts
+    return parts if list(weights) == [1] else [_composed(part, weights) for part in parts]
+
+
+def _composed(part: Part, weights: Sequence[float]) -> Part:
+    """The part for a prompt of several parts. Without CFG the negative prompt counts too, unless it cancels out."""
+    def each(works: tuple[Work, ...]) -> tuple[Work, ...]:
+        return tuple(replace(work, more=len(weights) - 1 + (not work.guided and needs_negative(weights)))
+                     for work in works)
+
+    return replace(part, at_most=each(part.at_most), work=each(part.work))
 
 
 def _summed(kinds: Counter[tuple[Work, ...]]) -> tuple[tuple[Work, ...], tuple[Work, ...]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -90,6 +90,10 @@ class Request:
     guide: Guide | None = None
     #: What an interrupted run of the same request has left, and what this one leaves.
     kept: Kept = field(default_factory=Kept)
+    #: Gives the texts of so many calls of the base pass, where they are not the prompt's from the first to the last.
+    base_texts: Callable[[int], Sequence[Text]] | None = None
+    #: The base pass sees the prompt from the first call to the last, so that the attention to it is recorded meanwhile.
+    seen_in_base: bool = True
 
 
 class Extrapolation:
@@ -227,6 +231,10 @@ class Extrapolation:
                 host.progress.begin(None, 1)
                 maps, latents = self._recorded(request, latent), 1
                 host.progress.advance(1)
+                record = False
+        if record and maps is None and not result.stopped:
+            maps, latents = self._recorded(request, latent), latents + 1
+            host.progress.advance(1)
         if maps is not None and not maps.isfinite().all():
             host.progress.comment("the base picture's attention has NaN, so all windows get the whole prompt")
             maps = None
@@ -240,15 +248,20 @@ class Extrapolation:
             raise RuntimeError("the base picture is made by somebody else, but was not given")
         conditioning = self._whole(request)
         calls = rehearse(solver, solver.sigmas)
-        host.progress.begin(None, len(calls))
+        later = record and not request.seen_in_base
+        record &= not later
+        host.progress.begin(None, len(calls) + later)
         script = iter(calls)
+        texts = iter([*conditioning.texts] * len(calls) if request.base_texts is None
+                     else request.base_texts(len(calls)))
         denoised = None
 
         def model(x: Tensor, sigma: Tensor, **_: object) -> Tensor:
             nonlocal denoised
             check_stop(host.progress)
             call = next(script)
-            denoised = self._whole_prediction(x, sigma.flatten()[0], call.sigma, conditioning, recorder,
+            denoised = self._whole_prediction(x, sigma.flatten()[0], call.sigma,
+                                              replace(conditioning, texts=[next(texts)]), recorder,
                                               f"at step {call.step + 1} of {BASE}", part)
             host.progress.advance(1)
             host.progress.preview(denoised)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -54,6 +54,13 @@ class Conditioning:
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    def some(self, rows: Sequence[int], texts: Sequence[Text]) -> Conditioning:
+        """That of these of its latents, by their numbers, with other texts."""
+        hints, names = self.hints, self.hint_names
+        return replace(self, texts=texts, origins=[self.origins[row] for row in rows],
+                       hints=None if hints is None else lambda numbers: hints([rows[number] for number in numbers]),
+                       hint_names=[names[row] for row in rows] if names else ())
 
     @property
     def steered(self) -> bool:

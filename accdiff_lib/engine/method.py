@@ -37,11 +37,15 @@ class Work:
     guided: bool
     #: Each with the ControlNet.
     control: bool = False
+    #: The part of them that sees the prompt, not the negative prompt alone.
+    prompted: float = 1.0
+    #: Evaluations that the prompt takes more than one: for its further parts.
+    more: int = 0
 
     @property
     def unet(self) -> int:
         """Evaluations of the UNet; CFG takes two of a latent."""
-        return self.count * (2 if self.guided else 1)
+        return self.count * (2 if self.guided else 1) + round(self.count * self.prompted) * self.more
 
     @property
     def controlnet(self) -> int:

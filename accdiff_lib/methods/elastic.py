@@ -202,12 +202,13 @@ def work(size: tuple[int, int], native: int, options: ElasticSettings, *, repain
         return height, width
 
     if fits(size, native):
-        return (Work("whole picture", 2, *seen(size), guided=False, control=control),)
+        return (Work("whole picture", 2, *seen(size), guided=False, control=control, prompted=0.5),)
     reduced = seen(evaluated_size(reduced_size(size, native, options.reduction), native, options.reduction))
     times = 2 if repaint else 1
     views = count_views(size, native, options.patch_size)
-    return (Work("reduced picture", 2 * (options.resampling_steps + times), *reduced, guided=False, control=control),
-            Work("view", views * times, *seen((native, native)), guided=False, control=control))
+    return (Work("reduced picture", 2 * (options.resampling_steps + times), *reduced, guided=False, control=control,
+                 prompted=0.5),
+            Work("view", views * times, *seen((native, native)), guided=False, control=control, prompted=0))
 
 
 def canvas(host: Host, inputs: StageInputs, settings: Settings, batcher: Batcher) -> Predictor:

@@ -146,7 +146,7 @@ def calls(plain: Sequence[Call], outlook: Outlook) -> list[Call]:
         damped = guided and call.timestep > until
         work = [Work(WHOLE, 1, *size, guided=guided, control=call.control)]
         if damped:
-            work.append(Work(DAMPED, 1, *size, guided=False, control=call.control))
+            work.append(Work(DAMPED, 1, *size, guided=False, control=call.control, prompted=0))
         result.append(replace(call, method=damped, work=tuple(work)))
     return result
 

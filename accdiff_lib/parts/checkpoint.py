@@ -27,9 +27,11 @@ ALLOWED = {
     "--vae": "a diffusers VAE folder or a .safetensors file of a VAE for the model's family",
     "--controlnet": "a diffusers ControlNet folder or a .safetensors file of a ControlNet for the model's family",
     "--config": "a folder with the configs of a diffusers model (unet/config.json, vae/config.json, ...)",
+    "--lora-dir": "a folder with LoRAs as .safetensors files for the model's family",
+    "--embedding-dir": "a folder with embeddings (textual inversion) as .safetensors files for the model's family",
 }
 
-_PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 _MAX_HEADER = 100 * 2**20  # bytes; the format's own limit
 
 
@@ -54,6 +56,8 @@ class TensorFile:
         self.given = given
         self.metadata: dict[str, str] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        #: As the format has them: "F16".
+        self.dtypes: dict[str, str] = {}
         self._file: dict[str, Path] = {}
         self._open = ExitStack()
         self._handles: dict[Path, Any] = {}
@@ -62,6 +66,7 @@ class TensorFile:
             self.metadata.update(header.pop("__metadata__", {}))
             for name, entry in header.items():
                 self.shapes[name] = tuple(entry["shape"])
+                self.dtypes[name] = str(entry["dtype"])
                 self._file[name] = file
 
     def __contains__(self, name: str) -> bool:
@@ -90,7 +95,7 @@ class TensorFile:
 def tensor_file(given: Given) -> TensorFile:
     """The single file the user gave. Raises InputError when it is none that can be read."""
     path = given.path
-    if path.suffix.lower() in _PICKLES:
+    if path.suffix.lower() in PICKLES:
         raise given.error(
             f"pickled files ({path.suffix}) are not loaded because they can run code; convert it to .safetensors first "
             "(the WebUI's checkpoint merger does)")
@@ -109,23 +114,36 @@ def _read_header(given: Given, file: Path) -> dict[str, Any]:
             if size < 8 or not 2 <= length <= min(size - 8, _MAX_HEADER):
                 raise given.error("the file is empty" if size == 0 else "the file is no safetensors file, or cut short")
             header = json.loads(stream.read(length))
-        if not isinstance(header.get("__metadata__", {}), dict):
-            raise TypeError
-        ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
-        wellformed = all(isinstance(entry["shape"], list) for name, entry in header.items() if name != "__metadata__")
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        ends = [int(entry["data_offsets"][1]) for entry in entries.values()]
     except FileNotFoundError as error:
         raise given.error("no such file") from error
     except OSError as error:
         raise given.error(f"cannot be read ({error.strerror})") from error
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, OverflowError) as error:
         if isinstance(error, InputError):
             raise
         raise given.error("the file is no safetensors file, or damaged") from error
-    if not ends or not wellformed:
+    if not ends:
         raise given.error("the file holds no tensors")
-    if 8 + length + max(ends) > size:
+    over = size - 8 - length - max(ends)
+    if over < 0:
         raise given.error("the file is cut short (an unfinished download?)")
-    return header
+    if over:
+        raise given.error(f"the file is damaged: {over} bytes follow its last tensor")
+    metadata = header["__metadata__"] = header.get("__metadata__") or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise given.error("the file is damaged: its metadata is not text")
+    for name, entry in entries.items():
+        shape = entry.get("shape")
+        if not isinstance(shape, list) or not all(type(side) is int and side >= 0 for side in shape):
+            raise given.error(f"the file is damaged: the shape of {name} is {shape}")
+    try:
+        with safe_open(file, framework="pt", device="cpu"):  # what reads the tensors has the last word
+            return header
+    except (SafetensorError, OSError, ValueError) as error:
+        why = str(error).removeprefix("Error while deserializing header: ")
+        raise given.error(f"the file is damaged ({why})") from error
 
 
 # ----------------------------------------------------------------------------------------- what a file is
@@ -188,32 +206,21 @@ def _kind_without_unet(file: TensorFile) -> str:
 
 # ------------------------------------------------------------------------------------- tensors to modules
 
+#: The format's names of numbers that are weights as they are.
+_NUMBERS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
+#: What stands beside weights that are not: scaled fp8, bitsandbytes, GPTQ, and others of their kind.
+_SCALES = re.compile(r"(^|\.)(scaled_fp8|(weight|input)_scale|scale_(weight|input)|comfy_quant|absmax|quant_map|SCB|"
+                     r"quant_state\..+|qweight|qzeros)$")
+
 def fill(module: nn.Module, file: TensorFile, places: Mapping[str, Place], prefix: str, *, what: str,
          dtype: torch.dtype, device: torch.device | str, closed: bool = False) -> None:
     """Gives every weight of `module` (built on the meta device) its tensor from the file.
 
-    `places` maps the module's names to the file's, which begin with `prefix`. Raises InputError, before any weight
-    is read, if a tensor is missing or of another shape, and with `closed` also if the file has more under the prefix:
-    then the network is another one, even if all that is wanted is there.
+    Raises InputError, before any weight is read, as `check` does.
     """
-    wanted = module.state_dict()
-    hint = " (--config can name other configs)" if file.given.option == "--model" else ""
-    missing = [key for key in wanted if prefix + places[key].name not in file]
-    if missing:
-        raise file.given.error(f"{_count(missing, 'tensor')} of {what} missing, like "
-                               f"{prefix}{places[missing[0]].name}{hint}")
-    for key, empty in wanted.items():
-        name = prefix + places[key].name
-        if _shape(file.shapes[name], places[key], len(empty.shape)) != tuple(empty.shape):
-            raise file.given.error(f"{name} has another size than in the configs of {what}: "
-                                   f"{list(file.shapes[name])}, for {list(empty.shape)}{hint}")
-    if closed:
-        known = {prefix + place.name for place in places.values()}
-        extra = [name for name in file.shapes if name.startswith(prefix) and name not in known]
-        if extra:
-            raise file.given.error(f"{_count(extra, 'tensor')} of another network than {what}, like {extra[0]}")
+    check(module, file, places, prefix, what=what, closed=closed)
     state = {}
-    for key, empty in wanted.items():
+    for key, empty in module.state_dict().items():
         tensor = file.read(prefix + places[key].name)
         # A copy even where nothing changes: tensors that stay in a mapped file die when it is rewritten, and lie at
         # odd addresses, for which the CPU's kernels round in another order.
@@ -225,9 +232,48 @@ def fill(module: nn.Module, file: TensorFile, places: Mapping[str, Place], prefi
         raise AssertionError(f"{what} has tensors that are in no file")  # a new release of the library brought them
 
 
+def check(module: nn.Module, file: TensorFile, places: Mapping[str, Place], prefix: str, *, what: str,
+          closed: bool = False) -> None:
+    """Looks whether a file has every weight of a module, by the header alone.
+
+    `places` maps the module's names to the file's, which begin with `prefix`. Raises InputError if a tensor is missing,
+    of another shape or no plain numbers, and with `closed` also if the file has more under the prefix: then the network
+    is another one, even if all that is wanted is there.
+    """
+    wanted = module.state_dict()
+    hint = " (--config can name other configs)" if file.given.option == "--model" else ""
+    _refuse_quantized(file, prefix)
+    missing = [key for key in wanted if prefix + places[key].name not in file]
+    if missing:
+        raise file.given.error(f"{_count(missing, 'tensor')} of {what} missing, like "
+                               f"{prefix}{places[missing[0]].name}{hint}")
+    odd = [name for key in wanted if file.dtypes.get(name := prefix + places[key].name, "F16") not in _NUMBERS]
+    if odd:
+        raise file.given.error(f"{_count(odd, 'tensor')} of {what} quantized ({file.dtypes[odd[0]]}), like {odd[0]}; "
+                               "take the file with 16-bit weights")
+    for key, empty in wanted.items():
+        name = prefix + places[key].name
+        if _shape(file.shapes[name], places[key], len(empty.shape)) != tuple(empty.shape):
+            raise file.given.error(f"{name} has another size than in the configs of {what}: "
+                                   f"{list(file.shapes[name])}, for {list(empty.shape)}{hint}")
+    if closed:
+        known = {prefix + place.name for place in places.values()}
+        extra = [name for name in file.shapes if name.startswith(prefix) and name not in known]
+        if extra:
+            raise file.given.error(f"{_count(extra, 'tensor')} of another network than {what}, like {extra[0]}")
+
+
+def _refuse_quantized(file: TensorFile, prefix: str) -> None:
+    """Raises InputError for weights that mean nothing without the scales beside them."""
+    scales = [name for name in file.shapes if name.startswith(prefix) and _SCALES.search(name)]
+    if scales:
+        raise file.given.error(f"its weights are quantized, with scales of their own like {scales[0]}; take the file "
+                               "with 16-bit weights")
+
+
 def _shape(shape: tuple[int, ...], place: Place, dimensions: int) -> tuple[int, ...]:
     """Shape a tensor of the file will have in a module whose weight has so many dimensions."""
-    if place.third is not None:
+    if place.third is not None and shape:
         shape = (shape[0] // 3, *shape[1:])
     if place.transposed:
         shape = shape[::-1]

@@ -12,8 +12,11 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
+from accdiff_lib.parts.prompt_editing import parts
+
 #: Tokens of a text encoder's context, with BOS and EOS; a longer prompt is encoded in several contexts.
 CONTEXT = 77
+_FULL = CONTEXT - 2
 #: A full context hands on the tokens after its last comma when they are at most so many (the WebUI's default).
 BACKTRACK = 20
 
@@ -22,7 +25,8 @@ _END_OF_WORD = "</w>"
 _ROUND, _SQUARE = 1.1, 1 / 1.1
 #: An escaped character or a lone backslash; a bracket; a weight with the bracket it closes; plain text; a colon.
 _LEXER = re.compile(r"\\[\\()\[\]]?|[()\[\]]|:\s*([+-]?[.\d]+)\s*\)|[^\\()\[\]:]+|:")
-_BREAK = re.compile(r"\s*\bBREAK\b\s*", re.DOTALL)
+_BREAK_WORD = "BREAK"
+_BREAK = re.compile(r"\s*\bBREAK\b\s*")
 
 
 @dataclass(frozen=True)
@@ -45,24 +49,44 @@ class Word:
 
 
 @dataclass(frozen=True)
+class Vector:
+    """A vector of an embedding, in place of a token."""
+
+    embedding: Any
+    number: int
+
+
+@dataclass(frozen=True)
 class Chunk:
     """The tokens of one context without BOS, EOS and padding: at most 75, with a weight each."""
 
-    tokens: tuple[int, ...]
+    tokens: tuple[int | Vector, ...]
     weights: tuple[float, ...]
 
 
-#: Tokens of each word of a text, with the word as it can be written in a prompt.
-SplitWords = Callable[[str], Sequence[tuple[str, Sequence[int]]]]
+#: Tokens of each word of a text (a Vector is one), with the word as it can be written in a prompt.
+SplitWords = Callable[[str], Sequence[tuple[str, Sequence[Any]]]]
 
 
 def parse(prompt: str) -> list[Fragment]:
     """Splits a prompt by its emphasis, as the WebUI does.
 
     `(x)` weighs 1.1, `((x))` 1.21, `[x]` 1/1.1, `(x:1.3)` 1.3; `\\(` is a literal bracket, `\\\\` a backslash, a lone
-    backslash nothing; an unclosed bracket reaches to the end; `BREAK` (a word of its own, in capitals) begins a new
-    context.
+    backslash nothing; an unclosed bracket reaches to the end; `BREAK` (a word of its own, in capitals, outside of
+    brackets) begins a new context.
     """
+    fragments: list[Fragment] = []
+    section = 0
+    for text, weight in _weighted(prompt):
+        if _is_break(text, weight):
+            section += 1
+        elif text.strip():
+            fragments.append(Fragment(text, weight, section))
+    return fragments
+
+
+def _weighted(prompt: str) -> list[tuple[str, float]]:
+    """The texts of a prompt with their weights; one of weight -1 may be a BREAK."""
     pieces: list[list] = []  # [text, weight]
     round_open: list[int] = []
     square_open: list[int] = []
@@ -86,21 +110,20 @@ def parse(prompt: str) -> list[Fragment]:
         elif text == "]" and square_open:
             emphasise(square_open.pop(), _SQUARE)
         else:
-            pieces.append([text, 1.0])
+            first, *others = _BREAK.split(text)
+            pieces.append([first, 1.0])
+            for other in others:
+                pieces += [_BREAK_WORD, -1.0], [other, 1.0]
     for start in round_open:
         emphasise(start, _ROUND)
     for start in square_open:
         emphasise(start, _SQUARE)
+    return [("".join(piece[0] for piece in run), weight) for weight, run in groupby(pieces, key=lambda piece: piece[1])]
 
-    fragments: list[Fragment] = []
-    section = 0
-    for weight, run in groupby(pieces, key=lambda piece: piece[1]):
-        parts = _BREAK.split("".join(piece[0] for piece in run))
-        for number, part in enumerate(parts):
-            section += number > 0
-            if part.strip():
-                fragments.append(Fragment(part, weight, section))
-    return fragments
+
+def _is_break(text: str, weight: float) -> bool:
+    """Whether a text begins a new context. In brackets the word has another weight, and is a word."""
+    return weight == -1 and text == _BREAK_WORD
 
 
 def _number(text: str) -> float:
@@ -114,27 +137,34 @@ def lay_out(prompt: str, split: SplitWords) -> tuple[list[Chunk], list[Word]]:
     """The contexts of a prompt and its words with their columns, as the WebUI divides it with its default settings.
 
     A context holds 75 tokens; each BREAK ends one. Where one is full, what comes after its last comma goes on to the
-    next, unless that is more than 20 tokens. At least one context is returned.
+    next, unless that is more than 20 tokens. An embedding stays whole. At least one context is returned.
     """
-    contexts: list[list[tuple[int, int]]] = [[]]  # tokens, each with the number of its word
+    contexts: list[list[tuple[int | Vector, int]]] = [[]]  # tokens, each with the number of its word
     words: list[Word] = []
     section, comma = 0, -1  # comma: where the last one stands in the last context
-    for fragment in parse(prompt):
-        if fragment.section > section:
-            contexts += ([] for _ in range(fragment.section - section))
-            section, comma = fragment.section, -1
-        for text, tokens in split(fragment.text):
+    commas = {token for _, tokens in split(",") for token in tokens}
+    for fragment, weight in _weighted(prompt):
+        if _is_break(fragment, weight):
+            contexts.append([])
+            section, comma = section + 1, -1
+            continue
+        for text, tokens in split(fragment):
             for token in tokens:
                 filled = len(contexts[-1])
-                if filled == CONTEXT - 2:
-                    goes_on = text != "," and comma >= 0 and filled - comma <= BACKTRACK
-                    contexts.append(contexts[-1][comma + 1:] if goes_on else [])
-                    del contexts[-2][filled - len(contexts[-1]):]
-                    comma = -1
-                elif text == ",":
+                if token in commas:
                     comma = filled
+                elif filled == _FULL and comma >= 0 and filled - comma <= BACKTRACK:
+                    contexts.append(contexts[-1][comma + 1:])
+                    del contexts[-2][comma + 1:]
+                    comma = -1
+                whole = len(tokens) if isinstance(token, Vector) and not token.number else 1
+                if len(contexts[-1]) + whole > _FULL:
+                    contexts.append([])
+                    comma = -1
                 contexts[-1].append((token, len(words)))
-            words.append(Word(text, (), fragment.weight, fragment.section))
+            words.append(Word(text, (), weight, section))
+    if not contexts[-1] and len(contexts) > 1:  # nothing follows the last BREAK
+        contexts.pop()
     columns: list[list[int]] = [[] for _ in words]
     for number, context in enumerate(contexts):
         for place, (_, word) in enumerate(context, 1):
@@ -156,7 +186,9 @@ def compose(words: Iterable[Word]) -> str:
             text = " ".join(re.sub(r"([\\()\[\]])", r"\\\1", word.text) for word in run)
             runs.append(text if weight == "1" else f"({text}:{weight})")
         sections.append(" ".join(runs))
-    return " BREAK ".join(sections)
+    prompt = " BREAK ".join(sections)
+    # A number behind a colon at the end would be the weight of the whole; a lone backslash is nothing.
+    return f"{prompt} \\" if parts(prompt)[-1].weight != 1 else prompt
 
 
 def _weight_text(weight: float) -> str:

@@ -10,6 +10,7 @@ from typing import TypeAlias
 from PIL import Image
 
 from accdiff_lib.errors import InputError, shown
+from accdiff_lib.parts.pictures import Unreadable, eight_bits, opened
 
 #: A path, base64 (also as a data URL), an encoded picture, or a picture.
 PictureSource: TypeAlias = "str | bytes | os.PathLike[str] | Image.Image"
@@ -17,8 +18,8 @@ PictureSource: TypeAlias = "str | bytes | os.PathLike[str] | Image.Image"
 #: Text shorter than this is no picture in base64, and longer than that no path.
 _SHORTEST_PICTURE, _LONGEST_PATH = 80, 4096
 
-#: What is read: for some other kinds Pillow starts programs. A picture of a few bytes can have gigabytes of pixels.
-_FORMATS, _LARGEST = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"), 8192 * 4096
+#: Of a few bytes there can be gigabytes of pixels.
+_LARGEST = 8192 * 4096
 
 
 def read_picture(source: PictureSource, option: str, *, files: bool = True,
@@ -31,17 +32,16 @@ def read_picture(source: PictureSource, option: str, *, files: bool = True,
     if isinstance(source, Image.Image):
         return source
     try:
-        picture = Image.open(_opened(source, files), formats=_FORMATS)
-        if picture.width * picture.height <= largest:
-            picture.load()
-    except Exception:  # of a damaged picture Pillow raises whatever comes
+        with opened(_opened(source, files)) as picture:
+            if picture.width * picture.height > largest:
+                raise Unreadable(f"it is {picture.width}x{picture.height}, and at most {largest >> 20} million pixels "
+                                 "are read")
+            return eight_bits(picture)
+    except (OSError, ValueError) as error:
         what = f"{len(source)} bytes" if isinstance(source, bytes) else shown(source)
         wanted = "a picture file or a picture in base64" if files else "a picture in base64"
-        raise InputError(f"{option}: {what} is not {wanted}") from None
-    if picture.width * picture.height > largest:
-        raise InputError(f"{option}: a picture of {picture.width}x{picture.height} is not allowed; it takes at most "
-                         f"{largest >> 20} million pixels")
-    return picture
+        why = f" ({error})" if isinstance(error, Unreadable) else ""
+        raise InputError(f"{option}: {what} is not {wanted}{why}") from None
 
 
 def _opened(source: str | bytes | os.PathLike[str], files: bool) -> io.BytesIO:

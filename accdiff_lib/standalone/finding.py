@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from accdiff_lib.errors import InputError
 from accdiff_lib.parts import weight_names as names
 from accdiff_lib.parts.checkpoint import Given, TensorFile, kind, tensor_file
 from accdiff_lib.parts.noise_levels import alphas_cumprod
 from accdiff_lib.parts.weight_names import Place
+from accdiff_lib.standalone.prediction_type import prediction_type
 
 _ROOT = Path(__file__).resolve().parent.parent
 EMBEDDED = _ROOT / "embedded"
@@ -27,6 +29,7 @@ CONFIGS = _ROOT / "configs"
 
 FAMILIES = {"SDXL": "sdxl", "SD1.5": "sd15"}
 _NATIVE = {"sdxl": 128, "sd15": 64}  # latent cells, where a config names no sample size
+_DISTILLED = "it is a distilled (LCM) model, whose UNet takes the CFG scale as an input"
 #: VAEs of diffusers folders of before 2023 name attention weights so.
 _OLD_VAE_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
@@ -47,6 +50,11 @@ class ModelShape:
     zero_negative: bool = False
     #: How many numbers each network's weights have: unet, vae, text_encoder, text_encoder_2, controlnet.
     weights: dict[str, int] = field(default_factory=dict)
+    #: What the user should know of how the model was read.
+    notes: tuple[str, ...] = ()
+    #: Of `examine`: the networks under the same names, without weights, and the first text encoder's tokenizer.
+    networks: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    tokenizer: Any = field(default=None, compare=False, repr=False)
 
     def vae_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The VAE's precision in a model of precision `dtype`."""
@@ -81,19 +89,31 @@ class Found:
     parts: dict[str, Part] = field(default_factory=dict)  # unet, vae, text_encoder, text_encoder_2, controlnet
 
 
-def find(model: str | Path | None, vae: str | Path | None, controlnet: str | Path | None,
-         config: str | Path | None) -> Found:
+def find(model: str | Path | None, vae: str | Path | None, controlnet: str | Path | None, config: str | Path | None,
+         prediction: str = "auto") -> Found:
     """All parts of a model, of a VAE in place of its own, and of a ControlNet. Raises InputError as `load` says."""
     if model is None and controlnet is None:
         controlnet = EMBEDDED / "controlnet"
     given = Given("--model", Path(EMBEDDED if model is None else model))
+    try:
+        return _find(given, vae, controlnet, config, prediction)
+    except InputError:
+        raise
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        raise given.error(f"its configs or tensors are not those of a model that is known ({error!r})") from error
+
+
+def _find(given: Given, vae: str | Path | None, controlnet: str | Path | None, config: str | Path | None,
+          prediction: str) -> Found:
     configs = None if config is None else _folder(Given("--config", Path(config)))
-    found = _find_folder(given, configs) if given.path.is_dir() else _find_file(given, configs)
+    found = (_find_folder if given.path.is_dir() else _find_file)(given, configs, prediction)
     if vae is not None:
         found.parts["vae"] = _find_vae(Given("--vae", Path(vae)), found.parts["vae"].config)
     part = found.parts["vae"]
     if not part.file.shapes:
         raise given.error("it holds no VAE; name one with --vae")
+    if not isinstance(part.config.get("scaling_factor", 1.0), int | float):
+        raise part.file.given.error("vae/config.json has a scaling_factor that is no number")
     if len(part.config.get("block_out_channels", ())) != 4:
         raise part.file.given.error("its VAE does not make 8 x 8 pixels of a latent cell")
     if controlnet is not None:
@@ -110,7 +130,7 @@ def _folder(given: Given) -> Given:
     return given
 
 
-def _find_folder(given: Given, configs: Given | None) -> Found:
+def _find_folder(given: Given, configs: Given | None, prediction: str) -> Found:
     """A diffusers folder; `configs`, if given, replaces its configs."""
     source = configs or given
     folder = given.path
@@ -125,14 +145,15 @@ def _find_folder(given: Given, configs: Given | None) -> Found:
     text = read_config(source, "text_encoder")
     if family == "sd15" and text.get("hidden_act", "quick_gelu") != "quick_gelu":
         raise given.error("it seems to be an SD2 model")
-    found = _found(given, source, family, unet, read_config(source, "vae"))
+    found = _found(given, source, family, unet, read_config(source, "vae"), prediction)
     for part in _parts(family):
         weights = _weights(given, folder / part)
-        found.parts[part] = Part(part, read_config(source, part), weights, _diffusers_places(weights))
+        config = found.shape.unet if part == "unet" else read_config(source, part)
+        found.parts[part] = Part(part, config, weights, _diffusers_places(weights))
     return found
 
 
-def _find_file(given: Given, configs: Given | None) -> Found:
+def _find_file(given: Given, configs: Given | None, prediction: str) -> Found:
     """A checkpoint in original names."""
     file = _single(given)
     words = kind(file)
@@ -143,8 +164,10 @@ def _find_file(given: Given, configs: Given | None) -> Found:
     unet, vae = read_config(source, "unet"), read_config(source, "vae")
     if (unet.get("addition_embed_type") == "text_time") != (family == "sdxl"):
         raise source.error(f"these are not the configs of an {words} model, which {given.path.name} is")
-    found = _found(given, source, family, unet, vae, file)
-    found.parts["unet"] = Part("unet", unet, file, _unet_places, names.UNET, closed=True)
+    if f"{names.UNET}time_embed.cond_proj.weight" in file:
+        raise given.error(_DISTILLED)
+    found = _found(given, source, family, unet, vae, prediction, file)
+    found.parts["unet"] = Part("unet", found.shape.unet, file, _unet_places, names.UNET, closed=True)
     found.parts["vae"] = _vae_part(vae, file) or Part("vae", vae, TensorFile(given, []), _vae_places)
     found.parts["text_encoder"] = _text_part(read_config(source, "text_encoder"), file, family)
     if family == "sdxl":
@@ -153,29 +176,28 @@ def _find_file(given: Given, configs: Given | None) -> Found:
     return found
 
 
-def _found(given: Given, source: Given, family: str, unet: dict[str, Any], vae: dict[str, Any],
+def _found(given: Given, source: Given, family: str, unet: dict[str, Any], vae: dict[str, Any], prediction: str,
            file: TensorFile | None = None) -> Found:
     """What folders and checkpoints have in common: checks of the UNet's config, noise schedule, tokenizers."""
     if unet.get("in_channels", 4) != 4:
         raise given.error(f"it is an inpainting or editing model (a UNet of {unet['in_channels']} input channels)")
+    if unet.get("time_cond_proj_dim") is not None:
+        raise given.error(_DISTILLED)
     if not isinstance(unet.get("cross_attention_dim"), int) or not isinstance(unet.get("layers_per_block", 2), int):
         raise source.error("unet/config.json is of another architecture")
     scheduler = read_config(source, "scheduler", "scheduler_config.json")
-    zero_snr = bool(scheduler.get("rescale_betas_zero_snr")) or (file is not None and "ztsnr" in file)
-    prediction = scheduler.get("prediction_type", "epsilon")
-    if file is not None and _says_v(file):
-        prediction = "v_prediction"
-    if prediction not in ("epsilon", "v_prediction"):
-        raise given.error(f"its UNet predicts '{prediction}', not epsilon or v_prediction")
+    said = prediction_type(prediction, given, file, {} if source.path.parent == CONFIGS else scheduler)
     try:
-        # Epsilon says nothing of a picture that is pure noise: only v models are trained with zero terminal SNR.
-        alphas = alphas_cumprod(scheduler, zero_snr=zero_snr and prediction == "v_prediction")
+        alphas = alphas_cumprod({**scheduler, **said.schedule}, zero_snr=said.zero_snr)
     except (ValueError, TypeError) as error:
         raise source.error(f"its scheduler cannot be used ({error})") from error
     name = given.path.stem if given.path.is_file() else given.path.resolve().name
-    shape = ModelShape(family=family, name=name, prediction=prediction,
-                       native=_side(unet.get("sample_size") or _NATIVE[family]), unet=unet, vae=vae,
-                       controlnet=None, alphas_cumprod=alphas, zero_negative=family == "sdxl" and _zeroes(source))
+    native = _side(unet.get("sample_size") or _NATIVE[family])
+    if not isinstance(native, int) or native < 1:
+        raise source.error(f"unet/config.json has the sample_size {native!r}, which is none")
+    shape = ModelShape(family=family, name=name, prediction=said.prediction, native=native,
+                       unet={**unet, "sample_size": native}, vae=vae, controlnet=None, alphas_cumprod=alphas,
+                       zero_negative=family == "sdxl" and _zeroes(source), notes=tuple(said.notes))
     folders = [source.path / "tokenizer", source.path / "tokenizer_2"][: 2 if family == "sdxl" else 1]
     # Every CLIP tokenizer of these families is the same but for its padding: a missing one is the embedded model's.
     tokenizers = [folder if folder.is_dir() else EMBEDDED / folder.name for folder in folders]
@@ -187,11 +209,6 @@ def _zeroes(source: Given) -> bool:
     if not (source.path / "model_index.json").is_file():
         return True
     return bool(read_config(source, file="model_index.json").get("force_zeros_for_empty_prompt", True))
-
-
-def _says_v(file: TensorFile) -> bool:
-    """A checkpoint says that it predicts v with an empty tensor, or (kohya's trainer) in its metadata."""
-    return "v_pred" in file or file.metadata.get("modelspec.prediction_type", "").lower() in ("v", "v_prediction")
 
 
 def _side(size: int | list[int]) -> int:
@@ -271,7 +288,11 @@ def _find_controlnet(given: Given, unet: Mapping[str, Any]) -> Part:
         raise given.error(f"it is a {config['_class_name']}, not a ControlNet that can be used here")
     prefix = names.CONTROL if file.has(names.CONTROL) else ""
     original = file.has(f"{prefix}input_hint_block.")
-    _check_control_family(given, file, prefix, unet)
+    if not _is_of_family(file, prefix, unet):
+        family = "SDXL" if unet.get("addition_embed_type") else "SD1.5"
+        raise given.error(f"it is a ControlNet of another family or size than the model, which is {family}")
+    if config is not None and not _is_of_family(file, prefix, config):
+        raise given.error("the config.json with it is of another ControlNet; it must be its own, or not be there")
     if config is None:
         config = {key: unet[key] for key in _SHARED_WITH_UNET if key in unet}
         config["conditioning_embedding_out_channels"] = _hint_channels(file, prefix, original)
@@ -288,16 +309,15 @@ _SHARED_WITH_UNET = (
     "upcast_attention", "resnet_time_scale_shift", "projection_class_embeddings_input_dim", "mid_block_type")
 
 
-def _check_control_family(given: Given, file: TensorFile, prefix: str, unet: Mapping[str, Any]) -> None:
-    """Compares what differs between families, and would otherwise fail in the middle of a run."""
+def _is_of_family(file: TensorFile, prefix: str, config: Mapping[str, Any]) -> bool:
+    """Compares a ControlNet's file with a config, the UNet's or its own, by what differs between families: it would
+    otherwise fail in the middle of a run."""
     context = {shape[1] for name, shape in file.shapes.items() if name.endswith("attn2.to_k.weight")}
     added = file.has(f"{prefix}label_emb.", f"{prefix}add_embedding.")
     first = next((file.shapes[prefix + name] for name in ("input_blocks.0.0.weight", "conv_in.weight")
                   if prefix + name in file), (0,))
-    if (context - {unet["cross_attention_dim"]} or added != (unet.get("addition_embed_type") is not None)
-            or first[0] != unet.get("block_out_channels", [320])[0]):
-        family = "SDXL" if unet.get("addition_embed_type") else "SD1.5"
-        raise given.error(f"it is a ControlNet of another family or size than the model, which is {family}")
+    return (not context - {config.get("cross_attention_dim")} and first[0] == config.get("block_out_channels", [320])[0]
+            and added == (config.get("addition_embed_type") is not None))
 
 
 def _hint_channels(file: TensorFile, prefix: str, original: bool) -> list[int]:

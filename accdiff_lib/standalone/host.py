@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
@@ -21,15 +21,17 @@ from accdiff_lib.parts.dilation_plan import Convolution
 from accdiff_lib.parts.guidance import guided
 from accdiff_lib.parts.noise_levels import NoiseLevels
 from accdiff_lib.parts.prediction import denoised
+from accdiff_lib.parts.prompt_editing import final, is_edited, schedule
 from accdiff_lib.parts.prompts import Word
 from accdiff_lib.standalone import flops
 from accdiff_lib.standalone.convolutions import joints_of_diffusers, structure_of_diffusers
 from accdiff_lib.standalone.hints import HintEmbeddings
 from accdiff_lib.standalone.residency import Residency
-from accdiff_lib.standalone.samplers import solver
+from accdiff_lib.standalone.samplers import counted_steps, solver
 from accdiff_lib.standalone.text import TextEmbedding, TextEncoder
 
 if TYPE_CHECKING:
+    from accdiff_lib.standalone.embeddings import Embeddings
     from accdiff_lib.standalone.loading import Models
 
 
@@ -49,11 +51,11 @@ class StandaloneHost:
 
     def __init__(self, models: Models, *, prompt: str, negative: str, progress: Progress, sampler: str, scheduler: str,
                  steps: int, stage_sampler: str | None = None, stage_scheduler: str | None = None,
-                 stage_steps: int | None = None, regions: Sequence[str] = (), vae_tile: int = 0,
-                 device: str | torch.device = "cpu",
-                 dtype: torch.dtype = torch.float32, offload: bool = False) -> None:
+                 stage_steps: int | None = None, regions: Sequence[str] = (), embeddings: Embeddings | None = None,
+                 vae_tile: int = 0, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
+                 offload: bool = False) -> None:
         """`prompt`, `negative` and those of `regions` decide how many contexts of 77 tokens every text of the
-        generation takes.
+        generation takes. Prompt editing is for the base pass; the stages have what the prompts are in the end.
 
         Stages use the base pass's sampler, schedule and steps unless told otherwise. `vae_tile` is in latent cells, 0
         chooses by memory; `dtype` is that of UNet and ControlNet (latents are float32 throughout). Raises InputError.
@@ -74,9 +76,14 @@ class StandaloneHost:
         self.base_solver: Solver = solver(sampler, scheduler, steps, self._levels)
         self.stage_solver: Solver = solver(stage_sampler or sampler, stage_scheduler or scheduler,
                                            stage_steps or steps, self._levels)
-        self._negative = negative
-        self._encoder = TextEncoder(models)
-        self._contexts = max(self._encoder.contexts(text) for text in (prompt, negative, *regions))
+        self._given = prompt, negative
+        #: The steps of the base pass as the WebUI counts them when it edits prompts.
+        self._steps = counted_steps(sampler, steps)
+        #: What the prompt is in the end.
+        self.prompt = final(prompt, self._steps)
+        self._negative = schedule(negative, self._steps)[-1][1]
+        self._encoder = TextEncoder(models, embeddings)
+        self._contexts = max(self._encoder.contexts(text) for text in (self.prompt, self._negative, *regions))
         self._runner = VaeRunner(self._vae, float(self._vae.config["scaling_factor"]), self.device, progress,
                                  tile=vae_tile, width=self._vae.config["block_out_channels"][0])
         self._memory = memory.LatentMemory(self.device, self._unet.config["block_out_channels"][0], dtype.itemsize)
@@ -110,6 +117,20 @@ class StandaloneHost:
         other = self._encoder.encode([""], negative, self._contexts)[0]
         return replace(text, uncond=other.uncond, pooled_uncond=other.pooled_uncond)
 
+    @property
+    def base_texts(self) -> Callable[[int], Sequence[TextEmbedding]] | None:
+        """See engine.extrapolate.Request."""
+        return self._base_texts if any(is_edited(text, self._steps) for text in self._given) else None
+
+    @property
+    def seen_in_base(self) -> bool:
+        """See engine.extrapolate.Request."""
+        return not is_edited(self._given[0], self._steps)
+
+    def _base_texts(self, calls: int) -> list[TextEmbedding]:
+        self._residency.use(*self.models.text_encoders)
+        return self._encoder.encode_edited(*self._given, self._steps, calls)
+
     # Model
 
     @torch.no_grad()
@@ -117,9 +138,9 @@ class StandaloneHost:
         """See engine.host.Host.
 
         With CFG the UNet's batch is [unconditional, conditional], or one after the other where memory is short; at
-        guidance 1 the conditional half only.
+        guidance 1 the conditional half only. Further parts of a prompt come after that.
         """
-        both = conditioning.guidance != 1
+        both = conditioning.guidance != 1 or any(text.needs_negative for text in conditioning.texts)
         level = float(sigma)
         latent = (x.float() / (level**2 + 1) ** 0.5).to(self.dtype)
         self._residency.use(self._unet, self._controlnet if conditioning.steered else None, keep=self._controlnet)
@@ -127,7 +148,10 @@ class StandaloneHost:
         if output is None:
             output = torch.cat([self._predict(latent, level, conditioning, (half,)) for half in GUIDED])
         uncond, cond = output.chunk(2) if both else (None, output)
-        output = guided(cond, uncond, conditioning.guidance, conditioning.rescale)
+        combined = None
+        if any(text.composed for text in conditioning.texts):
+            combined = self._composed(latent, level, conditioning, cond, uncond)
+        output = guided(cond, uncond, conditioning.guidance, conditioning.rescale, combined=combined)
         return denoised(x.float(), level, output, self.models.prediction).to(x.dtype)
 
     def _together(self, latent: Tensor, level: float, conditioning: Conditioning, both: bool) -> Tensor | None:
@@ -140,6 +164,21 @@ class StandaloneHost:
         if output is None:
             self._apart = True
         return output
+
+    def _composed(self, latent: Tensor, level: float, conditioning: Conditioning, first: Tensor,
+                  uncond: Tensor | None) -> Tensor:
+        """The guided output u + s sum of w (c - u) for prompts of several parts (Liu et al. 2022), where the outputs of
+        their first ones are there. Without an unconditional output the weights add up to 1."""
+        base = first if uncond is None else uncond
+        combined, texts = base.clone(), conditioning.texts
+        for number in range(max(len(text.parts) for text in texts)):
+            rows = [row for row, text in enumerate(texts) if len(text.parts) > number]
+            parts = [texts[row].parts[number] for row in rows]
+            output = first if number == 0 else self._predict(latent[rows], level, conditioning.some(rows, parts),
+                                                             ("cond",))
+            weights = output.new_tensor([part.weight for part in parts])[:, None, None, None]
+            combined[rows] += conditioning.guidance * weights * (output - base[rows])
+        return combined
 
     def _predict(self, latent: Tensor, level: float, conditioning: Conditioning, halves: tuple[str, ...]) -> Tensor:
         """The UNet's output [B, C, h, w], float32, for scaled latents [M, C, h, w]: B is M times the `halves`."""
@@ -232,7 +271,7 @@ class StandaloneHost:
 
     def apart(self, text: TextEmbedding) -> tuple[TextEmbedding, TextEmbedding]:
         """See engine.host.Host."""
-        return text, replace(text, cond=text.uncond, pooled=text.pooled_uncond)
+        return text, replace(text, cond=text.uncond, pooled=text.pooled_uncond, weight=1.0, others=())
 
     def conditional(self, batch: int) -> slice:
         """See engine.host.Host."""

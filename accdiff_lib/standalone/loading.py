@@ -7,25 +7,27 @@ environment variable to set and no hub to ask; a weight that is missing is an er
 
 from __future__ import annotations
 
+import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from accdiff_lib.parts.checkpoint import Given, fill
+from accdiff_lib.parts.checkpoint import Given, check, fill
 from accdiff_lib.parts.noise_levels import alphas_cumprod
-from accdiff_lib.standalone.finding import EMBEDDED, ModelShape, Part, find, read_config
+from accdiff_lib.parts.prompts import CONTEXT
+from accdiff_lib.standalone.finding import EMBEDDED, Found, ModelShape, Part, find, read_config
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-__all__ = ["EMBEDDED", "ModelShape", "Models", "alphas_cumprod", "describe", "load", "load_tokenizer"]
+__all__ = ["EMBEDDED", "ModelShape", "Models", "alphas_cumprod", "describe", "examine", "load", "load_tokenizer"]
 
 
 @dataclass
@@ -44,6 +46,12 @@ class Models:
     #: An empty negative prompt is zeros, not the encoded empty text.
     zero_negative: bool = False
 
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """The networks that a LoRA can change, as a ModelShape names them."""
+        found: list[Any] = [self.unet, *self.text_encoders]
+        return dict(zip(("unet", "text_encoder", "text_encoder_2"), found, strict=False))
+
     def modules(self) -> list[nn.Module]:
         """All networks."""
         networks: list[Any] = [self.unet, self.vae, *self.text_encoders, self.controlnet]
@@ -51,26 +59,25 @@ class Models:
 
 
 def load(model: str | Path | None, *, vae: str | Path | None = None, controlnet: str | Path | None = None,
-         config: str | Path | None = None, device: str | torch.device = "cpu",
+         config: str | Path | None = None, prediction: str = "auto", device: str | torch.device = "cpu",
          dtype: torch.dtype = torch.float32) -> Models:
     """Loads a model; None is the embedded one, which brings its own ControlNet.
 
     `model` is a diffusers folder or a .safetensors checkpoint in original names; `config` names a folder of diffusers
-    configs for an odd checkpoint; `vae` replaces that part, `controlnet` adds one. A VAE whose config says
-    `force_upcast` stays in float32 when `dtype` is float16. Raises InputError (one line: option, path, reason, what is
-    allowed) for whatever cannot be loaded.
+    configs for an odd checkpoint; `vae` replaces that part, `controlnet` adds one; `prediction` is "epsilon" or "v"
+    where that is known better than from the files. A VAE whose config says `force_upcast` stays in float32 when `dtype`
+    is float16. Raises InputError (one line: option, path, reason, what is allowed) for whatever cannot be loaded, and
+    before any weight is read.
     """
-    found = find(model, vae, controlnet, config)
+    found = find(model, vae, controlnet, config, prediction)
     shape = found.shape
     with _quiet():
-        built = {key: _build(key, part, shape.vae_dtype(dtype) if key == "vae" else dtype, device)
-                 for key, part in found.parts.items()}
+        built, tokenizers = _without_weights(found)
+        for key, part in found.parts.items():
+            fill(built[key], part.file, part.places(built[key]), part.prefix, what=f"the {part.what}",
+                 dtype=shape.vae_dtype(dtype) if key == "vae" else dtype, device=device, closed=part.closed)
+            part.file.close()
     encoders: list[Any] = [built[key] for key in ("text_encoder", "text_encoder_2") if key in built]
-    tokenizers = [load_tokenizer(folder) for folder in found.tokenizers]
-    for encoder, tokenizer in zip(encoders, tokenizers, strict=True):
-        if tokenizer.vocab_size > encoder.config.vocab_size:
-            raise found.given.error(f"its text encoder knows {encoder.config.vocab_size} tokens, "
-                                    f"its tokenizer {tokenizer.vocab_size}")
     return Models(
         family=shape.family, name=shape.name, unet=built["unet"], vae=built["vae"], text_encoders=encoders,
         tokenizers=tokenizers, controlnet=built.get("controlnet"), prediction=shape.prediction,
@@ -78,14 +85,78 @@ def load(model: str | Path | None, *, vae: str | Path | None = None, controlnet:
 
 
 def describe(model: str | Path | None, *, vae: str | Path | None = None, controlnet: str | Path | None = None,
-             config: str | Path | None = None) -> ModelShape:
+             config: str | Path | None = None, prediction: str = "auto") -> ModelShape:
     """What `load` would load, from configs and headers alone; raises the same errors but those of single tensors."""
-    return find(model, vae, controlnet, config).shape
+    return find(model, vae, controlnet, config, prediction).shape
 
 
-def _build(key: str, part: Part, dtype: torch.dtype, device: str | torch.device) -> Any:
-    """Builds a network from its config on the meta device and gives it its weights."""
-    from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel  # slow: `describe` does without
+def examine(model: str | Path | None, *, vae: str | Path | None = None, controlnet: str | Path | None = None,
+            config: str | Path | None = None, prediction: str = "auto") -> ModelShape:
+    """The same with its networks, without weights; raises all errors of `load`."""
+    found = find(model, vae, controlnet, config, prediction)
+    with _quiet():
+        built, tokenizers = _without_weights(found)
+    return replace(found.shape, networks=built, tokenizer=tokenizers[0])
+
+
+def _without_weights(found: Found) -> tuple[dict[str, Any], list[CLIPTokenizer]]:
+    """The networks on the meta device, which the files' tensors fit, and the tokenizers."""
+    built = {key: _build(key, part) for key, part in found.parts.items()}
+    for key, part in found.parts.items():
+        check(built[key], part.file, part.places(built[key]), part.prefix, what=f"the {part.what}", closed=part.closed)
+    tokenizers = [load_tokenizer(folder) for folder in found.tokenizers]
+    encoders = [built[key] for key in ("text_encoder", "text_encoder_2") if key in built]
+    for encoder, tokenizer in zip(encoders, tokenizers, strict=True):
+        if tokenizer.vocab_size > encoder.config.vocab_size:
+            raise found.given.error(f"its text encoder knows {encoder.config.vocab_size} tokens, "
+                                    f"its tokenizer {tokenizer.vocab_size}")
+    _try(found, built, encoders)
+    return built, tokenizers
+
+
+def _try(found: Found, built: Mapping[str, Any], encoders: Sequence[Any]) -> None:
+    """Raises InputError where the networks do not fit each other, by a call of each as the host makes it, which without
+    weights computes nothing."""
+    key = json.dumps([part.config for part in found.parts.values()], sort_keys=True, default=str)
+    if key in _FITTING:
+        return
+    side = 2 ** len(found.shape.unet["block_out_channels"])
+    with torch.device("meta"), torch.no_grad():
+        latent, t = torch.empty(1, 4, side, side), torch.ones(1)
+        inputs: dict[str, Any] = {"return_dict": False, "encoder_hidden_states": torch.empty(
+            1, CONTEXT, sum(encoder.config.hidden_size for encoder in encoders))}
+        if found.shape.family == "sdxl":
+            inputs["added_cond_kwargs"] = {"text_embeds": torch.empty(1, encoders[-1].config.projection_dim),
+                                           "time_ids": torch.empty(1, 6)}
+        with _fitting(found, "unet"):
+            built["unet"](latent, t, **inputs)
+        if "controlnet" in built:
+            with _fitting(found, "controlnet"):
+                down, middle = built["controlnet"](latent, t, controlnet_cond=torch.empty(1, 3, 8 * side, 8 * side),
+                                                   **inputs)
+                built["unet"](latent, t, down_block_additional_residuals=down, mid_block_additional_residual=middle,
+                              **inputs)
+        with _fitting(found, "vae"):
+            built["vae"].encode(built["vae"].decode(latent, return_dict=False)[0])
+    _FITTING.add(key)
+
+
+#: Configs of networks that have been tried.
+_FITTING: set[str] = set()
+
+
+@contextmanager
+def _fitting(found: Found, key: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        part = found.parts[key]
+        raise part.file.given.error(f"its {part.what} does not fit the rest of the model ({error})") from error
+
+
+def _build(key: str, part: Part) -> Any:
+    """Builds a network from its config, on the meta device."""
+    from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     kinds: dict[str, Any] = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "controlnet": ControlNetModel}
@@ -99,12 +170,9 @@ def _build(key: str, part: Part, dtype: torch.dtype, device: str | torch.device)
                 module = text(CLIPTextConfig.from_dict(dict(part.config)))
         if key not in kinds:  # the one buffer that no file has
             module.text_model.embeddings.position_ids = torch.arange(module.config.max_position_embeddings)[None]
-        places = part.places(module)
-    except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError) as error:
+        part.places(module)
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError, ZeroDivisionError) as error:
         raise part.file.given.error(f"the config of its {part.what} describes no such network ({error})") from error
-    fill(module, part.file, places, part.prefix, what=f"the {part.what}", dtype=dtype, device=device,
-         closed=part.closed)
-    part.file.close()
     return module
 
 

@@ -91,6 +91,8 @@ class Sampler:
     name: str
     k_name: str
     noise: str = "none"
+    #: Calls of the model in a step, but for the last.
+    order: int = 1
 
     @property
     def function(self) -> Callable[..., Tensor]:
@@ -100,13 +102,13 @@ class Sampler:
 SAMPLERS: dict[str, Sampler] = {sampler.name: sampler for sampler in (
     Sampler("Euler", "euler"),
     Sampler("Euler a", "euler_ancestral", "ancestral"),
-    Sampler("Heun", "heun"),
+    Sampler("Heun", "heun", order=2),
     Sampler("LMS", "lms"),
-    Sampler("DPM2", "dpm_2"),
-    Sampler("DPM2 a", "dpm_2_ancestral", "ancestral"),
-    Sampler("DPM++ 2S a", "dpmpp_2s_ancestral", "ancestral"),
+    Sampler("DPM2", "dpm_2", order=2),
+    Sampler("DPM2 a", "dpm_2_ancestral", "ancestral", order=2),
+    Sampler("DPM++ 2S a", "dpmpp_2s_ancestral", "ancestral", order=2),
     Sampler("DPM++ 2M", "dpmpp_2m"),
-    Sampler("DPM++ SDE", "dpmpp_sde", "brownian"),
+    Sampler("DPM++ SDE", "dpmpp_sde", "brownian", order=2),
     Sampler("DPM++ 2M SDE", "dpmpp_2m_sde", "brownian"),
     Sampler("DPM++ 3M SDE", "dpmpp_3m_sde", "brownian"),
 )}
@@ -163,6 +165,11 @@ def find_sampler(name: str) -> Sampler:
     aliases = {sampler.name.lower(): sampler.name for sampler in SAMPLERS.values()}
     aliases.update({sampler.k_name: sampler.name for sampler in SAMPLERS.values()})
     return SAMPLERS[_look_up(name, "sampler", aliases)]
+
+
+def counted_steps(sampler: str, steps: int) -> int:
+    """The steps of a sampler as the WebUI counts them when it edits prompts: twice where a step takes two calls."""
+    return steps * find_sampler(sampler).order
 
 
 def find_scheduler(name: str) -> str:

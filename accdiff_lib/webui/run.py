@@ -225,7 +225,9 @@ class Batch:
         positive, negative = list(prompts), list(p.negative_prompts)
         if self._hires:
             positive, negative = list(p.hr_prompts or positive), list(p.hr_negative_prompts or negative)
-        return [tuple(final_prompt(text, p.steps) for text in pair)  # type: ignore[misc]
+        # Samplers of two calls a step count twice as many, to which the edits refer.
+        steps = getattr(p, "firstpass_steps", p.steps)
+        return [tuple(final_prompt(text, steps) for text in pair)  # type: ignore[misc]
                 for pair in zip(positive, negative, strict=True)]
 
     # --- the stages --------------------------------------------------------------------------------------------

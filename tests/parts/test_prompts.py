@@ -38,7 +38,7 @@ def test_emphasis(prompt, expected):
 def test_break_counts_sections():
     assert parse("a BREAK b\nBREAK\nc") == [Fragment("a", 1, 0), Fragment("b", 1, 1), Fragment("c", 1, 2)]
     assert parse("a breakfast BREAKS BREAKfast break") == [Fragment("a breakfast BREAKS BREAKfast break")]
-    assert parse("(a BREAK b:1.2)") == [Fragment("a", 1.2, 0), Fragment("b", 1.2, 1)]
+    assert parse("(a BREAK b:1.5)") == [Fragment("a", 1.5), Fragment("BREAK", -1.5), Fragment("b", 1.5)]  # as the WebUI
     assert parse("a BREAK (b)") == [Fragment("a", 1, 0), Fragment("b", 1.1, 1)]
 
 

@@ -15,9 +15,10 @@ from diffusers.loaders import single_file_utils as diffusers_names
 from safetensors.torch import load_file, save_file
 
 from accdiff_lib.errors import InputError
-from accdiff_lib.standalone import export, loading
+from accdiff_lib.parts.checkpoint import TensorFile
+from accdiff_lib.standalone import export
 from accdiff_lib.standalone.finding import CONFIGS, EMBEDDED
-from accdiff_lib.standalone.loading import Models, alphas_cumprod, describe, load
+from accdiff_lib.standalone.loading import Models, alphas_cumprod, describe, examine, load
 from tests import tiny
 
 FAMILIES = {"sdxl": tiny.sdxl, "sd15": tiny.sd15}
@@ -309,8 +310,8 @@ def test_wrong_vaes(store, tmp_path, case, message):
 # -------------------------------------------------------------------------------------------- refusals
 
 def refused(message: str, option: str, path: Path, model: Path | None, **options: Any) -> None:
-    """`describe` and `load` both refuse, in one line that names the option, the path and what is allowed."""
-    for function in (describe, load):
+    """All of them refuse, in one line that names the option, the path and what is allowed."""
+    for function in (describe, examine, load):
         with pytest.raises(InputError, match=message) as caught:
             function(model, **options)
         text = str(caught.value)
@@ -434,6 +435,105 @@ def test_wrong_configs(store, tmp_path):
             config=store / "sd15")
 
 
+# --------------------------------------------------------------------------- what the dry run refuses, and the run
+
+def both_refuse(match: str, model: Path | None, **options: Any) -> None:
+    """`examine`, which a dry run asks, and `load` say the same in one line."""
+    said = []
+    for function in (examine, load):
+        with pytest.raises(InputError, match=match) as caught:
+            function(model, **options)
+        said.append(str(caught.value))
+    assert said[0] == said[1] and "\n" not in said[0]
+
+
+def header(path: Path, change) -> None:
+    """Rewrites a file's header: `change(header)` edits it."""
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    edited = json.loads(content[8:8 + length])
+    change(edited)
+    text = json.dumps(edited).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length:])
+
+
+FIRST = "model.diffusion_model.time_embed.0.weight"
+
+
+@pytest.mark.parametrize(("case", "why"), [
+    ("trailing", "3 bytes follow its last tensor"), ("metadata", "its metadata is not text"),
+    ("shape", r"the shape of .*time_embed\.0\.weight is \['a', 2\]"), ("offsets", "the file is damaged"),
+    ("dtype", r"damaged \(.*unknown variant"),
+    ("scaled_fp8", "quantized, with scales of their own like model.diffusion_model.scaled_fp8"),
+    ("bitsandbytes", r"quantized, with scales .*\.absmax"),
+    ("int8", r"1 tensor of the unet quantized \(I8\), like .*time_embed"),
+    ("cond_proj", r"a distilled \(LCM\) model, whose UNet takes the CFG scale"),
+    ("missing", "1 tensor of the text_encoder missing"), ("fp8", None), ("null metadata", None),
+])
+def test_checkpoints_that_cannot_be_used(store, tmp_path, case, why):
+    path, tensors = tmp_path / "x.safetensors", load_file(store / "sdxl.safetensors")
+    more = {"scaled_fp8": {"model.diffusion_model.scaled_fp8": torch.zeros(2)},
+            "bitsandbytes": {"model.diffusion_model.out.2.weight.absmax": torch.zeros(2)},
+            "int8": {FIRST: tensors[FIRST].to(torch.int8)}, "fp8": {FIRST: tensors[FIRST].to(torch.float8_e4m3fn)},
+            "cond_proj": {"model.diffusion_model.time_embed.cond_proj.weight": torch.zeros(32, 256)}}.get(case, {})
+    if case == "missing":
+        del tensors["conditioner.embedders.0.transformer.text_model.final_layer_norm.bias"]
+    save_file({**tensors, **more}, path)
+    if case == "trailing":
+        path.write_bytes(path.read_bytes() + b"abc")
+    edits = {"metadata": lambda of: of.update(__metadata__={"a": 1}),
+             "shape": lambda of: of[FIRST].update(shape=["a", 2]),
+             "offsets": lambda of: of[FIRST].update(data_offsets=[0, 1]),
+             "dtype": lambda of: of[FIRST].update(dtype="Q4"),
+             "null metadata": lambda of: of.update(__metadata__=None)}
+    if case in edits:
+        header(path, edits[case])
+    if why is None:
+        load(path, config=store / "sdxl")
+        examine(path, config=store / "sdxl")
+    else:
+        both_refuse(why, path, config=store / "sdxl")
+
+
+@pytest.mark.parametrize(("file", "values", "why"), [
+    ("unet/config.json", {"time_cond_proj_dim": 256}, "distilled"),
+    ("unet/config.json", {"cross_attention_dim": 48}, "of the unet|has another size"),
+    ("unet/config.json", {"class_embed_type": "identity"}, "its unet does not fit the rest of the model"),
+    ("unet/config.json", {"encoder_hid_dim_type": "text_proj"}, "describes no such network"),
+    ("unet/config.json", {"block_out_channels": "many"}, "configs or tensors are not|describes no such network"),
+    ("unet/config.json", {"sample_size": {"a": 1}}, "sample_size 'a', which is none"),
+    ("unet/config.json", {"norm_num_groups": 7}, "describes no such network"),
+    ("vae/config.json", {"scaling_factor": "big"}, "a scaling_factor that is no number"),
+    ("vae/config.json", {"block_out_channels": 5}, "not|no such"),
+    ("text_encoder/config.json", {"hidden_size": "16"}, "describes no such network"),
+    ("text_encoder/config.json", {"vocab_size": 100}, "another size|knows 100 tokens"),
+    ("scheduler/scheduler_config.json", {"beta_start": "x"}, "scheduler cannot be used"),
+    ("unet/config.json", {"sample_size": None}, None), ("unet/config.json", {"sample_size": [32, 40]}, None),
+])
+def test_folders_whose_configs_are_of_something_else(store, tmp_path, file, values, why):
+    folder = shutil.copytree(store / "sdxl", tmp_path / "model")
+    (folder / file).write_text(json.dumps({**json.loads((folder / file).read_text()), **values}))
+    if why is None:
+        assert load(folder).unet.config["sample_size"] == examine(folder).native
+    else:
+        both_refuse(why, folder)
+
+
+def test_incomplete_and_foreign_controlnets(store, tmp_path):
+    (tmp_path / "a").mkdir()
+    path = tmp_path / "a" / "control.safetensors"
+    for names in ("cldm", "diffusers"):
+        whole = load_file(store / f"sdxl-{names}.safetensors")
+        save_file(dict([*whole.items()][1:]), path)
+        both_refuse(r"1 tensor of the controlnet missing", store / "sdxl", controlnet=path)
+    save_file(whole, path)
+    shutil.copy(store / "sd15" / "controlnet" / "config.json", tmp_path / "a" / "config.json")
+    both_refuse(r"the config\.json with it is of another ControlNet", store / "sdxl", controlnet=path)
+    for content in ('{"_class_name": "OtherModel"}', '{"samples": 1}'):  # a WebUI's own, say
+        (tmp_path / "a" / "config.json").write_text(content)
+        examine(store / "sdxl", controlnet=path)
+
+
 # ------------------------------------------------------------------------------------------- ControlNets
 
 @pytest.mark.parametrize("form", ["folder", "cldm", "diffusers"])
@@ -502,9 +602,10 @@ def test_vocabulary_is_clips_and_there_once():
     assert len(list((EMBEDDED.parent).rglob("vocab.json"))) == 1
 
 
-def test_describe_reads_no_weights(monkeypatch):
-    monkeypatch.setattr(loading, "_build", None)
-    shape = describe(None)
+@pytest.mark.parametrize("look", [describe, examine])
+def test_only_load_reads_weights(monkeypatch, look):
+    monkeypatch.setattr(TensorFile, "read", None)
+    shape = look(None)
     assert (shape.family, shape.name, shape.native) == ("sdxl", "embedded", 32)
     assert shape.controlnet is not None and shape.vae["block_out_channels"][0] > 0
 

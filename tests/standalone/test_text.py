@@ -153,3 +153,62 @@ def test_an_empty_negative_prompt_is_zeros_where_the_model_was_trained_so(sdxl):
     assert empty.uncond.shape == given.uncond.shape and torch.equal(empty.cond, given.cond)
     assert torch.equal(given.uncond, encode(sdxl, "a cat", "ugly", 2).uncond)
     assert encode(sdxl, "a cat", "").uncond.any()
+
+
+# --- prompt editing and AND ------------------------------------------------------------------------------------
+
+def test_edited_texts_are_those_of_their_calls(sdxl):
+    """Call 0 to n are before an edit at step n, as in the WebUI; equal texts are one object."""
+    texts = sdxl.encode_edited("a [red:blue:2] ball", "[ugly::3]", 6, 5)
+    for call, text in enumerate(texts):
+        colour, negative = "red" if call <= 2 else "blue", "ugly" if call <= 3 else ""
+        expected = encode(sdxl, f"a {colour} ball", negative)
+        for ours, theirs in ((text.cond, expected.cond), (text.uncond, expected.uncond), (text.pooled, expected.pooled),
+                             (text.pooled_uncond, expected.pooled_uncond)):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    assert texts[0] is texts[2] and texts[2] is not texts[3]
+
+
+def test_an_edited_negative_prompt_that_becomes_empty_is_not_zeros():
+    """The WebUI takes zeros where all of the negative prompt is empty."""
+    encoder = TextEncoder(replace(tiny.sdxl(), zero_negative=True))
+    assert encoder.encode_edited("a", "[ugly::1]", 4, 4)[-1].uncond.any()
+    assert not encoder.encode_edited("[a|b]", "", 4, 4)[-1].uncond.any()
+
+
+def test_edits_take_the_contexts_of_the_longest(sdxl):
+    texts = sdxl.encode_edited("[cat:" + "dog " * 80 + ":1]", "", 3, 3)
+    assert [text.cond.shape for text in texts] == [(154, 32)] * 3 == [text.uncond.shape for text in texts]
+    torch.testing.assert_close(texts[0].cond[77:], encode(sdxl, "").cond, rtol=0, atol=1e-5)
+
+
+def test_the_mean_is_that_of_all_that_an_edited_text_is(sdxl):
+    """Emphasis restores the mean of all together, so it scales also the text without emphasis; once for each encoder.
+    """
+    texts = sdxl.encode_edited("a [(red:1.5)|blue] ball", "", 3, 3)
+    plain = {word: encode(sdxl, f"a {word} ball").cond for word in ("red", "blue")}
+    weights = torch.ones(77, 1)
+    weights[2] = 1.5
+    for part in (slice(0, 16), slice(16, 32)):
+        # (1, red), (2, blue), (3, red)
+        before = 2 * plain["red"][:, part].mean() + plain["blue"][:, part].mean()
+        after = 2 * (plain["red"][:, part] * weights).mean() + plain["blue"][:, part].mean()
+        for text, word, own in ((texts[0], "red", weights), (texts[2], "blue", torch.ones(()))):
+            torch.testing.assert_close(text.cond[:, part], plain[word][:, part] * own * (before / after), rtol=1e-4,
+                                       atol=1e-5)
+
+
+def test_parts_of_a_prompt_have_weights_and_are_of_equal_length(sdxl):
+    """A shorter one repeats its last vector, and then all are as long as the generation's."""
+    prompt = "a cat :0.5 AND " + "dog " * 80 + " AND bird:-1"
+    assert sdxl.contexts(prompt) == 2
+    (text,) = sdxl.encode([prompt], "ugly", 3)
+    assert [part.weight for part in text.parts] == [0.5, 1.0, -1.0] and text.composed and text.needs_negative
+    for part, words, contexts in zip(text.parts, ("a cat", "dog " * 80, "bird"), (1, 2, 1), strict=True):
+        own = encode(sdxl, words, "", contexts).cond
+        torch.testing.assert_close(part.cond[:77 * contexts], own, rtol=0, atol=1e-5)
+        torch.testing.assert_close(part.cond[77 * contexts:154], own[-1:].expand(154 - 77 * contexts, -1), rtol=0,
+                                   atol=1e-5)
+        torch.testing.assert_close(part.cond[154:], encode(sdxl, "").cond, rtol=0, atol=1e-5)
+        assert part.uncond is text.uncond
+    assert not encode(sdxl, "a cat").composed and not sdxl.encode(["a :0.5 AND b :0.5"], "", 1)[0].needs_negative

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from accdiff_lib.engine import memory
 from accdiff_lib.errors import NotFinite
+from accdiff_lib.parts.prompt_editing import parts
 from accdiff_lib.parts.prompts import CONTEXT, Word, parse, split_words
 
 #: Prompts that are encoded at once.
@@ -57,14 +58,16 @@ def final_prompt(prompt: str, steps: int) -> str:
     """The prompt at the last step: what `[from:to:when]` and `[a|b]` have become."""
     from modules import prompt_parser
 
-    return prompt_parser.get_learned_conditioning_prompt_schedules([prompt], steps)[0][-1][1]
+    # As the WebUI does it: AND first, then each part's edits.
+    return "AND".join(prompt_parser.get_learned_conditioning_prompt_schedules([part], steps)[0][-1][1]
+                      for part in prompt_parser.re_AND.split(prompt))
 
 
 def is_composed(prompt: str) -> bool:
-    """Whether the prompt has several parts, joined by AND."""
+    """Whether the prompt has several parts, joined by AND, or one with a weight."""
     from modules import prompt_parser
 
-    return len(prompt_parser.re_AND.split(prompt)) > 1
+    return len(prompt_parser.re_AND.split(prompt)) > 1 or parts(prompt)[0].weight != 1
 
 
 class WebUITextEncoder:

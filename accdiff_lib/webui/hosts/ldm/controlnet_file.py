@@ -63,7 +63,9 @@ class ControlNetFile(TensorFile):
         path = self.given.path
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
-                self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                self.shapes = {name: tuple(each.get_shape()) for name, each in slices.items()}
+                self.dtypes = {name: each.get_dtype() for name, each in slices.items()}
         except (SafetensorError, OSError, ValueError) as error:
             raise self.given.error(f"the file is damaged, cut short or no safetensors file ({error})") from error
         self._file = dict.fromkeys(self.shapes, path)
