@@ -130,7 +130,7 @@ def prepare(argv: Sequence[str] | None) -> Job:
     settings = _in_flags(make, chosen)
     # From here on with torch and PIL.
     from accdiff_lib.command.files import read_image
-    from accdiff_lib.command.prompts import names_files, read
+    from accdiff_lib.command.prompts import look_up, read
     from accdiff_lib.standalone.loading import describe, examine
     from accdiff_lib.standalone.samplers import counted_steps
 
@@ -144,13 +144,12 @@ def prepare(argv: Sequence[str] | None) -> Job:
     general["sampler"], general["scheduler"] = _sampler(general["sampler"], general["scheduler"])
     settings = _stage_names(settings)
     device, dtype = _device(general["device"]), _dtype(general["dtype"], general["device"])
-    thorough = namespace.dry_run or names_files(namespace.prompt, namespace.embedding_dir)
-    model = (examine if thorough else describe)(
+    named = look_up(namespace.prompt, namespace.lora_dir, namespace.embedding_dir)
+    model = (examine if namespace.dry_run or named else describe)(
         namespace.model, vae=namespace.vae, controlnet=namespace.controlnet, config=namespace.config,
         prediction=general["prediction"])
-    prompts = read(namespace.prompt, general["negative"], [prompt for prompt, _ in getattr(namespace, "region", [])],
-                   steps=counted_steps(general["sampler"], general["steps"]), model=model,
-                   lora_dir=namespace.lora_dir, embedding_dir=namespace.embedding_dir)
+    prompts = read(named, general["negative"], [prompt for prompt, _ in getattr(namespace, "region", [])],
+                   steps=counted_steps(general["sampler"], general["steps"]), model=model)
     stated = settings
     if prompts.composed:
         settings = settings.without_attention()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from accdiff_lib.parts.checkpoint import Given
-from accdiff_lib.parts.prompt_editing import final, is_composed, is_edited, parts, schedule
+from accdiff_lib.parts.prompt_editing import is_composed, is_edited, parts, schedule
 from accdiff_lib.parts.prompts import lay_out
 from accdiff_lib.standalone.embeddings import Embedding, Embeddings
 from accdiff_lib.standalone.library import Library
@@ -67,31 +67,40 @@ class Prompts:
         return {} if self.embeddings is None else self.embeddings.used
 
 
-def names_files(prompt: str, embedding_dir: Path | None) -> bool:
-    """Whether there are files that must fit the model's networks. Raises InputError for odd mentions."""
-    return bool(mentions(prompt)[1]) or embedding_dir is not None
+@dataclass(frozen=True)
+class Named:
+    """What a prompt names, found in folders before anything is known of the model."""
+
+    prompt: str
+    loras: tuple[Lora, ...]
+    embeddings: Library | None
+    notes: tuple[str, ...]
+
+    def __bool__(self) -> bool:
+        """There is something that must fit the model's networks."""
+        return bool(self.loras) or self.embeddings is not None
 
 
-def read(prompt: str, negative: str, regions: Sequence[str], *, steps: int, model: ModelShape, lora_dir: Path | None,
-         embedding_dir: Path | None) -> Prompts:
-    """Finds what the prompts name, for a model with networks if `names_files`.
+def look_up(prompt: str, lora_dir: Path | None, embedding_dir: Path | None) -> Named:
+    """Finds the LoRAs of a prompt. Raises InputError, in one line, for what is not there."""
+    text, found, notes = mentions(prompt)
+    loras = find(found, None if lora_dir is None else Library(Given("--lora-dir", lora_dir)))
+    embeddings = None if embedding_dir is None else Library(Given("--embedding-dir", embedding_dir))
+    return Named(text, tuple(loras), embeddings, tuple(notes))
 
-    Raises InputError, in one line, for what is not there or does not fit.
+
+def read(named: Named, negative: str, regions: Sequence[str], *, steps: int, model: ModelShape) -> Prompts:
+    """Fits what is `named` to a model, which then has its networks, and looks for embeddings in all prompts.
+
+    Raises InputError, in one line, for what does not fit.
     """
-    text, named, notes = mentions(prompt)
-    lora_library = None if lora_dir is None else Library(Given("--lora-dir", lora_dir))
-    embedding_library = None if embedding_dir is None else Library(Given("--embedding-dir", embedding_dir))
-    loras = find(named, lora_library)
-    for lora in loras:
-        notes += lora.fit(model.networks, model.family)
-    embeddings = None
-    if names_files(prompt, embedding_dir):
-        encoders = [model.networks[name] for name in ("text_encoder", "text_encoder_2") if name in model.networks]
-        embeddings = Embeddings(model.tokenizer, [encoder.config.hidden_size for encoder in encoders],
-                                embedding_library, loras)
-        edited = [schedule(part.text, steps) for part in parts(text)]
-        for _, each in [*(entry for one in edited for entry in one), *schedule(negative, steps),
-                        *((0, final(region, steps)) for region in regions)]:
-            lay_out(each, embeddings.split)
-        notes += embeddings.remarks
-    return Prompts(text, negative, steps, tuple(loras), embeddings, tuple(notes))
+    if not named:
+        return Prompts(named.prompt, negative, steps, notes=named.notes)
+    notes = [*named.notes, *(note for lora in named.loras for note in lora.fit(model.networks, model.family))]
+    encoders = [model.networks[name] for name in ("text_encoder", "text_encoder_2") if name in model.networks]
+    embeddings = Embeddings(model.tokenizer, [encoder.config.hidden_size for encoder in encoders], named.embeddings,
+                            named.loras)
+    for each in [*(part.text for part in parts(named.prompt)), negative, *regions]:
+        for _, text in schedule(each, steps):
+            lay_out(text, embeddings.split)
+    return Prompts(named.prompt, negative, steps, named.loras, embeddings, (*notes, *embeddings.remarks))

@@ -140,7 +140,7 @@ class StandaloneHost:
         With CFG the UNet's batch is [unconditional, conditional], or one after the other where memory is short; at
         guidance 1 the conditional half only. Further parts of a prompt come after that.
         """
-        both = conditioning.guidance != 1 or any(text.needs_negative for text in conditioning.texts)
+        both = conditioning.guidance != 1
         level = float(sigma)
         latent = (x.float() / (level**2 + 1) ** 0.5).to(self.dtype)
         self._residency.use(self._unet, self._controlnet if conditioning.steered else None, keep=self._controlnet)
@@ -168,9 +168,14 @@ class StandaloneHost:
     def _composed(self, latent: Tensor, level: float, conditioning: Conditioning, first: Tensor,
                   uncond: Tensor | None) -> Tensor:
         """The guided output u + s sum of w (c - u) for prompts of several parts (Liu et al. 2022), where the outputs of
-        their first ones are there. Without an unconditional output the weights add up to 1."""
-        base = first if uncond is None else uncond
-        combined, texts = base.clone(), conditioning.texts
+        their first ones are there. At guidance 1 there is no unconditional one; it cancels out if the weights add up to
+        1."""
+        texts = conditioning.texts
+        base = first.clone() if uncond is None else uncond
+        if uncond is None and (rows := [row for row, text in enumerate(texts) if text.needs_negative]):
+            some = conditioning.some(rows, [texts[row] for row in rows])
+            base[rows] = self._predict(latent[rows], level, some, ("uncond",))
+        combined = base.clone()
         for number in range(max(len(text.parts) for text in texts)):
             rows = [row for row, text in enumerate(texts) if len(text.parts) > number]
             parts = [texts[row].parts[number] for row in rows]

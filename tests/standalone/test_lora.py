@@ -202,7 +202,7 @@ def test_biases_and_whole_differences(tmp_path):
 
 
 @pytest.mark.parametrize(("mention", "why"), [
-    ("<lora:y>", r"<lora:y> is not in --lora-dir .*; it has 2 .safetensors files"),
+    ("<lora:abc>", r"<lora:abc> is not in --lora-dir .*; it has 2 \.safetensors files"),
     ("<lora:Style>", "there is style"), ("<lora:stile:1>", "there is style"),
     ("<lora:TYL>", "there is style"), ("<lora:old>", r"old\.pt, which is not loaded"),
 ])
