@@ -27,6 +27,7 @@ from unittest.mock import patch
 
 import torch
 
+from accdiff_lib.command import output
 from accdiff_lib.command import run as cli
 from accdiff_lib.standalone.host import StandaloneHost
 from tests.webui_stand_in.generation import BASE, OPTIONS, WebUI, at_call, started
@@ -34,6 +35,8 @@ from tests.webui_stand_in.generation import BASE, OPTIONS, WebUI, at_call, start
 #: Of the command: 64 px to 80 px.
 QUICK = ["a ball on the snow", "--width", "64", "--height", "64", "--steps", "2", "--window", "8", "--scale", "1.25",
          "--no-explain"]
+#: The exit code after Ctrl-C.
+INTERRUPTED = 130
 #: A call of the model in the first stage, of both programs.
 STAGE = BASE["steps"] + 2
 
@@ -113,8 +116,9 @@ def command(call: int, fault: Callable[[], None], code: int, spoil: float | None
 
 
 def full_disk() -> None:
-    with tempfile.TemporaryDirectory() as folder, patch("os.replace", side_effect=OSError(errno.ENOSPC, "full")):
-        cli.main([*QUICK, "--out", folder])
+    full = patch.object(output, "write_whole", side_effect=OSError(errno.ENOSPC, "full"))
+    with tempfile.TemporaryDirectory() as folder, patch.object(tempfile, "tempdir", folder), full:
+        assert cli.main([*QUICK, "--out", folder]) == cli.LESS
 
 
 # --- the WebUI -------------------------------------------------------------------------------------------------
@@ -137,9 +141,9 @@ def generation(webui: WebUI, call: int, act: Callable[[], None], spoil: float | 
 
 def kinds(webui: WebUI) -> list[Callable[[], None]]:
     """Every kind of run, the two programs in turn."""
-    of_command = [partial(command, STAGE, fault, cli.INTERRUPTED if "Ctrl" in name else cli.DONE)
+    of_command = [partial(command, STAGE, fault, INTERRUPTED if "Ctrl" in name else cli.DONE)
                   for name, fault in FAULTS.items()]
-    of_command += [partial(command, 2, FAULTS["Ctrl-C"], cli.INTERRUPTED),
+    of_command += [partial(command, 2, FAULTS["Ctrl-C"], INTERRUPTED),
                    partial(command, STAGE, FAULTS["nothing"], cli.LESS, torch.nan),
                    partial(command, 1, FAULTS["nothing"], cli.LESS, torch.inf), full_disk]
     state = webui.state

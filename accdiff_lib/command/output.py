@@ -14,6 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from accdiff_lib.command.folder import Claim, size_text, write_whole
 from accdiff_lib.engine.host import Progress
+from accdiff_lib.errors import is_out_of_memory
 from accdiff_lib.parts import infotext
 
 #: Seconds between two looks whether there is room again.
@@ -83,10 +84,16 @@ class Output:
 
 def write_png(path: Path, image: np.ndarray, parameters: str = "", *, temporary: Path | None = None,
               replace: bool = True) -> None:
-    """Writes a picture uint8 [H, W, 3] with its generation parameters. Raises what `write_whole` does."""
+    """Writes a picture uint8 [H, W, 3] with its generation parameters. Raises what `write_whole` does, and MemoryError.
+    """
     chunks = PngInfo()
     chunks.add(b"sRGB", b"\0")  # perceptual, as the PNG specification has it for pictures
     if parameters:
         chunks.add_text(infotext.CHUNK, parameters)
-    write_whole(path, lambda stream: Image.fromarray(image).save(stream, "PNG", pnginfo=chunks), temporary=temporary,
-                replace=replace)
+    try:
+        write_whole(path, lambda stream: Image.fromarray(image).save(stream, "PNG", pnginfo=chunks),
+                    temporary=temporary, replace=replace)
+    except OSError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryError(str(error)) from error  # no other folder has more of it

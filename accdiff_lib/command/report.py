@@ -81,9 +81,9 @@ class Terminal:
         self.done = []
         self._since = time.perf_counter()
 
-    def say(self, line: str) -> None:
-        """A line above the bar."""
-        self._bar.write(line, file=self._lines)
+    def say(self, line: str, stream: TextIO | None = None) -> None:
+        """A line above the bar, which may stand in another stream than the lines do."""
+        self._bar.write(line, file=stream or self._lines)
 
     def close(self) -> None:
         self._bar.close()

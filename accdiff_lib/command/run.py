@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -247,7 +246,7 @@ class Pictures:
             result = self.extrapolation.run(request)
         except (Interrupted, OutOfMemory, NotFinite) as error:
             record["stopped"] = "interrupted" if isinstance(error, Interrupted) else str(error)
-            print(f"accdiff: {record['stopped']}; no picture was finished", file=sys.stderr)
+            terminal.say(f"accdiff: {record['stopped']}; no picture was finished", sys.stderr)
         else:
             record["stopped"] = result.stopped
             if result.stopped:
@@ -298,9 +297,11 @@ class Files:
         path: Path | None = claim.path(stem)
         # What a run that goes on has written already is good, but for the explanation, of which there is more now.
         if not claim.goes_on or claim.overwrites or name == "explain" or not claim.path(stem).exists():
+            def write() -> tuple[Path | None]:
+                return self.output.write(stem, image, self.parameters, replace=claim.goes_on),
+
             # What was computed may lie in memory until a first try fails.
-            write = partial(self.output.write, stem, image, self.parameters, replace=claim.goes_on)
-            path = memory.attempt(write) or write()
+            path, = memory.attempt(write) or write()
         if path is not None:
             self.written[name] = str(path)
             if claim.overwrites:

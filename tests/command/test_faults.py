@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 
 from accdiff_lib import explain
-from accdiff_lib.command import files
+from accdiff_lib.command import output
 from accdiff_lib.command import run as cli
 from accdiff_lib.explain import MORE, MOST_LINES, entries, sheet
 from accdiff_lib.standalone import loading
@@ -144,12 +145,20 @@ def test_windows_beyond_number(monkeypatch):
     assert drawn == [1, 2, 3]
 
 
-def test_a_folder_says_of_memory_what_it_is(tmp_path, monkeypatch):
-    """Pillow's encoder tells it as an error of a file."""
+def test_a_file_says_of_memory_what_it_is(tmp_path, monkeypatch):
+    """Pillow's encoder tells it as an error of a file, for which another folder would be tried."""
     def full(*_args, **_kwargs):
         raise OSError("out of memory error when writing image file")
 
     monkeypatch.setattr(Image.Image, "save", full)
-    with pytest.raises(OSError, match=r"^out of memory"):
-        files.Folder(tmp_path).write("a.png", np.zeros((8, 8, 3), np.uint8))
+    with pytest.raises(MemoryError, match=r"^out of memory"):
+        output.write_png(tmp_path / "a.png", np.zeros((8, 8, 3), np.uint8))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_picture_that_no_folder_takes_is_told_once(models, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(output, "write_whole", lambda *_args, **_kwargs: (_ for _ in ()).throw(OSError(28, "full")))
+    assert cli.main([*QUICK, "--scale", "1"]) == cli.LESS
+    said = capsys.readouterr()
+    assert (said.out + said.err).count("is lost: no folder can take it") == 1
