@@ -40,7 +40,7 @@ def read_picture(source: PictureSource, option: str, *, files: bool = True,
     except (OSError, ValueError) as error:
         what = f"{len(source)} bytes" if isinstance(source, bytes) else shown(source)
         wanted = "a picture file or a picture in base64" if files else "a picture in base64"
-        why = f" ({error})" if isinstance(error, Unreadable) else ""
+        why = f" ({error})" if isinstance(error, Unreadable) and "no picture" not in str(error) else ""
         raise InputError(f"{option}: {what} is not {wanted}{why}") from None
 
 

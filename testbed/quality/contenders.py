@@ -121,9 +121,9 @@ _ALL = (
         "preset": "balanced", "stage_steps": 16}),
     Contender("fast", "main", "the preset: the same with 4 computed steps, fewer windows", {
         "preset": "fast", "stage_steps": 8}),
-    Contender("v2, structure guidance", "ablation", "the prediction's low band is held, from half the schedule on", {
+    Contender("v2, structure guidance", "control", "the prediction's low band is held, from half the schedule on", {
         "skip_residual": False, "structure_guidance": 1.0, "start": 0.5}),
-    Contender("v2, mixed reference", "ablation", "the same, and the reference's high band is the enlarged picture's", {
+    Contender("v2, mixed reference", "control", "the same, and the reference's high band is the enlarged picture's", {
         "skip_residual": False, "structure_guidance": 1.0, "start": 0.5, "reference": "mixed"}),
     _without("window prompts", "each window has the whole prompt", window_prompts=False),
     _without("interaction", "the dilated views don't exchange cells", interaction=False),

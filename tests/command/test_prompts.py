@@ -128,7 +128,8 @@ def test_what_is_not_there_is_one_line(capsys, prompt, options, said):
         assert cli.main([prompt, *QUICK, *options, *dry]) == 2
         out, err = capsys.readouterr()
         lines.append(err)
-        assert out == "" and said in err and err.count("\n") == 1
+        assert json.loads(out) == {"error": err.strip().removeprefix("accdiff: ")}
+        assert said in err and err.count("\n") == 1
     assert lines[0] == lines[1] and not Path("out").exists()
 
 

@@ -118,7 +118,7 @@ def test_a_stage_without_a_picture_to_enlarge_begins_in_pure_noise():
     made = solver("DPM++ 2M", "Karras", 10, LEVELS)
     given = METHODS["multidiffusion"], made, settings, LEVELS.timestep, STAGE
     assert make_script(*given, guidance=7.5, has_control=False, from_noise=True).start == 0
-    assert make_script(*given, guidance=7.5, has_control=False).start == 4
+    assert make_script(*given, guidance=7.5, has_control=False).start == 5
 
 
 def test_the_dilated_pass_and_cfg_have_their_parts_of_the_steps():

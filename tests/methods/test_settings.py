@@ -78,7 +78,7 @@ def test_a_stride_leaves_the_overlap_alone():
 def test_given_options_win_over_method_and_preset():
     settings = make({"method": "demofusion", "preset": "fast", "window_prompts": True, "start": 0.1})
     assert settings.window_prompts and settings.start == 0.1
-    assert not settings.interaction and settings.stage_steps == 16
+    assert not settings.interaction and settings.stage_steps == 8
 
 
 @given(given_options)

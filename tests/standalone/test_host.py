@@ -126,7 +126,7 @@ def test_attention_gets_the_rows_texts(host):
 
 def test_parts_of_a_prompt_add_up(host):
     """u + s sum of w (c - u), beside plain prompts in one batch and with a ControlNet; exactly so at guidance 1 too."""
-    x = latents(2, 8, 8)
+    x = latents(2, 16, 16)
     whole = host.encode_texts(["a cat :0.5 AND grass :-0.25", "a dog"])
     single = {text: host.encode_texts([text])[0] for text in ("a cat", "a dog", "grass")}
     given = Conditioning(whole, [(0, 0), (0, 64)], (512, 768), 5.0, hints=asked(hints(x)), strength=0.7)

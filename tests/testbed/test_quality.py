@@ -216,7 +216,8 @@ def test_without_a_base_picture_things_may_be_anywhere():
     moved = replace(BALL_AND_STAR, things=tuple(replace(thing, x=1 - thing.x) for thing in BALL_AND_STAR.things))
     values = measured(render(moved, 512, 512), base=False)
     assert values["exact"] == 1 and values["shape"] == 1
-    assert {name for name, value in values.items() if math.isnan(value)} == {"iou", "psnr", "coarse", "ghosts"}
+    assert {name for name, value in values.items() if math.isnan(value)} == {
+        "iou", "psnr", "coarse", "ghosts", "true_detail"}
     assert measured(render(moved, 512, 512))["exact"] == 0
 
 

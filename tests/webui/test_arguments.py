@@ -38,7 +38,7 @@ RELEASED = (
     "guidance_end", "border", "first_method", "region_border", "bootstrapping", "dilation_ratio", "dilation_places",
     "dilate", "dilate_skip", "dilate_tau", "ndcfg_tau", "progressive_dilate", "inflate_tau", "low_pass", "freeu",
     "canvas_guidance", "resampling_steps", "new_p", "rrg_init_weight", "rrg_scale", "rrg_stop", "repaint", "patch_size",
-    "view_join", "reduction", "elastic_guidance")
+    "view_join", "reduction", "elastic_guidance", "structure_guidance", "reference", "enlarger")
 
 
 def values_of(option):
@@ -225,7 +225,7 @@ def test_the_panel_and_axes_may_send_what_the_method_does_not_have(with_toy):
 
 def test_picking_a_method_leaves_alone_what_it_does_not_have(with_toy):
     assert picked("method", "toy", "fast").keys() == {"controlnet", "toy_share", "skip_residual", "progressive",
-                                                      "base_pass"}
+                                                      "base_pass", "structure_guidance", "reference"}
     assert "toy_share" not in picked("method", "demofusion", "fast")
     # A preset sets also what the method lacks, for the one that is picked next.
     assert picked("preset", "toy", "fast").keys() == {name for preset in PRESETS.values() for name in preset}

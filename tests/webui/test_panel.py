@@ -177,7 +177,7 @@ def test_only_what_the_method_has_is_shown(page):
     assert shown() == set(names("toy"))
     page.shot("toy")
     asked = arguments.parse([True, *list(generate(page).values())[1:]])
-    assert asked == Enlargement(make({"method": "toy"}))
+    assert asked == Enlargement(make({"method": "toy", "preset": SUGGESTED}))
     pick(page, "method", "accdiffusion-v2")
     page.wait_for_selector(f"#{PREFIX}toy_share", state="hidden")
     page.wait_for_timeout(1000)
@@ -192,7 +192,7 @@ def test_only_what_the_method_has_is_shown(page):
 
 def test_a_preset_and_a_method_set_their_controls(page):
     pick(page, "preset", "fast")
-    page.wait_for_function(f"document.querySelector('#{PREFIX}stage_steps input[type=number]').value === '16'")
+    page.wait_for_function(f"document.querySelector('#{PREFIX}stage_steps input[type=number]').value === '8'")
     pick(page, "method", "demofusion")
     page.wait_for_timeout(1000)
     sent = generate(page)

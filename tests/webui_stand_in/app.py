@@ -22,6 +22,8 @@ import gradio as gr  # noqa: E402
 import toy  # noqa: E402
 from modules import script_callbacks, scripts  # noqa: E402
 
+toy.register()  # before the order of the panel's values is read from the tables
+
 import accdiff_lib.webui  # noqa: E402
 from accdiff_lib.parts import infotext  # noqa: E402
 from accdiff_lib.webui.hosts import contract  # noqa: E402
@@ -43,7 +45,6 @@ adapter.A1111 = lambda: adapter
 for module in (accdiff_lib.webui.run, adapter):
     sys.modules[module.__name__] = module
 contract.lacking = lambda names: []  # it has what the panel needs, and nothing that generates
-toy.register()
 NUMBERS = itertools.count()
 SAMPLERS, SCHEDULES = ["Euler", "Heun", "DPM++ 2M"], ["Automatic", "Karras"]
 
