@@ -46,7 +46,7 @@ def test_every_method_holds_the_low_band(method):
         values.pop("start")
     far = []
     for change in ({}, {"structure_guidance": 0, "skip_residual": False}):
-        wanted, host = start({**values, **change}, cls=Seen)
+        wanted, host = start({**values, **change}, cls=Seen, steps=2)
         result = Extrapolation(host).run(wanted)
         base, found = (F.interpolate(each.latent, (4, 4), mode="area")
                        for each in (result.pictures[0], result.pictures[-1]))
@@ -54,7 +54,7 @@ def test_every_method_holds_the_low_band(method):
     assert far[0] < 0.8 * far[1]
 
 
-@pytest.mark.parametrize("sampler", ["Euler", "DPM++ 2M", "DPM++ 2S a", "Heun"])
+@pytest.mark.parametrize("sampler", ["DPM++ 2M", "DPM++ 2S a"])
 def test_every_sampler(sampler):
     result, _ = run({**HELD, "start": 0}, sampler=sampler)
     assert torch.isfinite(latent(result)).all()
