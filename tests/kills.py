@@ -109,8 +109,8 @@ def pictures(folder: Path) -> tuple[dict[str, np.ndarray], int]:
 
 
 def one(argv: list[str], whole: dict[str, np.ndarray], seconds: float, folder: Path, chance: random.Random,
-        kills: int, programs: bool, counts: Counter) -> None:
-    """Kills a run some times and lets it finish."""
+        kills: int, programs: bool, counts: Counter) -> float:
+    """Kills a run some times and lets it finish; says how many seconds one takes at most."""
     before: dict[str, np.ndarray] = {}
     for _ in range(kills):
         process = Process(argv, folder, programs)
@@ -132,7 +132,7 @@ def one(argv: list[str], whole: dict[str, np.ndarray], seconds: float, folder: P
             problem(counts, "pictures lost", argv, lost, process)
         if code == 0:  # it was faster
             counts["kills that came too late"] += 1
-            return
+            return min(seconds, time.monotonic() - process.began)
         counts["kills"] += 1
         counts[f"kills by {number.name}"] += 1
         kept = any((folder / "out").glob(".accdiff-*/*.npz"))
@@ -154,6 +154,7 @@ def one(argv: list[str], whole: dict[str, np.ndarray], seconds: float, folder: P
     rest = [path.name for path in (folder / "out").iterdir() if path.name not in found]
     if rest:
         problem(counts, "leftovers", argv, rest, process)
+    return seconds
 
 
 def said(process: Process) -> dict:
@@ -196,8 +197,10 @@ def main(argv: list[str] | None = None) -> int:
                     raise SystemExit(process.err.read_text())
                 whole[which] = pictures(root / f"whole-{which}" / "out")[0], time.monotonic() - process.began
             print(f"{counts['kills']} kills", file=sys.stderr)
-            one(argv, *whole[which], root / str(number), chance, min(chance.randint(1, 3),
-                given.kills - counts["kills"]), given.programs, counts)
+            pictures_of, seconds = whole[which]
+            kills = min(chance.randint(1, 3), given.kills - counts["kills"])
+            seconds = one(argv, pictures_of, seconds, root / str(number), chance, kills, given.programs, counts)
+            whole[which] = pictures_of, seconds
     print(json.dumps(counts))
     wrong = {"half files", "wrong exit codes", "tracebacks or no object", "pictures lost", "runs that did not go on",
              "other pictures", "leftovers"}
