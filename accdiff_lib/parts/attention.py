@@ -80,8 +80,8 @@ class AttentionRecorder:
         return {} if self._sum is None else {"sum": self._sum, "count": torch.tensor(self._count)}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Goes on from that."""
-        self._sum, self._count = state["sum"], int(state["count"])
+        """Goes on from that, also within an evaluation, which then began with it."""
+        self._before = self._sum, self._count = state["sum"], int(state["count"])
 
     def _record(self, layer: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
         image, text = _inputs(args, kwargs)

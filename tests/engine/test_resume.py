@@ -17,6 +17,7 @@ from accdiff_lib.engine.resume import Kept
 from accdiff_lib.errors import Interrupted
 from accdiff_lib.methods import names
 from accdiff_lib.parts.regions import Region
+from accdiff_lib.standalone.host import StandaloneHost
 from tests import tiny
 from tests.engine.test_extrapolate import make_host, request
 
@@ -98,6 +99,29 @@ def test_a_run_goes_on_to_the_same_picture(tmp_path, run):
         assert torch.equal(one.latent, other.latent) and np.array_equal(one.image, other.image)
     assert same(result.explanation.stages, whole.explanation.stages)
     assert same(result.explanation.words, whole.explanation.words)
+
+
+def test_a_run_that_had_nan_goes_on_to_the_same_picture(tmp_path, monkeypatch):
+    """Here float32 stands for half precision, until autocast is on: it makes NaN where little noise is left."""
+    monkeypatch.setattr(StandaloneHost, "wider", lambda self: self._in_bfloat16())
+    wide: list[bool] = []
+
+    def spoil(_module, args, out):
+        wide.append(torch.is_autocast_enabled("cpu"))
+        return out if wide[-1] or float(args[1][0]) > 600 else (out[0] * torch.nan,)
+
+    handle = tiny.sdxl(sample_size=8).unet.register_forward_hook(spoil)
+    try:
+        run = next(iter(RUNS))
+        whole, calls = attempt(run, Kept())
+        store, stops, result = Killed(tmp_path), iter((3, 5, 2, 7, calls)), None
+        while result is None:
+            result, _ = attempt(run, Kept(store, every=0), stop_at=next(stops))
+    finally:
+        handle.remove()
+    assert {True, False} == set(wide)
+    for one, other in zip(result.pictures, whole.pictures, strict=True):
+        assert torch.equal(one.latent, other.latent)
 
 
 def test_attention_goes_on_in_the_middle_of_the_base_pass(tmp_path):
