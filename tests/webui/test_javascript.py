@@ -45,7 +45,8 @@ class Page:
         self.page, self.asked, self.kept = page, [], []
         #: What the server does with a request.
         self.serve = self.plan
-        page.clock.install()
+        page.clock.install(time=0)
+        page.clock.pause_at(1000)  # else it goes on by itself, the faster the slower the machine is
         page.route("**/*", self._serve)
         page.goto(ADDRESS)
         for text in (SHIM, (ROOT / "javascript" / "accdiff.js").read_text(encoding="utf-8")):
