@@ -61,6 +61,7 @@ def page(request, tmp_path_factory):
         with stood_in(), toy.registered(), sync_api.sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
             opened = browser.new_page(viewport={"width": 1400, "height": 1600})
+            opened.set_default_timeout(60_000)
             opened.address, opened.models = json.loads(line)["address"], models
             opened.route("**/accdiffusion/v1/plan", answer_plan)
             opened.goto(opened.address)
