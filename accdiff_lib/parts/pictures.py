@@ -5,6 +5,7 @@ memory, and in sRGB whatever their colours were.
 from __future__ import annotations
 
 import io
+import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,6 +16,9 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from accdiff_lib.errors import InputError
+
+# What Pillow thinks of damaged files is told in our words; without a handler Python would print it besides.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 #: Others start programs (EPS, WMF), hold more than one picture (ICO, PSD), or have no name that anybody knows.
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "JPEG2000", "PPM", "TGA", "DDS", "QOI")

@@ -187,8 +187,11 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
     try:
         special = {key: token if isinstance(token, str) else token["content"]  # older configs keep a record
                    for key, token in config.items() if key in ("bos_token", "eos_token", "unk_token", "pad_token")}
-        return CLIPTokenizer(str(vocabulary / "vocab.json"), str(vocabulary / "merges.txt"),
-                             model_max_length=config.get("model_max_length", 77), **special)
+        found = CLIPTokenizer(str(vocabulary / "vocab.json"), str(vocabulary / "merges.txt"),
+                              model_max_length=int(config.get("model_max_length", 77)), **special)
+        if len(found) > found.vocab_size:
+            raise ValueError("tokenizer_config.json names a token that is not in the vocabulary")
+        return found
     except (OSError, ValueError, TypeError, KeyError, IndexError) as error:
         raise given.error(f"the tokenizer cannot be read ({error})") from error
 
