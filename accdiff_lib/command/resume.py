@@ -45,6 +45,7 @@ def key(job: Job) -> str:
     decides = {"arguments": _named(given), "embedded": _named(EMBEDDED) if job.arguments.model is None else "",
                "pictures": [None if each is None else [each.shape, _hash(each.tobytes())] for each in pictures],
                "general": general, "settings": values(job.settings), "dtype": str(job.dtype), "device": device,
+               "predicts": [job.model.prediction, *job.model.alphas_cumprod[[0, -1]].tolist()],
                "prompts": _named([Path(each["file"]) for kind in job.prompts.files.values() for each in kind]),
                "program": _program()}
     return _hash(json.dumps(decides, sort_keys=True).encode())

@@ -30,6 +30,8 @@ def alphas_cumprod(scheduler: Mapping[str, Any], *, zero_snr: bool = False) -> T
     if (kind not in ("linear", "scaled_linear") or scheduler.get("num_train_timesteps", 1000) != 1000
             or scheduler.get("trained_betas") is not None):
         raise ValueError(f"beta schedule '{kind}' is not known; linear and scaled_linear of 1000 steps are")
+    if not 0 < start <= end < 1:
+        raise ValueError(f"betas from {start} to {end} are none")
     betas = np.linspace(start**0.5, end**0.5, 1000) ** 2 if kind == "scaled_linear" else np.linspace(start, end, 1000)
     bars = np.cumprod(1 - betas)
     if zero_snr:

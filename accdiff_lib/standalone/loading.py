@@ -128,6 +128,10 @@ def _try(found: Found, built: Mapping[str, Any], encoders: Sequence[Any]) -> Non
         if found.shape.family == "sdxl":
             inputs["added_cond_kwargs"] = {"text_embeds": torch.empty(1, encoders[-1].config.projection_dim),
                                            "time_ids": torch.empty(1, 6)}
+        tokens = torch.zeros(1, CONTEXT, dtype=torch.long)
+        for name, encoder in zip(("text_encoder", "text_encoder_2"), encoders, strict=False):
+            with _fitting(found, name):
+                encoder(tokens, position_ids=tokens, output_hidden_states=True)
         with _fitting(found, "unet"):
             built["unet"](latent, t, **inputs)
         if "controlnet" in built:

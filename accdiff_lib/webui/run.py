@@ -225,10 +225,11 @@ class Batch:
         positive, negative = list(prompts), list(p.negative_prompts)
         if self._hires:
             positive, negative = list(p.hr_prompts or positive), list(p.hr_negative_prompts or negative)
-        # Samplers of two calls a step count twice as many, to which the edits refer.
-        steps = getattr(p, "firstpass_steps", p.steps)
-        return [tuple(final_prompt(text, steps) for text in pair)  # type: ignore[misc]
-                for pair in zip(positive, negative, strict=True)]
+        return [(self._final(text), self._final(against)) for text, against in zip(positive, negative, strict=True)]
+
+    def _final(self, text: str) -> str:
+        """What a prompt is in the end. Samplers of two calls a step count twice as many, to which its edits refer."""
+        return final_prompt(text, getattr(self._p, "firstpass_steps", self._p.steps))
 
     # --- the stages --------------------------------------------------------------------------------------------
 
@@ -257,12 +258,15 @@ class Batch:
             settings = settings.without_attention()
         shared.state.job_no = first_job + index * sum(self._jobs)
         progress = WebUIProgress(p, self._jobs, lambda picture: self._extras.keep(index, self._shown(picture), plan))
-        own = [region.negative for region in self._regions if region.negative is not None]
+        regions = [replace(region, prompt=self._final(region.prompt),
+                           negative=None if region.negative is None else self._final(region.negative))
+                   for region in self._regions]
+        own = [region.negative for region in regions if region.negative is not None]
         host = self._session.host(prompt=prompt, negatives=[negative, *own], size=plan.pixels,
                                   solver=self._solver, progress=progress, vae_tile=settings.vae_tile)
         request = Request(prompt, self._seed(index), self._session.guidance, of(settings), settings, plan,
                           intermediate=self._extras.wants_stages, given=_of_picture(base, index),
-                          regions=self._regions, guide=self._guide)
+                          regions=regions, guide=self._guide)
         with host.attached():
             result = Extrapolation(host, settings.window_batch).run(request)
         shared.state.skipped = False  # the next picture of the batch may still be wanted

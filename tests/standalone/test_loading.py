@@ -506,8 +506,11 @@ def test_checkpoints_that_cannot_be_used(store, tmp_path, case, why):
     ("vae/config.json", {"scaling_factor": "big"}, "a scaling_factor that is no number"),
     ("vae/config.json", {"block_out_channels": 5}, "not|no such"),
     ("text_encoder/config.json", {"hidden_size": "16"}, "describes no such network"),
+    ("text_encoder/config.json", {"layer_norm_eps": []}, "its text_encoder does not fit the rest of the model"),
     ("text_encoder/config.json", {"vocab_size": 100}, "another size|knows 100 tokens"),
     ("scheduler/scheduler_config.json", {"beta_start": "x"}, "scheduler cannot be used"),
+    ("scheduler/scheduler_config.json", {"beta_end": 2}, "scheduler cannot be used"),
+    ("tokenizer/tokenizer_config.json", {"eos_token": "<nothing>"}, "a token that is not in the vocabulary"),
     ("unet/config.json", {"sample_size": None}, None), ("unet/config.json", {"sample_size": [32, 40]}, None),
 ])
 def test_folders_whose_configs_are_of_something_else(store, tmp_path, file, values, why):

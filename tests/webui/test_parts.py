@@ -455,3 +455,19 @@ def test_the_stages_own_schedule_stays_as_it_is(samplers):
             assert stage_sampler(scheduler=scheduler, stage_sampler="Euler", stage_scheduler=own) == ("Euler", own)
     assert stage_sampler(scheduler="Karras", hr_scheduler="Automatic") == ("DPM++ 2M", "Automatic")
     assert hires.own_schedule("Euler", "Automatic") == "Automatic"  # it has none of its own
+
+
+# --- prompts ---------------------------------------------------------------------------------------------------
+
+def test_a_prompts_end_is_that_of_each_of_its_parts(webui, monkeypatch):  # noqa: F811
+    """As the WebUI samples it: it takes the parts of AND apart first, and a number at the end is a weight."""
+    from modules import prompt_parser
+
+    from accdiff_lib.webui.hosts.text import final_prompt, is_composed
+
+    asked = []
+    monkeypatch.setattr(prompt_parser, "get_learned_conditioning_prompt_schedules", lambda prompts, steps: [
+        asked.append((text, steps)) or [[1, "early"], [steps, f"{text.strip()} late "]] for text in prompts])
+    assert final_prompt("a AND b :0.5", 20) == "a late AND" + "b :0.5 late "
+    assert asked == [("a ", 20), (" b :0.5", 20)]
+    assert is_composed("a AND b") and is_composed("score: 9") and not is_composed("a (b:1.2)")
