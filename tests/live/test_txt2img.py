@@ -137,7 +137,8 @@ def test_upscalers_enlarge_the_reference(webui, options, large):
     held = {**options, "skip_residual": False, "structure_guidance": 1, "reference": "mixed"}
     # Forge Neo has none but those with a model of their own.
     nearest = [each["name"] for each in webui.get("/sdapi/v1/upscalers") if each["name"] == "Nearest"]
-    pictures = {name: webui.generate({**held, "enlarger": name}).picture for name in ("bicubic", *nearest or ["lanczos"])}
+    pictures = {name: webui.generate({**held, "enlarger": name}).picture
+                for name in ("bicubic", *(nearest or ["lanczos"]))}
     assert difference(*pictures.values()) > 1 and alike(pictures["bicubic"], large.picture)
     if not nearest:
         return
