@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -40,14 +41,15 @@ Box = tuple[int, int, int, int]
 
 
 def sheet(picture: np.ndarray, explanation: Explanation,
-          part: tuple[float, float, float, float] = (0, 0, 1, 1)) -> np.ndarray:
+          part: tuple[float, float, float, float] = (0, 0, 1, 1), lines: Sequence[str] = ()) -> np.ndarray:
     """The sheet, uint8 [H, W, 3] with at most MOST_ROWS rows.
 
     `picture` is the base picture uint8 [h, w, 3] as the canvas shows it (the `part` (top, left, bottom, right in 0..1)
-    of what the attention maps cover), or where there is none the result.
+    of what the attention maps cover), or where there is none the result. `lines` about the result stand on top.
     """
     blocks, height = [], MARGIN
-    for block in _blocks(picture, explanation, part):
+    first = [_titled(line, []) for line in lines]
+    for block in itertools.chain(first, _blocks(picture, explanation, part)):
         blocks.append(block)
         height += block.height + MARGIN
         if height > MOST_ROWS:

@@ -17,7 +17,7 @@ OF_HOSTS = {*OF_WEBUIS, "diffusers", "transformers", "accelerate", "k_diffusion"
 
 #: The rooms, from the bottom up: a file imports only from its own room and those before it.
 ROOMS = [("errors", "seeds", "settings", "__init__"), ("parts",), ("engine",), ("methods",),
-         ("explain", "explain_elastic"), ("standalone",), ("webui",), ("command", "__main__")]
+         ("explain", "explain_elastic", "quality"), ("standalone",), ("webui",), ("command", "__main__")]
 #: The last three stand beside each other, but for the command, which is standalone's user.
 APART = {("webui", "standalone"), ("command", "webui")}
 

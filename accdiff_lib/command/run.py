@@ -36,6 +36,7 @@ if TYPE_CHECKING:  # torch takes seconds to import; --help and typing mistakes a
     from accdiff_lib.engine.extrapolate import Result
     from accdiff_lib.engine.host import Picture
     from accdiff_lib.engine.method import Work
+    from accdiff_lib.quality import Quality
     from accdiff_lib.standalone.host import StandaloneHost
     from accdiff_lib.standalone.loading import Models
 
@@ -253,7 +254,9 @@ class Pictures:
                 files.keep(result.pictures[-1])
             elif "final" not in files.written:
                 record["stopped"] = "no folder could take the picture"
-            files.explain(result, self.host)
+            quality = self._quality(result)
+            files.explain(result, self.host, [] if quality is None else quality.lines)
+            record["quality"] = None if quality is None else quality.values
             record |= {"width": result.pictures[-1].latent.shape[3] * CELL,
                        "height": result.pictures[-1].latent.shape[2] * CELL}
         record["resumed"] = kept.resumed
@@ -262,6 +265,20 @@ class Pictures:
         names = [path for path in files.written.values() if os.path.dirname(path) == str(job.folder.path)]
         if names:
             terminal.say(f"wrote {', '.join(map(os.path.basename, names))} in {job.folder.path}/")
+
+    def _quality(self, result: Result) -> Quality | None:
+        """The figures of the picture against its base picture, said; no failure of that is worth a picture."""
+        from accdiff_lib.quality import quality_of
+
+        try:
+            quality = quality_of(result)
+        except Exception as error:
+            said = out_of_memory(error) if is_out_of_memory(error) else error
+            self.terminal.comment(f"the picture's figures could not be computed: {said}")
+            return None
+        for line in [] if quality is None else quality.lines:
+            self.terminal.say(line[0].lower() + line[1:])
+        return quality
 
 
 class Files:
@@ -307,8 +324,9 @@ class Files:
             if claim.overwrites:
                 claim.clear(self._suffix, self.job.inputs)
 
-    def explain(self, result: Result, host: StandaloneHost) -> None:
-        """Writes explain.png if there is something to explain; no failure of that is worth a picture."""
+    def explain(self, result: Result, host: StandaloneHost, lines: Sequence[str]) -> None:
+        """Writes explain.png, with `lines` about the result, if there is something to explain; no failure of that
+        is worth a picture."""
         if not (self.job.arguments.explain and result.explanation):
             return
         from accdiff_lib.explain import sheet
@@ -316,7 +334,7 @@ class Files:
         try:
             shown = result.explained
             image = shown.image if shown.image is not None else host.decode(shown.latent, interruptible=False)
-            self._write("explain", "explain", sheet(image, result.explanation, self.job.plan.part))
+            self._write("explain", "explain", sheet(image, result.explanation, self.job.plan.part, lines))
         except Exception as error:
             said = out_of_memory(error) if is_out_of_memory(error) else error
             host.progress.comment(f"the sheet that explains the run could not be made: {said}")

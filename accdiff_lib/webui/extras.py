@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image
@@ -11,6 +12,7 @@ from accdiff_lib.engine.host import Host, Picture
 from accdiff_lib.engine.plan import Plan
 from accdiff_lib.errors import is_out_of_memory, out_of_memory
 from accdiff_lib.explain import sheet
+from accdiff_lib.quality import quality_of
 from accdiff_lib.webui.ui import options_page
 
 
@@ -37,14 +39,29 @@ class Extras:
         except Exception as error:  # a full disk, say: no reason to lose the picture that comes of it
             p.comment(f"AccDiffusion: the {picture.name} picture could not be saved: {error}")
 
-    def explain(self, result: Result, plan: Plan, host: Host) -> None:
+    def judge(self, result: Result) -> list[str]:
+        """Prints the picture's figures against its base picture, shows what a user may want to look at beneath it, and
+        returns both as lines; no failure of that is worth a picture."""
+        try:
+            quality = quality_of(result)
+        except Exception as error:
+            print(f"[AccDiffusion] the picture's figures could not be computed: {error}")
+            return []
+        if quality is None:
+            return []
+        print(f"[AccDiffusion] {quality.lines[0]}")
+        for warning in quality.warnings():
+            self._p.comment(f"AccDiffusion: {warning}")
+        return quality.lines
+
+    def explain(self, result: Result, plan: Plan, host: Host, lines: Sequence[str]) -> None:
         """Keeps the sheet for the gallery, when it is wanted and there is something to explain."""
         if not (options_page.value("explain") and result.explanation):
             return
         try:
             shown = result.explained
             image = shown.image if shown.image is not None else host.decode(shown.latent, interruptible=False)
-            self._sheets.append(Image.fromarray(sheet(image, result.explanation, plan.part)))
+            self._sheets.append(Image.fromarray(sheet(image, result.explanation, plan.part, lines)))
         except Exception as error:  # no memory for one more decode, say
             said = out_of_memory(error) if is_out_of_memory(error) else error
             self._p.comment(f"AccDiffusion: the sheet that explains the run could not be made: {said}")

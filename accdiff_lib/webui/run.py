@@ -270,7 +270,7 @@ class Batch:
         with host.attached():
             result = Extrapolation(host, settings.window_batch).run(request)
         shared.state.skipped = False  # the next picture of the batch may still be wanted
-        self._extras.explain(result, plan, host)
+        self._extras.explain(result, plan, host, self._extras.judge(result))
         return result
 
     def _seed(self, index: int) -> int:

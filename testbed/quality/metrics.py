@@ -5,7 +5,8 @@ Pictures are RGB uint8 [H, W, 3]; a measure that has no meaning for a picture is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -15,7 +16,9 @@ from scipy import fft
 
 from accdiff_lib.engine.plan import CELL
 from accdiff_lib.parts.windows import Window
+from accdiff_lib.quality import cells, compare, seams
 from testbed.counting import MIN_AREA, Found, find, iou, match, painted, wanted
+from testbed.quality import texture
 from testbed.scenes import Scene
 
 Picture = NDArray[np.uint8]
@@ -29,6 +32,8 @@ _GHOSTS_SIDE, _FINE, _WIDE, _NEAR = 256, 2.5, 32.0, 8
 #: Least difference in Lab of a ghost. Things of 30 % opacity differ by 11 and more, true renders at 4x from their base
 #: pictures by less than 1 (tests/test_quality.py), and the VAE alone makes errors of 4 to 13.
 GHOST = 10.0
+#: The same of a patch inside of a thing. What the VAE does to a star's points stays below.
+PATCH = 20.0
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,20 @@ METRICS: dict[str, Metric] = {metric.name: metric for metric in (
            "render's; noise counts too", 2, 1),
     Metric("true_detail", "true detail", "how much of the true render's detail that the base picture cannot have is in "
            "the picture: the slope of the one on the other", 3, 1),
+    Metric("patches", "patches", "places inside of wanted things that show something else than the base picture, per "
+           "picture", 2, 0),
+    Metric("tint", "tint", "the largest difference in Lab of a wanted thing's colour from the base picture's", 1, 0),
+    Metric("grain", "grain", "deviation of fine brightness where the true render is flat, beyond its own, in levels",
+           2, 0),
+    Metric("smear", "smear", "how much fine structures go one way, relative to the true render's", 2, 1),
+    Metric("repetition", "repetition", "correlation of fine structures a window's distance apart, beyond the true "
+           "render's", 3, 0),
+    Metric("entropy", "entropy", "of pairs of grey levels in patches (GLCM), relative to the true render's; seams and "
+           "noise count too", 2, 1),
+    Metric("compression", "compression", "size relative to that of its JPEG, relative to the true render's: less is "
+           "more detail, or noise", 2, 1),
+    Metric("gain", "gain", "detail per octave relative to the base picture's finest octave (the line beneath a run)", 2,
+           None),
     Metric("seams", "seams", "difference of cells (8 pixels) across the windows' borders relative to that of other "
            "neighbours, and to the same of the enlarged base picture", 2, 1),
     Metric("grid", "grid", "difference of neighbouring cells relative to that of the nearest cells of one dilated "
@@ -81,6 +100,7 @@ def measure(image: Picture, scene: Scene, truth: Picture, scale: int, base: Pict
     result = match(found, things, by_place=base is not None)
     caption = result if as_scene else match(found, scene, by_place=False)
     aligned = clean and base is not None
+    period = CELL * _distance(windows)
     # What the picture shows, without seams and grid.
     like: Picture = truth if base is None else np.asarray(
         cv2.resize(base, truth.shape[1::-1], interpolation=cv2.INTER_CUBIC), np.uint8)
@@ -95,9 +115,23 @@ def measure(image: Picture, scene: Scene, truth: Picture, scale: int, base: Pict
         "coarse": psnr(_reduced(image, scale), _reduced(truth, scale)) if aligned else NAN,
         "sharpness": _ratio(detail(image, scale), detail(truth, scale)),
         "true_detail": true_detail(image, truth, scale) if aligned else NAN,
+        "patches": NAN if base is None else float(patches(image, base, things)),
+        "tint": NAN if base is None else tint(image, base, things),
+        "grain": texture.grain(image, truth) if aligned else NAN,
+        "smear": _ratio(texture.smear(image), texture.smear(truth)),
+        "repetition": texture.repetition(image, period) - texture.repetition(truth, period),
+        "entropy": _ratio(texture.entropy(image), texture.entropy(truth)),
+        "compression": _ratio(texture.compression(image), texture.compression(truth)),
+        "gain": NAN if base is None else compare(image, base).detail,
         "seams": _ratio(seams(image, windows), 1.0 if base is None else seams(like, windows)),
         "grid": _ratio(roughness(image, scale), roughness(like, scale)),
     }
+
+
+def _distance(windows: Sequence[Window]) -> int:
+    """How far neighbouring windows are apart, in cells; half a window's own size where there is but one."""
+    lefts = sorted({window.left for window in windows})
+    return min((after - before for before, after in itertools.pairwise(lefts)), default=windows[0].width // 2)
 
 
 def _ratio(part: float, whole: float) -> float:
@@ -160,43 +194,15 @@ def _high_band(image: Picture, scale: int) -> Plane:
     return np.asarray(image - cv2.resize(base, size, interpolation=cv2.INTER_LANCZOS4), np.float32)
 
 
-def _cells(image: Picture) -> Plane:
-    """The mean colour of each latent cell, [H / 8, W / 8, 3]."""
-    height, width = image.shape[:2]
-    small = cv2.resize(image.astype(np.float32), (width // CELL, height // CELL), interpolation=cv2.INTER_AREA)
-    return np.asarray(small, np.float32)
-
-
-def seams(image: Picture, windows: Sequence[Window]) -> float:
-    """Mean difference of neighbouring cells across the borders of windows, relative to that of all others; 1 is none.
-
-    Of cells rather than pixels: the VAE smears a jump in the latent over some pixels, and has a grid of cells itself.
-    """
-    cells = _cells(image)
-    down, across = (np.abs(np.diff(cells, axis=axis)).mean(-1) for axis in (0, 1))
-    at_down, at_across = np.zeros(down.shape, bool), np.zeros(across.shape, bool)
-    for window in windows:
-        rows, columns = (slice(max(part.start, 0), part.stop) for part in (window.rows, window.columns))
-        for line in (window.top - 1, window.top + window.height - 1):
-            if 0 <= line < len(at_down):
-                at_down[line, columns] = True
-        for line in (window.left - 1, window.left + window.width - 1):
-            if 0 <= line < at_across.shape[1]:
-                at_across[rows, line] = True
-    border = np.concatenate([down[at_down], across[at_across]])
-    other = np.concatenate([down[~at_down], across[~at_across]])
-    return _ratio(float(border.mean()), float(other.mean())) if border.size and other.size else NAN
-
-
 def roughness(image: Picture, dilation: int) -> float:
     """The difference of cells at distance 1, relative to that at distance `dilation`, where both are of one view.
 
     Where the views of the dilated pass disagree, the cells of one view are more alike than neighbours, everywhere else
     less.
     """
-    cells = _cells(image)
-    near, far = (np.mean([np.abs(cells[distance:] - cells[:-distance]).mean(),
-                          np.abs(cells[:, distance:] - cells[:, :-distance]).mean()]) for distance in (1, dilation))
+    found = cells(image)
+    near, far = (np.mean([np.abs(found[distance:] - found[:-distance]).mean(),
+                          np.abs(found[:, distance:] - found[:, :-distance]).mean()]) for distance in (1, dilation))
     return _ratio(float(near), float(far))
 
 
@@ -219,6 +225,36 @@ def ghosts(image: Picture, base: Picture, known: Sequence[Found]) -> int:
     mask = cv2.morphologyEx((strength > GHOST).astype(np.uint8), cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
     _, _, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=4)
     return int((stats[1:, cv2.CC_STAT_AREA] >= MIN_AREA * side**2).sum())
+
+
+def _insides(things: Sequence[Found]) -> Iterator[NDArray[np.bool_]]:
+    """Each thing's area without its rim, at the size in which ghosts are looked for."""
+    side = _GHOSTS_SIDE
+    kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (_NEAR + 1, _NEAR + 1))
+    for thing in things:
+        inside = cv2.erode((painted([thing], side, side) > 0).astype(np.uint8), kernel) > 0
+        if inside.any():
+            yield inside
+
+
+def patches(image: Picture, base: Picture, things: Sequence[Found]) -> int:
+    """How many places inside of things of the base picture look otherwise than the rest of the thing does: holes,
+    patches of the ground's colour, halves of another colour."""
+    side, found = _GHOSTS_SIDE, 0
+    difference = cv2.GaussianBlur(_lab(image, side) - _lab(base, side), (0, 0), _FINE)
+    for inside in _insides(things):
+        strength = np.linalg.norm(difference - np.median(difference[inside], axis=0), axis=-1)
+        mask = ((strength > PATCH) & inside).astype(np.uint8)
+        _, _, stats, _ = cv2.connectedComponentsWithStats(
+            cv2.morphologyEx(mask, cv2.MORPH_OPEN, np.ones((3, 3), np.uint8)), connectivity=4)
+        found += int((stats[1:, cv2.CC_STAT_AREA] >= MIN_AREA * side**2).sum())
+    return found
+
+
+def tint(image: Picture, base: Picture, things: Sequence[Found]) -> float:
+    """The largest distance in Lab of a thing's mean colour from that in the base picture; nan without things."""
+    difference = _lab(image, _GHOSTS_SIDE) - _lab(base, _GHOSTS_SIDE)
+    return max((float(np.linalg.norm(difference[inside].mean(0))) for inside in _insides(things)), default=NAN)
 
 
 def _lab(image: Picture, side: int) -> Plane:
