@@ -224,7 +224,8 @@ def test_a_run(capsys, models):
     lines = out.splitlines()
     assert [line.split()[:2] for line in lines[:3]] == [["base", "128x128"], ["stage", "2x"], ["stage", "3x"]]
     assert "9 windows + 4 dilated views" in lines[1] and "evaluations" in lines[1] and lines[1].endswith(" s")
-    assert lines[3:] == ["wrote base.png, stage-2x.png, final.png, explain.png in out/"]
+    assert lines[3].startswith("quality: detail ") and all(line.startswith("look: ") for line in lines[4:-1])
+    assert lines[-1] == "wrote base.png, stage-2x.png, final.png, explain.png in out/"
     assert "latent/s" in err and "Traceback" not in err
     sizes = {"base": 128, "stage-2x": 256, "final": 384}
     assert {path.name for path in Path("out").iterdir()} == {f"{name}.png" for name in [*sizes, "explain"]}
@@ -258,6 +259,7 @@ def test_json_and_the_dry_run_s_numbers_are_those_of_the_run(capsys, models):
     assert result["settings"] == planned["settings"] and result["target"] == {"width": 320, "height": 320}
     for image in result["images"]:
         assert image["stopped"] == "" and (image["width"], image["height"]) == (320, 320)
+        assert 0 < image["quality"]["changed"] < 1 and image["quality"]["seams"] > 0
         assert image["files"]["final"] == f"out/final-{image['seed']}.png"
         assert all(Path(path).is_file() for path in image["files"].values())
         assert all(part.pop("seconds") > 0 for part in image["parts"])
