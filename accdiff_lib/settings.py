@@ -8,7 +8,7 @@ makes settings from values).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -181,6 +181,9 @@ class Settings:
     first_method: str = option(  # its choices are Same and the table of methods
         SAME, "first method", "Method of the first stage: ScaleCrafter to 2x, say, and windows to 4x. Same "
         "takes that of all stages.", group="stages")
+    by_stage: str = option(
+        "", "by stage", "Other values in single stages, like start=0.5/0.4 control_strength=0.6/0.4: the first "
+        "stage's, the second's and so on; the last one holds for all after it. For options with decimals.", group="stages")
     base_pass: bool = option(
         True, "base pass", "Make a base picture first and enlarge it; off samples the full size from noise.",
         group="stages")
@@ -255,6 +258,13 @@ class Settings:
         """Whether the method of any stage has what the ControlNet could guide."""
         return any(each.uses_controlnet for each in self.each)
 
+    def at(self, number: int) -> Settings:
+        """These in stage `number`, counted from 1: with the values that `by_stage` has for it."""
+        if not self.by_stage:
+            return self
+        given = stage_values(self.by_stage, table(type(self)))
+        return replace(self, **{name: found[min(number, len(found)) - 1] for name, found in given.items()})
+
     @property
     def records_attention(self) -> bool:
         """Whether the method wants the attention maps of the base pass."""
@@ -293,6 +303,29 @@ class Settings:
         """What the user should know of these values, a sentence each."""
         if self.doubling and not self.progressive:
             yield "doubling: without progressive there is but one stage, so it changes nothing"
+
+
+def stage_values(text: str, options: Mapping[str, Option], *, strict: bool = False) -> dict[str, list[Any]]:
+    """What `by_stage` says, of those options: each one's values from the first stage on.
+
+    Raises InputError where it says nothing that has a meaning; `strict` also for other options.
+    """
+    found = {}
+    for entry in text.replace(",", " ").split():
+        name, equals, given = entry.partition("=")
+        row = options.get(name)
+        if not equals or not given or (strict and (row is None or not _may_change(row))):
+            which = ", ".join(row.name for row in options.values() if _may_change(row))
+            raise InputError(f"by_stage: {shown(entry)} is not allowed; it takes NAME=VALUE/VALUE/..., and as names "
+                             f"{which}")
+        if row is not None:
+            found[name] = [row.parse(value, f"by_stage: {name}") for value in given.split("/")]
+    return found
+
+
+def _may_change(row: Option) -> bool:
+    """Whether stages may have different values: it must neither decide what stages there are nor what all share."""
+    return row.kind is float and row.group != "main" and row.name != "tolerance"
 
 
 def table(settings: type[Settings]) -> dict[str, Option]:

@@ -378,7 +378,6 @@ class Extrapolation:
         return StageInputs(request.plan, stage, upsampled, noise, request.prompt, self.texts, request.guidance,
                            request.seed, words, seen, guide, request.regions)
 
-
     def _mixed(self, request: Request, stage: Stage, last: Picture, upsampled: Tensor) -> Tensor:
         """The enlarged latent, with the high band of the enlarged picture."""
         image = last.image

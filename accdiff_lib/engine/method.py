@@ -162,8 +162,8 @@ class Method:
     def of_stage(self, stage: Stage, settings: Settings) -> tuple[Method, Settings]:
         """The method and settings by which a stage is made."""
         if stage.number == 1 and self.first is not None and settings.first is not None:
-            return self.first, settings.first
-        return self, settings
+            return self.first, settings.first.at(stage.number)
+        return self, settings.at(stage.number)
 
     def said(self, stages: Sequence[Stage], settings: Settings,
              convolutions: Callable[[], Sequence[Convolution]]) -> list[str]:

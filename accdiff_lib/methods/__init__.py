@@ -6,14 +6,14 @@ computes is beside them and imported when a picture is made.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from accdiff_lib.engine.method import Method
 from accdiff_lib.errors import InputError, named
 from accdiff_lib.methods import elastic, fused, scalecrafter
-from accdiff_lib.settings import PRESETS, SAME, Option, Settings, table, text
+from accdiff_lib.settings import PRESETS, SAME, Option, Settings, stage_values, table, text
 from accdiff_lib.settings import values as values_of
 
 METHODS: dict[str, Method] = {method.name: method for method in (
@@ -93,8 +93,17 @@ def make(given: Mapping[str, Any] | None = None) -> Settings:
     settings = _made(METHODS[method], {**starting, **parsed})
     if first not in (SAME, method):
         settings = replace(settings, first=_first(METHODS[first], settings, {**starting, **parsed}))
+    _check_stages(settings, known)
     remarks = (remark for each in settings.each for remark in each.remarks())
     return replace(settings, notes=tuple(dict.fromkeys((*notes, *remarks))))
+
+
+def _check_stages(settings: Settings, known: Sequence[str]) -> None:
+    """Raises InputError where `by_stage` has no meaning, or values of a stage contradict each other."""
+    given = stage_values(settings.by_stage, {name: OPTIONS[name] for name in known}, strict=True)
+    for number in range(1, max(map(len, given.values()), default=0) + 1):
+        for each in settings.each:
+            each.at(number).check()
 
 
 def _made(method: Method, values: Mapping[str, Any], *, checked: bool = True) -> Settings:

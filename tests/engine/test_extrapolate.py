@@ -194,6 +194,17 @@ def test_every_ablation_has_an_effect(models, with_all_parts, switch):
     assert len(without.pictures) == (2 if switch == "progressive" else 3)
 
 
+def test_stages_may_have_values_of_their_own(models):
+    """As many steps as planned, and the first stage's picture is the one with its value in all."""
+    values = {"scale": 3, "by_stage": "start=0.4/0.7"}
+    result, host = run(models, values)
+    assert [part.latents for part in estimate(request(host, values), host)] == [
+        picture.latents for picture in result.pictures]
+    same, _ = run(models, {"scale": 3, "start": 0.4})
+    assert torch.equal(same.pictures[1].latent, result.pictures[1].latent)
+    assert same.pictures[2].latents > result.pictures[2].latents
+
+
 @pytest.mark.parametrize("sampler", list(SAMPLERS))
 def test_every_sampler_drives_the_canvas(models, sampler):
     result, host = run(models, sampler=sampler, scheduler="Karras", steps=4)

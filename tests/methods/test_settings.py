@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from accdiff_lib.engine.plan import make_plan
 from accdiff_lib.errors import InputError
-from accdiff_lib.methods import METHODS, OPTIONS, changed, from_infotext, infotext, make, names
+from accdiff_lib.methods import METHODS, OPTIONS, changed, from_infotext, infotext, make, names, of
 from accdiff_lib.parts import infotext as parameters
 from accdiff_lib.settings import PRESETS, SAME, values
 
@@ -18,6 +21,8 @@ def some_value(option):
         return st.booleans()
     if option.choices:
         return st.sampled_from(option.choices)
+    if option.name == "by_stage":
+        return st.sampled_from(["", "start=0.5/0.4 guidance_rescale=0.2"])
     if option.kind is str:
         return st.sampled_from(["Same", "Euler a", "DPM++ 2M", "Karras"])
     if option.kind is int:
@@ -118,7 +123,28 @@ def test_bad_values_name_option_value_and_what_is_allowed(name, value):
     ({"target_width": 513, "target_height": 512}, "target_width"),
     ({"window": 7}, "window"),
     ({"base_pass": False}, "skip_residual"),
+    ({"control_end": 0.5, "by_stage": "control_start=0.2/0.6"}, "control_start"),
     ({"color": 3}, "color")])
 def test_contradictions(wrong, named):
     with pytest.raises(InputError, match=f"^{named}: "):
         make(wrong)
+
+
+def test_stages_may_have_values_of_their_own():
+    settings = make({"by_stage": "start=0.5/0.4, c=0.2", "start": 0.1, "first_method": "scalecrafter"})
+    assert [settings.at(number).start for number in (1, 2, 3)] == [0.5, 0.4, 0.4]
+    assert settings.at(1).c == settings.at(9).c == 0.2 and settings.start == 0.1
+    method = of(settings)
+    first, second = (method.of_stage(stage, settings) for stage in make_plan((256, 256), replace(
+        settings, scale=3), native=32).stages)
+    assert (first[0].name, first[1].start, second[0].name, second[1].start) == (
+        "scalecrafter", 0.5, "accdiffusion-v2", 0.4)
+    assert make().at(3) is not None and make().at(3) == make()
+
+
+@pytest.mark.parametrize("wrong", [
+    "start", "start=", "=0.5", "start=0.5//0.4", "start=2", "colour=1", "scale=2/3", "window=32", "tolerance=0.01",
+    "skip_residual=on", "start=0.5 = 0.4", "patch_size=3"])
+def test_what_stages_cannot_have(wrong):
+    with pytest.raises(InputError, match=r"^by_stage: "):
+        make({"by_stage": wrong})

@@ -38,7 +38,7 @@ RELEASED = (
     "guidance_end", "border", "first_method", "region_border", "bootstrapping", "dilation_ratio", "dilation_places",
     "dilate", "dilate_skip", "dilate_tau", "ndcfg_tau", "progressive_dilate", "inflate_tau", "low_pass", "freeu",
     "canvas_guidance", "resampling_steps", "new_p", "rrg_init_weight", "rrg_scale", "rrg_stop", "repaint", "patch_size",
-    "view_join", "reduction", "elastic_guidance", "structure_guidance", "reference", "enlarger")
+    "view_join", "reduction", "elastic_guidance", "structure_guidance", "reference", "enlarger", "by_stage")
 
 
 def values_of(option):
@@ -47,6 +47,8 @@ def values_of(option):
         return st.booleans()
     if option.choices:
         return st.sampled_from(option.choices)
+    if option.name == "by_stage":
+        return st.sampled_from(["", "start=0.5/0.4 guidance_rescale=0.2"])
     if option.kind is str:
         return st.sampled_from(["Same", "Euler a", "DPM++ 2M", "Karras"])
     if option.kind is int:
