@@ -183,7 +183,8 @@ class Settings:
         "takes that of all stages.", group="stages")
     by_stage: str = option(
         "", "by stage", "Other values in single stages, like start=0.5/0.4 control_strength=0.6/0.4: the first "
-        "stage's, the second's and so on; the last one holds for all after it. For options with decimals.", group="stages")
+        "stage's, the second's and so on; the last one holds for all after it. For options with decimals.",
+        group="stages")
     base_pass: bool = option(
         True, "base pass", "Make a base picture first and enlarge it; off samples the full size from noise.",
         group="stages")
