@@ -27,7 +27,7 @@ from tests import tiny
 from tests.silent import SilentProgress
 
 PROMPT = "a red ball and a (blue:1.2) star on the snow"
-ALL_PARTS = {"scale": 3, "c": 0.5}
+ALL_PARTS = {"scale": 2, "c": 0.5}
 
 
 @pytest.fixture(scope="module")
@@ -184,14 +184,20 @@ def with_all_parts(models) -> Tensor:
     return latent(run(models, ALL_PARTS)[0])
 
 
-@pytest.mark.parametrize("switch", ["progressive", "skip_residual", "window_prompts", "controlnet", "dilated",
+@pytest.mark.parametrize("switch", ["skip_residual", "window_prompts", "controlnet", "dilated",
                                     "gaussian", "interaction", "jitter"])
 def test_every_ablation_has_an_effect(models, with_all_parts, switch):
     """Each part's switch changes the picture, so each part is really there."""
     without, _ = run(models, {**ALL_PARTS, switch: False})
     assert torch.isfinite(latent(without)).all()
     assert not torch.allclose(with_all_parts, latent(without), atol=1e-3)
-    assert len(without.pictures) == (2 if switch == "progressive" else 3)
+
+
+def test_straight_to_the_target(models):
+    values = {"target_width": 160, "target_height": 160, "start": 0.6}
+    (through, _), (straight, _) = (run(models, {**values, "progressive": way}, base=(64, 64)) for way in (True, False))
+    assert [len(result.pictures) for result in (through, straight)] == [3, 2]
+    assert not torch.allclose(latent(through), latent(straight), atol=1e-3)
 
 
 def test_stages_may_have_values_of_their_own(models):
@@ -290,7 +296,7 @@ def test_texts_are_encoded_once_each(models):
             return super().encode_texts(prompts)
 
     host = make_host(models, cls=Counting)
-    wanted = request(host, {"scale": 3, "c": 0.5})
+    wanted = request(host, ALL_PARTS)
     extrapolation = Extrapolation(host, wanted.settings.window_batch)
     result = extrapolation.run(wanted)
     extrapolation.run(replace(wanted, seed=6))
