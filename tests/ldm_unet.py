@@ -151,7 +151,7 @@ class UNetModel(nn.Module):
                  context: int, use_linear: bool, adm: int | None, inputs: int) -> None:
         """`depths` are the transformer blocks of each level, 0 for a level without attention."""
         super().__init__()
-        self.model_channels = channels[0]
+        self.model_channels, self.in_channels, self.out_channels = channels[0], inputs, 4
         emb = 4 * channels[0]
 
         def block(before: int, level: int, *more: nn.Module) -> TimestepEmbedSequential:

@@ -58,7 +58,6 @@ class Checkpoint(nn.Module):
         self.applied_token_merged_ratio = 0.0
         self.model: Any = nn.Module()
         unet: Any = ldm_unet.from_diffusers(models.unet)
-        unet.in_channels, unet.out_channels = models.unet.config.in_channels, 4
         self.is_sdxl_inpaint = unet.in_channels == 9
         self.model.diffusion_model = unet
         self.first_stage_model: Any = ldm_vae.from_diffusers(models.vae).requires_grad_(False)

@@ -170,7 +170,7 @@ class A1111Host(WindowHost):
 
     @contextmanager
     def _evaluating(self, x: Tensor, sigma: Tensor, conditioning: Conditioning,
-                    unconditional: Callable[[Tensor], None] | None) -> Iterator[None]:
+                    unconditional: Callable[[Tensor], None] | None = None) -> Iterator[None]:
         bring_unet(self._model)
         with ExitStack() as stack:
             if self._controlnet is not None and conditioning.steered:

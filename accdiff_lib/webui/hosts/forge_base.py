@@ -281,7 +281,7 @@ class ForgeHost(WindowHost):
 
     @contextmanager
     def _evaluating(self, x: Tensor, sigma: Tensor, conditioning: Conditioning,
-                    unconditional: Callable[[Tensor], None] | None) -> Iterator[None]:
+                    unconditional: Callable[[Tensor], None] | None = None) -> Iterator[None]:
         with ExitStack() as stack:
             self._stage.require(x)
             if self.has_control and conditioning.steered:

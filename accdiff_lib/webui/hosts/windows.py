@@ -63,6 +63,8 @@ class Session(ABC):
         #: The loaded ControlNet, if there is one.
         self.control: Any = None
         self._levels = webui.levels(model)
+        #: What the UNet's output is: "epsilon" or "v_prediction".
+        self.prediction = webui.prediction(model)
 
     @property
     def has_control(self) -> bool:
@@ -159,7 +161,7 @@ class WindowHost(ABC):
 
     @abstractmethod
     def _evaluating(self, x: Tensor, sigma: Tensor, conditioning: Conditioning,
-                    unconditional: Callable[[Tensor], None] | None) -> AbstractContextManager[None]:
+                    unconditional: Callable[[Tensor], None] | None = None) -> AbstractContextManager[None]:
         """Around the call of the denoiser: the UNet is in its place, hint and guidance rescale act, and `unconditional`
         is told (see engine.host.Host)."""
 

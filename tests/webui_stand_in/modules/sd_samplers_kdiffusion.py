@@ -9,7 +9,9 @@ class CFGDenoiserKDiffusion(sd_samplers_cfg_denoiser.CFGDenoiser):
     @property
     def inner_model(self):
         if self.model_wrap is None:
-            self.model_wrap = k_diffusion.external.CompVisDenoiser(sd_models.model_data.sd_model)
+            model, external = sd_models.model_data.sd_model, k_diffusion.external
+            kind = external.CompVisVDenoiser if model.parameterization == "v" else external.CompVisDenoiser
+            self.model_wrap = kind(model)
         return self.model_wrap
 
 
