@@ -148,10 +148,10 @@ class UNetModel(nn.Module):
     """`diffusion_model`: called `unet(x, timesteps=, context=, y=)` as the WebUIs' wrappers do."""
 
     def __init__(self, *, channels: list[int], layers: int, depths: list[int], middle_depth: int, heads: list[int],
-                 context: int, use_linear: bool, adm: int | None) -> None:
+                 context: int, use_linear: bool, adm: int | None, inputs: int) -> None:
         """`depths` are the transformer blocks of each level, 0 for a level without attention."""
         super().__init__()
-        self.model_channels = channels[0]
+        self.model_channels, self.in_channels, self.out_channels = channels[0], inputs, 4
         emb = 4 * channels[0]
 
         def block(before: int, level: int, *more: nn.Module) -> TimestepEmbedSequential:
@@ -170,7 +170,7 @@ class UNetModel(nn.Module):
         self.num_classes = None if adm is None else "sequential"
         if adm is not None:
             self.label_emb = nn.Sequential(two_layers(adm))
-        self.input_blocks = nn.ModuleList([TimestepEmbedSequential(nn.Conv2d(4, channels[0], 3, padding=1))])
+        self.input_blocks = nn.ModuleList([TimestepEmbedSequential(nn.Conv2d(inputs, channels[0], 3, padding=1))])
         skips, now, last = [channels[0]], channels[0], len(channels) - 1
         for level, width in enumerate(channels):
             for _ in range(layers):
@@ -218,7 +218,8 @@ def from_diffusers(unet: Any) -> UNetModel:
         depths=[depth * ("Attn" in kind) for depth, kind in zip(depths, config.down_block_types, strict=True)],
         middle_depth=depths[-1], heads=by_level(config.attention_head_dim), context=config.cross_attention_dim,
         use_linear=config.use_linear_projection,
-        adm=config.projection_class_embeddings_input_dim if config.addition_embed_type == "text_time" else None)
+        adm=config.projection_class_embeddings_input_dim if config.addition_embed_type == "text_time" else None,
+        inputs=config.in_channels)
     places = names.unet(unet.state_dict(), config)
     model.load_state_dict({places[key].name: weight.clone() for key, weight in unet.state_dict().items()})
     return model.eval().requires_grad_(False)

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,19 @@ def sd15(*, sample_size: int = 64, prediction: str = "epsilon", seed: int = 2) -
     texts: list[Any] = [{**_TEXT, "hidden_act": "quick_gelu"}]
     return random_model.build("sd15", seed, unet=unet, vae=vae, texts=texts, controlnet=_HINT, name="tiny-sd15",
                               prediction=prediction)
+
+
+def widened(models: Models, channels: int, scale: float = 0.0) -> Models:
+    """The same with a UNet of so many input channels; those beside the latent's have random weights of this scale."""
+    unet: Any = models.unet
+    config = {key: value for key, value in unet.config.items() if key != "_use_default_values"}
+    wide = type(unet).from_config({**config, "in_channels": channels})
+    weights = unet.state_dict()
+    first = weights["conv_in.weight"]
+    more = torch.randn(first.shape[0], channels - first.shape[1], *first.shape[2:],
+                       generator=torch.Generator().manual_seed(0))
+    wide.load_state_dict({**weights, "conv_in.weight": torch.cat([first, scale * more], dim=1)})
+    return replace(models, unet=wide.eval().requires_grad_(False))
 
 
 @cache

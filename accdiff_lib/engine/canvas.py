@@ -20,6 +20,7 @@ from accdiff_lib.engine.method import Call
 from accdiff_lib.engine.plan import Plan, Stage
 from accdiff_lib.engine.schedule import Script
 from accdiff_lib.engine.spread import check_stop
+from accdiff_lib.engine.unconditional import Answers
 from accdiff_lib.parts import reference
 from accdiff_lib.parts.regions import Region
 from accdiff_lib.parts.structure import Guide
@@ -85,13 +86,15 @@ class Canvas:
     """
 
     def __init__(self, host: Host, script: Script, settings: Settings, inputs: StageInputs, predictor: Predictor,
-                 finite: Finite | None = None):
+                 finite: Finite | None = None, answers: Answers | None = None):
+        """`answers` is the predictor's host where the sampler takes unconditional predictions."""
         self.host = host
         self.script = script
         self.settings = settings
         self.inputs = inputs
         self.predictor = predictor
         self._finite = finite or Finite(host)
+        self._answers = answers
         #: The latest prediction, for previews and for Skip.
         self.denoised: Tensor | None = None
         self._calls = iter(script.calls)
@@ -100,28 +103,49 @@ class Canvas:
         if inputs.upsampled is not None and settings.structure_guidance:
             self._low = reference.reduced(inputs.upsampled)
 
-    def __call__(self, x: Tensor, sigma: Tensor, **_: object) -> Tensor:
+    def __call__(self, x: Tensor, sigma: Tensor, *, unconditional: Callable[[Tensor], None] | None = None,
+                 **_: object) -> Tensor:
         """The x0 prediction of `x` [1, C, h, w] at noise level `sigma` ([1] or a scalar), of the same shape.
 
-        Beside a stochastic sampler's canvas its trajectory is sampled, as a second latent of `x` (`run`).
+        See engine.host.Denoiser for `unconditional`. Beside a stochastic sampler's canvas its trajectory is sampled, as
+        a second latent of `x` (`run`).
         """
         call = next(self._calls)
         whole, x = x, x[:1]
         check_stop(self.host.progress)
         if call.first and call.c1 > 0:
             x.lerp_(whole[1:] if len(whole) > 1 else self.inputs.trajectory(call.sigma).to(x), call.c1)
+        before = x if unconditional is None else x.clone()  # the predictor may rewrite it
         denoised = self._finite.prediction(
-            lambda x, sigma, control: self.predictor(x, sigma, replace(call, control=control)), x, sigma.flatten()[0],
+            lambda x, sigma, control: self._predicted(x, sigma, replace(call, control=control)), x, sigma.flatten()[0],
             call.sigma, f"at step {call.step + 1} of {self.inputs.stage.name}", control=call.control)
+        if unconditional is not None:
+            unconditional(self._beside(self._unconditional(before, call, denoised), whole))
         if self._low is not None:
             gain = self.settings.structure_guidance * reference.gain(call.sigma, float(self.script.sigmas[0]))
             denoised = reference.held(denoised, self._low, gain)
         self.denoised = denoised
         if call.first:
             self.host.progress.preview(denoised)
+        return self._beside(denoised, whole)
+
+    def _beside(self, denoised: Tensor, whole: Tensor) -> Tensor:
+        """The prediction of the canvas, with the trajectory's where that is sampled beside it."""
         if self.inputs.upsampled is None or len(whole) == 1:
             return denoised
-        return torch.cat([denoised, self.inputs.upsampled.to(x)])
+        return torch.cat([denoised, self.inputs.upsampled.to(denoised)])
+
+    def _predicted(self, x: Tensor, sigma: Tensor, call: Call) -> Tensor:
+        answers = self._answers
+        if answers is None:
+            return self.predictor(x, sigma, call)
+        return answers.first(lambda: self.predictor(x, sigma, replace(call, factor=answers.factor)))
+
+    def _unconditional(self, x: Tensor, call: Call, denoised: Tensor) -> Tensor:
+        if self._answers is None:
+            return denoised
+        with self._answers.second():
+            return self.predictor(x, torch.tensor(call.sigma), replace(call, factor=0.0))
 
     def run(self, solver: Solver, seed: int) -> Tensor:
         """Samples the stage with `solver`: its latent [1, C, h, w].

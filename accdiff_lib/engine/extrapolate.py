@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import cv2
 import torch
@@ -22,6 +22,7 @@ from accdiff_lib.engine.plan import CELL, Plan, Stage
 from accdiff_lib.engine.resume import Kept, Part, Resumable
 from accdiff_lib.engine.schedule import make_script, rehearse
 from accdiff_lib.engine.spread import Batcher, check_stop
+from accdiff_lib.engine.unconditional import Answers
 from accdiff_lib.errors import Interrupted, NotFinite, OutOfMemory, Skipped, is_out_of_memory, out_of_memory
 from accdiff_lib.parts import reference
 from accdiff_lib.parts.attention import AttentionRecorder, map_size
@@ -341,11 +342,13 @@ class Extrapolation:
                              regions=request.regions)
         host.progress.begin(stage, script.latents)
         inputs = self._inputs(request, stage, last, words, steered=any(call.control for call in script.calls))
-        predictor = method.canvas(host, inputs, settings, self._batcher)
+        factor = getattr(host.stage_solver, "cfg_pp", 0.0)
+        answers = Answers(host, self._batcher, factor) if factor else None
+        predictor = method.canvas(cast(Host, answers or host), inputs, settings, self._batcher)
         if predictor.explanation is not None:
             result.explanation.stages.append((stage, predictor.explanation))
         part = request.kept.part(stage.name, script.latents, explanation=predictor.explanation, batches=self._batcher)
-        canvas = Canvas(host, script, settings, inputs, Resumable(predictor, part), self._finite)
+        canvas = Canvas(host, script, settings, inputs, Resumable(predictor, part), self._finite, answers)
         seed = seeds.derive(request.seed, "stage sampler", stage.number)
         try:
             with self._finite:

@@ -24,7 +24,8 @@ from accdiff_lib.parts.windows import Window
 #: An encoded prompt (positive and negative together). The engine never looks inside.
 Text = Any
 
-#: `denoised = model(x, sigma)`: an x0 prediction, which is what a k-diffusion sampler integrates.
+#: `denoised = model(x, sigma)`: an x0 prediction, which is what a k-diffusion sampler integrates. A CFG++ sampler may
+#: add `unconditional=`, a function that is told the unconditional prediction of the same `x`.
 Denoiser = Callable[..., Tensor]
 
 
@@ -114,7 +115,10 @@ class Picture:
 
 
 class Solver(Protocol):
-    """The user's sampler and schedule: integrates any denoiser."""
+    """The user's sampler and schedule: integrates any denoiser.
+
+    A CFG++ sampler, which takes unconditional predictions, has `cfg_pp`: what it multiplies the CFG scale by.
+    """
 
     name: str
     #: [N + 1], descending, float32 on the CPU; the last is 0.
@@ -198,8 +202,11 @@ class Host(Protocol):
         """
         ...
 
-    def denoise(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+    def denoise(self, x: Tensor, sigma: Tensor, conditioning: Conditioning, *,
+                unconditional: Callable[[Tensor], None] | None = None) -> Tensor:
         """x0 predictions [M, C, h, w] of `x` [M, C, h, w] at noise level `sigma` (a scalar tensor), after CFG.
+
+        `unconditional` is told those of the unconditional halves, where there are any.
 
         All but `sigma` is on `device`; NaN are returned like other numbers. Raises whatever the device raises when
         memory runs out; latents never influence each other.

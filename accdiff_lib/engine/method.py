@@ -75,6 +75,8 @@ class Call:
     method: Any = None
     #: What the method evaluates for it.
     work: tuple[Work, ...] = ()
+    #: What the sampler multiplies CFG scales by; at 0 it asks for the unconditional prediction.
+    factor: float = 1.0
 
     @property
     def first(self) -> bool:
@@ -83,7 +85,7 @@ class Call:
 
     def scale(self, own: float, base: float) -> float:
         """The CFG scale of a part that may have its `own` (0 takes the base pass's); 1 without CFG."""
-        return own or base if self.guided else 1.0
+        return (own or base) * self.factor if self.guided else 1.0
 
 
 @dataclass(frozen=True)

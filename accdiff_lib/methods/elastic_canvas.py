@@ -337,7 +337,8 @@ class ElasticPredictor:
     def __call__(self, x: Tensor, sigma: Tensor, call: Call) -> Tensor:
         """See engine.canvas.Predictor."""
         self._call = call
-        return self.canvas(x, sigma, replace(call.method, steered=call.control), call.step, call.trial)
+        return self.canvas(x, sigma, replace(call.method, steered=call.control,
+                                              guidance=call.method.guidance * call.factor), call.step, call.trial)
 
     def _draws(self) -> Callable[[int, int, int], Draws]:
         stage, seed = self.inputs.stage, self.inputs.seed

@@ -31,6 +31,8 @@ ALLOWED = {
     "--embedding-dir": "a folder with embeddings (textual inversion) as .safetensors files for the model's family",
 }
 
+#: Input channels of an inpainting model's UNet: the latent, a mask and the latent of the masked picture.
+INPAINTING = 9
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 _MAX_HEADER = 100 * 2**20  # bytes; the format's own limit
 
@@ -178,9 +180,8 @@ def kind(file: TensorFile) -> str:
     if first is None:
         return _kind_without_unet(file)
     channels = first[1] if len(first) == 4 else 0
-    if channels != 4:
-        return {9: "an inpainting model", 8: "an image-editing or video model"}.get(
-            channels, f"a UNet of {channels} input channels")
+    if channels not in (4, INPAINTING):
+        return other_inputs(channels)
     if "edm_mean" in file:
         return "Playground v2.5 (EDM noise levels)"
     if file.has(names.SDXL_TEXT) and file.has(names.SDXL_TEXT_2):
@@ -192,6 +193,12 @@ def kind(file: TensorFile) -> str:
     if file.has(names.SD15_TEXT) and not file.has(f"{names.UNET}label_emb."):
         return "SD1.5"
     return "a UNet without its text encoder"
+
+
+def other_inputs(channels: int) -> str:
+    """What a model is by its UNet's input channels, where they are not the latent's nor an inpainting model's."""
+    return {8: "an image-editing or video model", 5: "a depth-to-image model"}.get(
+        channels, f"a UNet of {channels} input channels")
 
 
 def _kind_without_unet(file: TensorFile) -> str:

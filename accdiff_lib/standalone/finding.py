@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from accdiff_lib.errors import InputError
 from accdiff_lib.parts import weight_names as names
-from accdiff_lib.parts.checkpoint import Given, TensorFile, kind, tensor_file
+from accdiff_lib.parts.checkpoint import INPAINTING, Given, TensorFile, kind, other_inputs, tensor_file
 from accdiff_lib.parts.noise_levels import alphas_cumprod
 from accdiff_lib.parts.weight_names import Place
 from accdiff_lib.standalone.prediction_type import prediction_type
@@ -166,6 +166,7 @@ def _find_file(given: Given, configs: Given | None, prediction: str) -> Found:
         raise source.error(f"these are not the configs of an {words} model, which {given.path.name} is")
     if f"{names.UNET}time_embed.cond_proj.weight" in file:
         raise given.error(_DISTILLED)
+    unet["in_channels"] = file.shapes[f"{names.UNET}input_blocks.0.0.weight"][1]
     found = _found(given, source, family, unet, vae, prediction, file)
     found.parts["unet"] = Part("unet", found.shape.unet, file, _unet_places, names.UNET, closed=True)
     found.parts["vae"] = _vae_part(vae, file) or Part("vae", vae, TensorFile(given, []), _vae_places)
@@ -179,8 +180,8 @@ def _find_file(given: Given, configs: Given | None, prediction: str) -> Found:
 def _found(given: Given, source: Given, family: str, unet: dict[str, Any], vae: dict[str, Any], prediction: str,
            file: TensorFile | None = None) -> Found:
     """What folders and checkpoints have in common: checks of the UNet's config, noise schedule, tokenizers."""
-    if unet.get("in_channels", 4) != 4:
-        raise given.error(f"it is an inpainting or editing model (a UNet of {unet['in_channels']} input channels)")
+    if unet.get("in_channels", 4) not in (4, INPAINTING):
+        raise given.error(f"it seems to be {other_inputs(unet['in_channels'])}")
     if unet.get("time_cond_proj_dim") is not None:
         raise given.error(_DISTILLED)
     if not isinstance(unet.get("cross_attention_dim"), int) or not isinstance(unet.get("layers_per_block", 2), int):
@@ -295,6 +296,7 @@ def _find_controlnet(given: Given, unet: Mapping[str, Any]) -> Part:
         raise given.error("the config.json with it is of another ControlNet; it must be its own, or not be there")
     if config is None:
         config = {key: unet[key] for key in _SHARED_WITH_UNET if key in unet}
+        config["in_channels"] = _first(file, prefix)[1]
         config["conditioning_embedding_out_channels"] = _hint_channels(file, prefix, original)
     places = _unet_places if original else _diffusers_places(file)
     return Part("controlnet", config, file, places, prefix, closed=True)
@@ -302,7 +304,7 @@ def _find_controlnet(given: Given, unet: Mapping[str, Any]) -> Part:
 
 #: What a ControlNet's config takes over from its UNet's.
 _SHARED_WITH_UNET = (
-    "in_channels", "flip_sin_to_cos", "freq_shift", "down_block_types", "only_cross_attention", "block_out_channels",
+    "flip_sin_to_cos", "freq_shift", "down_block_types", "only_cross_attention", "block_out_channels",
     "layers_per_block", "downsample_padding", "mid_block_scale_factor", "act_fn", "norm_num_groups", "norm_eps",
     "cross_attention_dim", "transformer_layers_per_block", "attention_head_dim", "num_attention_heads",
     "use_linear_projection", "class_embed_type", "addition_embed_type", "addition_time_embed_dim", "num_class_embeds",
@@ -314,10 +316,15 @@ def _is_of_family(file: TensorFile, prefix: str, config: Mapping[str, Any]) -> b
     otherwise fail in the middle of a run."""
     context = {shape[1] for name, shape in file.shapes.items() if name.endswith("attn2.to_k.weight")}
     added = file.has(f"{prefix}label_emb.", f"{prefix}add_embedding.")
-    first = next((file.shapes[prefix + name] for name in ("input_blocks.0.0.weight", "conv_in.weight")
-                  if prefix + name in file), (0,))
+    first = _first(file, prefix)
     return (not context - {config.get("cross_attention_dim")} and first[0] == config.get("block_out_channels", [320])[0]
             and added == (config.get("addition_embed_type") is not None))
+
+
+def _first(file: TensorFile, prefix: str) -> tuple[int, ...]:
+    """The shape of the convolution that takes the latent."""
+    return next((file.shapes[prefix + name] for name in ("input_blocks.0.0.weight", "conv_in.weight")
+                 if prefix + name in file), (0, 0))
 
 
 def _hint_channels(file: TensorFile, prefix: str, original: bool) -> list[int]:

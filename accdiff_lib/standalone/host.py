@@ -68,7 +68,9 @@ class StandaloneHost:
         self.progress = progress
         self.device, self.dtype = torch.device(device), dtype
         self.native = int(self._unet.config["sample_size"])
-        self.channels = int(self._unet.config["in_channels"])
+        self.channels = int(self._unet.config["out_channels"])
+        #: What `_filling` gave, by the latents' sizes.
+        self._filled: dict[tuple[int, int], Tensor] = {}
         levels = self._unet.config["down_block_types"]
         self.attention_halvings = max(level for level, kind in enumerate(levels) if "CrossAttn" in kind)
         self.has_control = models.controlnet is not None
@@ -134,7 +136,8 @@ class StandaloneHost:
     # Model
 
     @torch.no_grad()
-    def denoise(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+    def denoise(self, x: Tensor, sigma: Tensor, conditioning: Conditioning, *,
+                unconditional: Callable[[Tensor], None] | None = None) -> Tensor:
         """See engine.host.Host.
 
         With CFG the UNet's batch is [unconditional, conditional], or one after the other where memory is short; at
@@ -143,16 +146,28 @@ class StandaloneHost:
         both = conditioning.guidance != 1
         level = float(sigma)
         latent = (x.float() / (level**2 + 1) ** 0.5).to(self.dtype)
+        if self._unet.config["in_channels"] > self.channels:
+            latent = torch.cat([latent, self._filling((x.shape[-2], x.shape[-1])).expand(len(x), -1, -1, -1)], dim=1)
         self._residency.use(self._unet, self._controlnet if conditioning.steered else None, keep=self._controlnet)
         output = self._together(latent, level, conditioning, both)
         if output is None:
             output = torch.cat([self._predict(latent, level, conditioning, (half,)) for half in GUIDED])
         uncond, cond = output.chunk(2) if both else (None, output)
+        if unconditional is not None and uncond is not None:
+            unconditional(denoised(x.float(), level, uncond, self.models.prediction).to(x.dtype))
         combined = None
         if any(text.composed for text in conditioning.texts):
             combined = self._composed(latent, level, conditioning, cond, uncond)
         output = guided(cond, uncond, conditioning.guidance, conditioning.rescale, combined=combined)
         return denoised(x.float(), level, output, self.models.prediction).to(x.dtype)
+
+    def _filling(self, size: tuple[int, int]) -> Tensor:
+        """What an inpainting model's UNet gets beside a latent of `size` = (height, width) where all is to be painted:
+        as in the WebUIs [1, 5, h, w], a mask of ones and the latent of a grey picture."""
+        if size not in self._filled:
+            grey = self.encode_image(np.full((8 * size[0], 8 * size[1], 3), 127.5, np.float32))
+            self._filled[size] = torch.cat([torch.ones_like(grey[:, :1]), grey], dim=1)
+        return self._filled[size].to(self.device, self.dtype)
 
     def _together(self, latent: Tensor, level: float, conditioning: Conditioning, both: bool) -> Tensor | None:
         """Both halves in one batch; None where memory is too short for the pair of a single latent."""
@@ -186,7 +201,10 @@ class StandaloneHost:
         return combined
 
     def _predict(self, latent: Tensor, level: float, conditioning: Conditioning, halves: tuple[str, ...]) -> Tensor:
-        """The UNet's output [B, C, h, w], float32, for scaled latents [M, C, h, w]: B is M times the `halves`."""
+        """The UNet's output [B, C, h, w], float32, for scaled latents [M, C, h, w] and what fills up their channels.
+
+        B is M times the `halves`.
+        """
         self._halves = halves
         latent = latent.repeat(len(halves), 1, 1, 1)
         computing = torch.autocast(self.device.type, self._autocast) if self._autocast else nullcontext()
@@ -198,8 +216,8 @@ class StandaloneHost:
                     raise InputError("The window's structure was given, but no ControlNet is loaded.")
                 with self._hints.ready(conditioning) as hint:
                     down, middle = self._controlnet(
-                        latent, t, controlnet_cond=hint.repeat(len(halves), 1, 1, 1), guess_mode=False,
-                        conditioning_scale=conditioning.strength, return_dict=False, **inputs)
+                        latent[:, :self.channels], t, controlnet_cond=hint.repeat(len(halves), 1, 1, 1),
+                        guess_mode=False, conditioning_scale=conditioning.strength, return_dict=False, **inputs)
                 inputs.update(down_block_additional_residuals=down, mid_block_additional_residual=middle)
             return self._unet(latent, t, return_dict=False, **inputs)[0].float()
 

@@ -123,6 +123,7 @@ def _try(found: Found, built: Mapping[str, Any], encoders: Sequence[Any]) -> Non
     side = 2 ** len(found.shape.unet["block_out_channels"])
     with torch.device("meta"), torch.no_grad():
         latent, t = torch.empty(1, 4, side, side), torch.ones(1)
+        given = torch.empty(1, built["unet"].config.in_channels, side, side)
         inputs: dict[str, Any] = {"return_dict": False, "encoder_hidden_states": torch.empty(
             1, CONTEXT, sum(encoder.config.hidden_size for encoder in encoders))}
         if found.shape.family == "sdxl":
@@ -133,12 +134,12 @@ def _try(found: Found, built: Mapping[str, Any], encoders: Sequence[Any]) -> Non
             with _fitting(found, name):
                 encoder(tokens, position_ids=tokens, output_hidden_states=True)
         with _fitting(found, "unet"):
-            built["unet"](latent, t, **inputs)
+            built["unet"](given, t, **inputs)
         if "controlnet" in built:
             with _fitting(found, "controlnet"):
                 down, middle = built["controlnet"](latent, t, controlnet_cond=torch.empty(1, 3, 8 * side, 8 * side),
                                                    **inputs)
-                built["unet"](latent, t, down_block_additional_residuals=down, mid_block_additional_residual=middle,
+                built["unet"](given, t, down_block_additional_residuals=down, mid_block_additional_residual=middle,
                               **inputs)
         with _fitting(found, "vae"):
             built["vae"].encode(built["vae"].decode(latent, return_dict=False)[0])

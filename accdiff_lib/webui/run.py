@@ -155,6 +155,10 @@ class Batch:
         self._guide = asked.guide
         for note in self._settings.notes:
             p.comment(f"AccDiffusion: {note}")
+        if (self._session.prediction == "v_prediction" and self._session.guidance > 1
+                and not self._settings.guidance_rescale):
+            p.comment("AccDiffusion: models that predict v overexpose pictures at a high CFG scale; guidance rescale "
+                      "0.7 helps")
         name, scheduler = hires.stage_sampler(p, self._settings, ticked=self._hires)
         self._solver = stage_solver(p, name, scheduler, self._settings.stage_steps or p.steps,
                                     chosen=self._settings.stage_sampler != SAME)

@@ -1,6 +1,7 @@
 """Makes a checkpoint that the WebUIs load from the embedded model, or any small diffusers model:
 
     python -m tests.live.checkpoint --models WEBUI/models/Stable-diffusion --out embedded
+    python -m tests.live.checkpoint --models WEBUI/models/Stable-diffusion --kinds
 
 Writes there, for WebUIs that have the extension tests/live/tiny_shape:
     embedded.safetensors        all weights in ldm/sgm/open_clip names, float32
@@ -9,13 +10,17 @@ Writes there, for WebUIs that have the extension tests/live/tiny_shape:
                                 extension read
     embedded canny.safetensors  the ControlNet, for WEBUI/models/ControlNet
     embedded lora.safetensors   a LoRA of random weights, for WEBUI/models/Lora
+
+With --kinds the checkpoints of KINDS, which all draw what the model draws.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,6 +29,7 @@ from safetensors.torch import save_file
 from accdiff_lib.standalone.export import to_checkpoint
 from accdiff_lib.standalone.loading import EMBEDDED, load
 from testbed.saving import SCHEDULER, tokenizer_config
+from tests import tiny
 from tests.live.tiny_shape.lib.tiny_shapes import by_level, heads_of
 
 
@@ -33,8 +39,13 @@ def main() -> None:
     parser.add_argument("--vae", type=Path, help="in place of the model's own")
     parser.add_argument("--out", default="embedded", help="name, without folder and ending (default: %(default)s)")
     parser.add_argument("--models", type=Path, required=True, help="folder to write into")
+    parser.add_argument("--kinds", action="store_true", help="the same model as other kinds of checkpoints")
     options = parser.parse_args()
     models = load(options.model, vae=options.vae)
+    if options.kinds:
+        for kind in KINDS:
+            write(KINDS[kind](models), options.models, f"{options.out} {kind}")
+        return
     write(models, options.models, options.out)
     if models.controlnet is not None:
         save_file({name: value.float().contiguous() for name, value in models.controlnet.state_dict().items()},
@@ -100,6 +111,18 @@ def lora(models, rank: int = 2) -> dict[str, torch.Tensor]:
     return found
 
 
+def expressed(models, kind: str):
+    """The same with a UNet that the extension tests/live/tiny_shape expresses in another way."""
+    unet = copy.deepcopy(models.unet)
+    unet.register_to_config(expressed=kind)
+    return replace(models, unet=unet, prediction="v_prediction")
+
+
+#: By the ends of their names: with nine input channels of which five count for nothing, and with v in place of noise.
+KINDS = {"inpainting": lambda models: tiny.widened(models, 9), "v": lambda models: expressed(models, "v"),
+         "zero-snr": lambda models: expressed(models, "zero-snr v")}
+
+
 def config_of(part: str, module) -> dict:
     config = dict(module.config) if part in ("unet", "vae") else module.config.to_dict()
     for key in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
@@ -122,7 +145,8 @@ def unet_params(models, base: str) -> dict:
         "use_checkpoint": False, "in_channels": config["in_channels"], "out_channels": config["out_channels"],
         "attention_resolutions": [2**level for level in range(levels) if attention[level]],
         "use_spatial_transformer": True, "use_linear_in_transformer": bool(config["use_linear_projection"]),
-        "transformer_depth": depth, "context_dim": config["cross_attention_dim"], "legacy": False}
+        "transformer_depth": depth, "context_dim": config["cross_attention_dim"], "legacy": False,
+        **({"expressed": config["expressed"]} if "expressed" in config else {})}
 
 
 def vae_config(models, base: str, model_module: str) -> dict:

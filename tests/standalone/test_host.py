@@ -98,6 +98,25 @@ def test_guidance_1_evaluates_the_conditional_rows_only(host):
     close(alone, host.denoise(latents(), SIGMA, replace(given, texts=as_negative, guidance=4.0)), 1e-4)
 
 
+def test_an_inpainting_model_paints_all():
+    x = latents()
+    plain, blind, seeing = (make_host(models) for models in (
+        tiny.sdxl(), tiny.widened(tiny.sdxl(), 9), tiny.widened(tiny.sdxl(), 9, scale=0.3)))
+    given = conditioning(plain, hints=asked(hints(x)), rescale=0.5)
+    seen = []
+    handle = seeing.models.unet.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    try:
+        results = [host.denoise(x, SIGMA, given) for host in (plain, blind, seeing)]
+    finally:
+        handle.remove()
+    close(results[1], results[0])
+    assert (results[2] - results[0]).abs().max() > 1e-3
+    vae = plain.models.vae
+    grey = vae.encode(torch.zeros(1, 3, 128, 192)).latent_dist.mean * vae.config.scaling_factor
+    filling = torch.cat([torch.ones_like(grey[:, :1]), grey], dim=1).expand(4, -1, -1, -1)
+    close(seen[0][:, 4:], filling, 0.1)  # normalising the flat picture multiplies what is rounded
+
+
 def test_rows_do_not_influence_each_other(host):
     x, given = latents(3), conditioning(host, 3, rescale=0.5)
     given = replace(given, hints=asked(hints(x)))

@@ -325,8 +325,8 @@ FOREIGN = {
     "a VAE": {"decoder.up.0.block.0.conv1.weight": (32, 32, 3, 3), "encoder.down.0.block.0.conv1.weight": (8, 8, 3, 3)},
     "an SD2 model": {CHANNELS: (320, 4, 3, 3), "cond_stage_model.model.ln_final.weight": (8,)},
     "the SDXL refiner": {CHANNELS: (384, 4, 3, 3), "conditioner.embedders.0.model.ln_final.weight": (8,)},
-    "an inpainting model": {CHANNELS: (320, 9, 3, 3), "cond_stage_model.transformer.text_model.x": (8,)},
     "an image-editing or video model": {CHANNELS: (320, 8, 3, 3), "cond_stage_model.transformer.text_model.x": (8,)},
+    "a depth-to-image model": {CHANNELS: (320, 5, 3, 3), "cond_stage_model.transformer.text_model.x": (8,)},
     "a UNet without its text encoder": {CHANNELS: (320, 4, 3, 3)},
     "an SD3 model": {"model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight": (8, 8)},
     "a Flux model": {"double_blocks.0.img_attn.qkv.weight": (8, 8)},
@@ -374,7 +374,7 @@ def test_unfinished_download(store, tmp_path):
 
 @pytest.mark.parametrize(("change", "message"), [
     ("empty", "the folder has no unet/"), ("flux", "SD3 or Flux"), ("refiner", "the SDXL refiner"),
-    ("sd2", "an SD2 model"), ("inpainting", "inpainting"), ("weights", "vae/ has no .safetensors weights"),
+    ("sd2", "an SD2 model"), ("depth", "depth-to-image"), ("weights", "vae/ has no .safetensors weights"),
     ("pickle", "vae/ has pickled weights only"), ("config", "text_encoder/config.json is missing"),
     ("json", "vae/config.json cannot be read"), ("sample", "its UNet predicts 'sample'"), ("edm", "EDM.* noise levels"),
     ("vae", "8 x 8 pixels"),
@@ -393,8 +393,8 @@ def test_folders_that_are_no_model(store, tmp_path, change, message):
         shutil.rmtree(folder / "text_encoder")
     elif change == "sd2":
         edit("text_encoder/config.json", hidden_act="gelu")
-    elif change == "inpainting":
-        edit("unet/config.json", in_channels=9)
+    elif change == "depth":
+        edit("unet/config.json", in_channels=5)
     elif change in ("weights", "pickle"):
         (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
         (folder / "vae" / ("x.bin" if change == "pickle" else "x.txt")).touch()
@@ -409,6 +409,19 @@ def test_folders_that_are_no_model(store, tmp_path, change, message):
     elif change == "vae":
         edit("vae/config.json", block_out_channels=[32, 32, 32])
     refused(message, "--model", folder, folder)
+
+
+@pytest.mark.parametrize("form", ["folder", "file"])
+def test_an_inpainting_model(tmp_path, form):
+    wide = tiny.widened(tiny.sdxl(), 9, scale=1.0)
+    folder = tiny.save_folder(wide, tmp_path / "folder")
+    canny = tiny.export_controlnet(wide, tmp_path / "canny.safetensors")
+    given = folder if form == "folder" else tiny.export_single_file(wide, tmp_path / "x.safetensors")
+    loaded = load(given, config=folder, controlnet=canny)
+    assert torch.equal(loaded.unet.conv_in.weight, wide.unet.conv_in.weight)
+    assert loaded.controlnet.config.in_channels == 4
+    assert examine(given, config=folder, controlnet=canny).weights["unet"] == sum(
+        weight.numel() for weight in wide.unet.parameters())
 
 
 def test_tensors_that_do_not_fit(store, tmp_path):

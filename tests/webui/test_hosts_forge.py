@@ -552,6 +552,14 @@ def test_guidance_rescale_acts_on_what_the_webui_has_combined(unet):
     assert torch.equal(found, expected) and not vars(denoiser)
     with automatic._evaluating(x, sigma, conditioning()):
         assert not vars(denoiser)
+    told: list[Any] = []
+    with host._evaluating(x, sigma, conditioning(), told.append):  # CFG++ samplers ask for it
+        found, = (function({"input": x, "cond_denoised": cond, "uncond_denoised": x, "denoised": combined})
+                  for function in patcher.model_options["sampler_post_cfg_function"][1:])
+    assert told == [x] and found is combined and patcher.model_options["sampler_post_cfg_function"] is others
+    with automatic._evaluating(x, sigma, conditioning(), told.append):
+        found = denoiser.combine_denoised(out, [[(0, 1.0), (1, 0.5)], [(2, 1.0)]], out[-2:], 5.0)
+    assert torch.equal(told[1], out[-2:]) and found is combined and not vars(denoiser)
     for failing in (host, automatic):
         with pytest.raises(ZeroDivisionError), failing._evaluating(x, sigma, conditioning(rescale=0.7)):
             raise ZeroDivisionError

@@ -18,15 +18,18 @@ import pytest
 import torch
 from PIL import Image
 
+from accdiff_lib import seeds
 from accdiff_lib.errors import InputError, NotFinite, OutOfMemory
 from accdiff_lib.methods import make
+from accdiff_lib.parts.noise_levels import alphas_cumprod
 from accdiff_lib.webui import hires, run
 from accdiff_lib.webui.hosts import webui as webui_host
 from accdiff_lib.webui.hosts.ldm import controlnet as ldm_controlnet
 from accdiff_lib.webui.hosts.windows import WindowHost
 from tests import tiny
+from tests.standalone import test_prediction as exact
 from tests.webui_stand_in.generation import BASE, OPTIONS, Answer, WebUI, at_call, started
-from tests.webui_stand_in.model import checkpoint
+from tests.webui_stand_in.model import Checkpoint, checkpoint
 
 #: Calls of the UNet in the base pass.
 STEPS = BASE["steps"]
@@ -657,3 +660,71 @@ def test_an_upscaler_of_the_webui(webui, plain, monkeypatch):
     assert not np.array_equal(hires.picture, latent.picture)
     with pytest.raises(InputError, match=r"^enlarger: 'Latent' is not allowed; it takes bicubic, lanczos, R-ESRGAN$"):
         webui.generate({**held, "enlarger": "Latent"})
+
+
+# Checkpoints
+
+def test_an_inpainting_checkpoint_is_filled_as_in_txt2img(webui, large, controlnet):
+    models = tiny.sdxl()
+    webui.load(Checkpoint(tiny.widened(models, 9)).eval().requires_grad_(False))
+    assert same(webui.generate(OPTIONS).picture, large)  # its further channels count for nothing
+    webui.load(Checkpoint(tiny.widened(models, 9, scale=0.3)).eval().requires_grad_(False))
+    seen = []
+    with hooked(unet(webui), lambda _, args: seen.append(args[0][:, 4:])):
+        assert not same(webui.generate(CANNY).picture, large)
+    assert all(filling.shape[1] == 5 and bool((filling[:, 0] == 1).all()) for filling in seen)
+    windows = torch.cat(seen[STEPS:])  # the WebUI's own filling has noise of no seed
+    assert torch.equal(windows, windows[:1].expand_as(windows))
+
+
+@pytest.mark.parametrize("channels", [5, 8])
+def test_a_checkpoint_that_wants_a_picture_is_refused(webui, channels):
+    webui.load(Checkpoint(tiny.widened(tiny.sdxl(), channels)).eval().requires_grad_(False))
+    with pytest.raises(InputError, match=f"has {channels - 4} input channels beside the latent's"):
+        webui.generate(OPTIONS)
+
+
+def test_a_cfg_pp_sampler_drives_the_stages(webui, large):
+    given = {"sampler_name": "Euler CFG++", "cfg_scale": 1.5}
+    answer = webui.generate(OPTIONS, **given)
+    assert not answer.comments and not same(answer.picture, webui.generate(OPTIONS, cfg_scale=1.5).picture)
+    # Where prompt and negative prompt are one, so are its steps and Euler's.
+    alike = {"negative_prompt": BASE["prompt"]}
+    assert same(webui.generate(OPTIONS, **given, **alike).picture, webui.generate(OPTIONS, **alike).picture)
+    # It takes the unconditional halves at CFG scale 1 too.
+    calls = []
+    with hooked(unet(webui), lambda _, args: calls.append(len(args[0]))):
+        webui.generate(OPTIONS, sampler_name="Euler CFG++", cfg_scale=1.0)
+    assert set(calls[STEPS:]) == {2 * OPTIONS["window_batch"], 2}  # 9 windows
+
+
+def test_a_checkpoint_that_begins_in_pure_noise(webui, monkeypatch):
+    """Zero terminal SNR, from sigma 4518: v of pictures of normal numbers, whose flow has an exact end."""
+    model = Checkpoint(tiny.sdxl()).eval().requires_grad_(False)
+    model.parameterization, model.alphas_cumprod = "v", alphas_cumprod({}, zero_snr=True).float()
+    gaussian, network = exact.Gaussian(), model.model.diffusion_model.forward
+
+    def forward(x: torch.Tensor, timesteps: torch.Tensor, **given: Any) -> torch.Tensor:
+        network(x, timesteps, **given)  # its attention is looked at
+        return gaussian(x, timesteps)[0]
+
+    model.model.diffusion_model.forward = forward
+    webui.load(model)
+    latents = []
+
+    def decode(_host: Any, latent: torch.Tensor, **_: Any) -> np.ndarray:
+        latents.append(latent)
+        return np.zeros((128, 128, 3), np.uint8)
+
+    monkeypatch.setattr(WindowHost, "decode", decode)
+    options = {**OPTIONS, "stage_steps": 40, "stage_scheduler": "Karras", "stage_sampler": "DPM++ 2M"}
+    own = {name: value for name, value in options.items() if name != "tolerance"}
+    answer = webui.generate({**own, "method": "multidiffusion"})
+    noise = seeds.normal((1, 4, 16, 16), BASE["seed"], "stage", 1)
+    highest = exact.LEVELS.sigma_max
+    expected = exact.exact(noise * (highest**2 + 1) ** 0.5, highest)
+    assert float((latents[-1] - expected).abs().max()) < 0.3 and "guidance rescale 0.7" in answer.comments
+    answer = webui.generate({**options, "guidance_rescale": 0.5}, steps=20)
+    assert "rescale" not in answer.comments
+    assert float(latents[-1].mean()) == pytest.approx(exact.MEAN, abs=0.15)
+    assert float(latents[-1].std()) == pytest.approx(exact.DEVIATION, rel=0.2)

@@ -50,7 +50,7 @@ class SizeEmbedder(nn.Module):
 class Checkpoint(nn.Module):
     """`sd_model`."""
 
-    is_sdxl, is_sd2, is_sd3, is_sdxl_inpaint = True, False, False, False
+    is_sdxl, is_sd2, is_sd3 = True, False, False
     parameterization = "eps"
 
     def __init__(self, models: Any) -> None:
@@ -58,7 +58,7 @@ class Checkpoint(nn.Module):
         self.applied_token_merged_ratio = 0.0
         self.model: Any = nn.Module()
         unet: Any = ldm_unet.from_diffusers(models.unet)
-        unet.in_channels = unet.out_channels = 4
+        self.is_sdxl_inpaint = unet.in_channels == 9
         self.model.diffusion_model = unet
         self.first_stage_model: Any = ldm_vae.from_diffusers(models.vae).requires_grad_(False)
         self.first_stage_model.decoder.ch = models.vae.config.block_out_channels[0]
@@ -78,8 +78,18 @@ class Checkpoint(nn.Module):
         return {"crossattn": torch.stack([text.cond for text in texts]),
                 "vector": torch.stack([torch.cat([text.pooled, size]) for text in texts])}
 
-    def apply_model(self, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
+    def apply_model(self, x: Tensor, t: Tensor, cond: dict[str, Any]) -> Tensor:
+        if self.is_sdxl_inpaint:
+            x = torch.cat([x, *cond["c_concat"]], dim=1)
         return self.model.diffusion_model(x, timesteps=t, context=cond["crossattn"], y=cond["vector"])
+
+    def encode_first_stage(self, x: Tensor) -> Tensor:
+        weight = next(self.first_stage_model.parameters())
+        return self.first_stage_model.encode(x.to(weight.dtype))
+
+    def get_first_stage_encoding(self, moments: Tensor) -> Tensor:
+        mean, log_variance = moments.float().chunk(2, dim=1)
+        return (mean + (log_variance / 2).exp() * torch.randn_like(mean)) * self.scale_factor
 
     def decode_first_stage(self, z: Tensor) -> Tensor:
         weight = next(self.first_stage_model.parameters())

@@ -7,7 +7,7 @@ in place before memory is measured, is brought here, in a way that the hooks kno
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -142,7 +142,6 @@ class A1111Host(WindowHost):
         """See Session.host."""
         super().__init__(session, prompt=prompt, negatives=negatives, size=size, solver=solver, progress=progress)
         model = session.p.sd_model
-        self.channels = int(self._unet.in_channels) if not model.is_sdxl_inpaint else 4
         self._model, self._images = model, session.halves.images
         self._controlnet: LdmControlNet | None = session.control
         vae = self._networks["VAE"] = model.first_stage_model
@@ -170,25 +169,31 @@ class A1111Host(WindowHost):
         return self._runner
 
     @contextmanager
-    def _evaluating(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Iterator[None]:
+    def _evaluating(self, x: Tensor, sigma: Tensor, conditioning: Conditioning,
+                    unconditional: Callable[[Tensor], None] | None = None) -> Iterator[None]:
         bring_unet(self._model)
         with ExitStack() as stack:
             if self._controlnet is not None and conditioning.steered:
                 hints = conditioning.all_hints.to(self.device)
                 self._controlnet.set(hints, conditioning.strength, self._images)
                 stack.callback(self._controlnet.clear)
-            if conditioning.rescale > 0:
-                stack.enter_context(self._rescaled(x, float(sigma), conditioning))
+            if unconditional is not None or conditioning.rescale > 0:
+                stack.enter_context(self._combined(x, float(sigma), conditioning, unconditional))
             yield
 
     @contextmanager
-    def _rescaled(self, x: Tensor, level: float, conditioning: Conditioning) -> Iterator[None]:
-        """Guidance rescale, on our own denoiser object."""
+    def _combined(self, x: Tensor, level: float, conditioning: Conditioning,
+                  unconditional: Callable[[Tensor], None] | None) -> Iterator[None]:
+        """Within it `unconditional` is told, and guidance is rescaled: on our own denoiser object."""
         denoiser = self._denoiser
         plain = denoiser.combine_denoised
 
         def combine(x_out: Tensor, conds_list: Any, uncond: Any, cond_scale: float) -> Tensor:
+            if unconditional is not None and conditioning.guidance != 1:
+                unconditional(x_out[-len(x):])
             combined = plain(x_out, conds_list, uncond, cond_scale)
+            if conditioning.rescale <= 0:
+                return combined
             return self._guided(x, level, x_out[[parts[0][0] for parts in conds_list]], combined, conditioning)
 
         denoiser.combine_denoised = combine

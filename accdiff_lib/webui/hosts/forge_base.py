@@ -22,15 +22,13 @@ from accdiff_lib.parts.noise_levels import NoiseLevels
 from accdiff_lib.webui.hosts import forge_control
 from accdiff_lib.webui.hosts.halves import MarkedHalves
 from accdiff_lib.webui.hosts.ldm import unet as ldm_unet
+from accdiff_lib.webui.hosts.samplers import POST_CFG
 from accdiff_lib.webui.hosts.webui import WebUI
 from accdiff_lib.webui.hosts.windows import Session, WindowHost
 
 #: Scripts that act on the base pass only: ControlNet units have hints of the base picture's size, and the others cut
 #: or shrink what is larger than the model's own size, which windows are not.
 BASE_ONLY = ("ControlNet", "MultiDiffusion Integrated", "Kohya HRFix Integrated")
-
-#: A list of functions in a patcher's `model_options`, called with each guided prediction.
-_POST_CFG = "sampler_post_cfg_function"
 
 
 class ForgeBase(WebUI):
@@ -244,8 +242,6 @@ class StageUNet:
 class ForgeHost(WindowHost):
     """See WindowHost."""
 
-    channels = 4
-
     def __init__(self, session: ForgeSession, unet: StageUNet, *, prompt: str, negatives: Sequence[str],
                  size: tuple[int, int], solver: Solver, progress: Progress, vae_tile: int) -> None:
         """See Session.host."""
@@ -272,6 +268,11 @@ class ForgeHost(WindowHost):
         self._stage.require(torch.zeros(1, self.channels, height, width, device=self.device))
         return super().latents_that_fit(height, width)
 
+    def _filling(self, size: tuple[int, int]) -> Tensor:
+        if size not in self._filled and self._unet.in_channels > self.channels:
+            self._stage.put_away()  # it takes the VAE
+        return super()._filling(size)
+
     def _vae(self, latent: tuple[int, int]) -> VaeRunner:
         self._stage.put_away()
         vae = self._vae_patcher
@@ -279,30 +280,38 @@ class ForgeHost(WindowHost):
         return self._runner
 
     @contextmanager
-    def _evaluating(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Iterator[None]:
+    def _evaluating(self, x: Tensor, sigma: Tensor, conditioning: Conditioning,
+                    unconditional: Callable[[Tensor], None] | None = None) -> Iterator[None]:
         with ExitStack() as stack:
             self._stage.require(x)
             if self.has_control and conditioning.steered:
                 hints = conditioning.all_hints.to(self.device)
                 stack.enter_context(self._stage.steered(hints, conditioning.strength))
-            if conditioning.rescale > 0:
-                stack.enter_context(self._rescaled(float(sigma), conditioning))
+            if unconditional is not None or conditioning.rescale > 0:
+                stack.enter_context(self._combined(float(sigma), conditioning, unconditional))
             yield
 
     @contextmanager
-    def _rescaled(self, level: float, conditioning: Conditioning) -> Iterator[None]:
-        """Guidance rescale, after whatever other extensions do to the guided prediction."""
+    def _combined(self, level: float, conditioning: Conditioning,
+                  unconditional: Callable[[Tensor], None] | None) -> Iterator[None]:
+        """Within it `unconditional` is told, and guidance rescale comes after whatever other extensions do to the
+        guided prediction."""
         options = self._stage.patcher.model_options
 
-        def rescale(args: Mapping[str, Any]) -> Tensor:
+        def combined(args: Mapping[str, Any]) -> Tensor:
+            if unconditional is not None and conditioning.guidance != 1:
+                unconditional(args["uncond_denoised"])
+            if conditioning.rescale <= 0:
+                denoised: Tensor = args["denoised"]
+                return denoised
             return self._guided(args["input"], level, args["cond_denoised"], args["denoised"], conditioning)
 
-        before = options.get(_POST_CFG)
-        options[_POST_CFG] = [*(before or []), rescale]
+        before = options.get(POST_CFG)
+        options[POST_CFG] = [*(before or []), combined]
         try:
             yield
         finally:
             if before is None:
-                del options[_POST_CFG]
+                del options[POST_CFG]
             else:
-                options[_POST_CFG] = before
+                options[POST_CFG] = before

@@ -23,6 +23,11 @@ from accdiff_lib.parts.step_noise import brownian_noise, step_noise
 
 Callback = Callable[[Mapping[str, Any]], None]
 
+#: Under this name `model_options` hold functions that are called with each guided prediction.
+POST_CFG = "sampler_post_cfg_function"
+#: CFG++ needs the unconditional halves also at CFG scale 1, where the WebUIs leave them out.
+NEARLY_ONE = 1 + 1e-6
+
 
 def own_view(p: Any, scheduler: str | None = None) -> Any:
     """A shallow copy of a generation, for the WebUI's objects to write their infotext into and to read settings from.
@@ -106,6 +111,8 @@ class _WebUISampler:
     name: str
     sigmas: Tensor
     noise_scale: float
+    #: See engine.host.Solver; 0 is for samplers that are not CFG++. Found out when they are first called.
+    cfg_pp = 0.0
 
     def __init__(self, name: str, sampler: Any, view: Any, steps: int) -> None:
         self.name, self._sampler, self._view, self._steps = name, sampler, view, steps
@@ -218,8 +225,10 @@ class KSampler(_WebUISampler):
                 options["noise_sampler"] = brownian_noise(x, self.sigmas, seed, self.name) if brownian else (
                     lambda *_: noise.next())
             with self._own_randomness(x, seed):
-                return function(_Model(model, self._sampler), x, extra_args={}, disable=True,
-                                callback=noise.callback(callback), **options)
+                asked = _Model(model, self._sampler)
+                result = function(asked, x, extra_args={}, disable=True, callback=noise.callback(callback), **options)
+        self.cfg_pp = asked.cfg_pp or self.cfg_pp
+        return result
 
     def _is_hijacked(self) -> bool:
         """Whether the function draws its noise where the WebUI gives it ours."""
@@ -270,8 +279,10 @@ class TimestepSampler(_WebUISampler):
             options["timesteps"] = timesteps
             if "is_img2img" in parameters:
                 options["is_img2img"] = True
-            result = self._sampler.func(_NoiseModel(model, self._sampler, self._alphas), scaled, extra_args={},
-                                        disable=True, callback=noise.callback(callback), **options)
+            asked = _NoiseModel(model, self._sampler, self._alphas)
+            result = self._sampler.func(asked, scaled, extra_args={}, disable=True, callback=noise.callback(callback),
+                                        **options)
+        self.cfg_pp = asked.cfg_pp or self.cfg_pp
         return result / self._alphas[timesteps[0] if self._unused else 0].to(x) ** 0.5
 
 
@@ -281,9 +292,25 @@ class _Model:
     def __init__(self, model: Denoiser, sampler: Any) -> None:
         self._model = model
         self.inner_model = sampler.model_wrap_cfg.inner_model
+        self.cfg_pp = 0.0
 
-    def __call__(self, x: Tensor, sigma: Tensor, **_: object) -> Tensor:
-        return self._model(x, sigma)
+    def __call__(self, x: Tensor, sigma: Tensor, *, model_options: Mapping[str, Any] | None = None,
+                 **_: object) -> Tensor:
+        functions = (model_options or {}).get(POST_CFG, ())
+        if not functions:
+            return self._model(x, sigma)
+        denoised, uncond = self._both(x, sigma)
+        for function in functions:  # how the CFG++ samplers of Forge's kin learn of the unconditional prediction
+            denoised = function({"denoised": denoised, "uncond_denoised": uncond, "input": x, "sigma": sigma,
+                                 "model_options": model_options})
+        return denoised
+
+    def _both(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """The guided prediction and the unconditional one, which without CFG is the same."""
+        self.cfg_pp = NEARLY_ONE
+        told: list[Tensor] = []
+        denoised = self._model(x, sigma, unconditional=told.append)
+        return denoised, told[0] if told else denoised
 
 
 class _NoiseModel(_Model):
@@ -292,11 +319,21 @@ class _NoiseModel(_Model):
     def __init__(self, model: Denoiser, sampler: Any, alphas: Tensor) -> None:
         super().__init__(model, sampler)
         self._alphas = alphas
+        #: CFG++ samplers set the first two (its name is the WebUI's), and take the third, the unconditional noise.
+        self.need_last_noise_uncond, self.cond_scale_miltiplier = False, 1.0
+        self.last_noise_uncond: Tensor | None = None
+        self._multiplies = "cond_scale_miltiplier" in type(sampler.model_wrap_cfg).forward.__code__.co_names
 
     def __call__(self, x: Tensor, sigma: Tensor, **_: object) -> Tensor:
         alpha = self._alphas[sigma.flatten()[0].round().long()].to(x)
         level = ((1 - alpha) / alpha) ** 0.5
         plain = x / alpha ** 0.5
-        denoised = self._model(plain, level.expand(len(x)))
+        given = level.expand(len(x))
+        if self.need_last_noise_uncond:
+            denoised, uncond = self._both(plain, given)
+            self.last_noise_uncond = (plain - uncond) / level
+            self.cfg_pp *= self.cond_scale_miltiplier if self._multiplies else 1.0  # Forge's denoiser does not
+        else:
+            denoised = self._model(plain, given)
         x.copy_(plain * alpha ** 0.5)  # the canvas may have rewritten it
         return (plain - denoised) / level

@@ -7,7 +7,7 @@ callbacks, LoRA, attention optimisations) sees an ordinary generation.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,9 @@ from accdiff_lib.webui.hosts.samplers import own_view
 from accdiff_lib.webui.hosts.text import WebUIText, apart
 from accdiff_lib.webui.hosts.webui import WebUI, loaded_once
 
+#: Channels beside the latent's with which the WebUIs fill an inpainting model's input in txt2img: mask and picture.
+FILLED = 5
+
 
 class Session(ABC):
     """One call of `p.sample`: the pictures of a batch."""
@@ -48,6 +51,10 @@ class Session(ABC):
         if getattr(model, "is_sd3", False) or not ldm_unet.is_unet(unet):
             raise InputError("AccDiffusion: the checkpoint has no UNet; it works with SD1.5, SD2 and SDXL checkpoints")
         webui.check(model)
+        more = int(unet.in_channels) - int(unet.out_channels)
+        if more not in (0, FILLED):
+            raise InputError(f"AccDiffusion: the checkpoint's UNet has {more} input channels beside the latent's, for "
+                             "a picture to edit or its depth, which this WebUI does not fill without one")
         self.webui, self.p, self.halves, self._hires = webui, p, halves, hires
         #: Side in latent cells of the pictures that the model was trained on.
         self.native = webui.native(model)
@@ -56,6 +63,8 @@ class Session(ABC):
         #: The loaded ControlNet, if there is one.
         self.control: Any = None
         self._levels = webui.levels(model)
+        #: What the UNet's output is: "epsilon" or "v_prediction".
+        self.prediction = webui.prediction(model)
 
     @property
     def has_control(self) -> bool:
@@ -115,7 +124,6 @@ class WindowHost(ABC):
 
     #: The WebUI samples the base picture.
     base_solver: Solver | None = None
-    channels: int
 
     def __init__(self, session: Session, *, prompt: str, negatives: Sequence[str], size: tuple[int, int],
                  solver: Solver, progress: Progress) -> None:
@@ -125,6 +133,9 @@ class WindowHost(ABC):
         webui, p = session.webui, session.p
         model = p.sd_model
         self._unet = webui.unet(model)
+        self.channels = int(self._unet.out_channels)
+        #: What `_filling` gave, by the latents' sizes.
+        self._filled: dict[tuple[int, int], Tensor] = {}
         self.progress, self.stage_solver = progress, solver
         self.device = webui.device(model)
         self.native = webui.native(model)
@@ -149,8 +160,10 @@ class WindowHost(ABC):
         self._denoiser.steps = self._denoiser.total_steps = 1
 
     @abstractmethod
-    def _evaluating(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> AbstractContextManager[None]:
-        """Around the call of the denoiser: the UNet is in its place, hint and guidance rescale act."""
+    def _evaluating(self, x: Tensor, sigma: Tensor, conditioning: Conditioning,
+                    unconditional: Callable[[Tensor], None] | None = None) -> AbstractContextManager[None]:
+        """Around the call of the denoiser: the UNet is in its place, hint and guidance rescale act, and `unconditional`
+        is told (see engine.host.Host)."""
 
     @abstractmethod
     def _vae(self, latent: tuple[int, int]) -> VaeRunner:
@@ -183,7 +196,8 @@ class WindowHost(ABC):
             yield
 
     @torch.no_grad()
-    def denoise(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+    def denoise(self, x: Tensor, sigma: Tensor, conditioning: Conditioning, *,
+                unconditional: Callable[[Tensor], None] | None = None) -> Tensor:
         """See engine.host.Host."""
         from modules import shared
         from modules.prompt_parser import (
@@ -194,6 +208,7 @@ class WindowHost(ABC):
         from modules.sd_samplers_common import InterruptedException
 
         count, canvas, guidance = len(conditioning), conditioning.canvas, conditioning.guidance
+        filling = self._filling((x.shape[-2], x.shape[-1])).to(x)  # before the UNet is brought, as it needs the VAE
         conds, unconds = [], []
         for text, origin in zip(conditioning.texts, conditioning.origins, strict=True):
             conds.append([ComposableScheduledPromptConditioning(
@@ -209,15 +224,27 @@ class WindowHost(ABC):
         computing = torch.autocast(self.device.type, self._autocast) if self._autocast else nullcontext()
         try:
             # What weights take when `_evaluating` loads them is not the latents', nor is LoRA merged in less precision.
-            with self._evaluating(x, sigma, conditioning), computing, self._memory.measured(2 * count, *x.shape[-2:]):
+            with (self._evaluating(x, sigma, conditioning, unconditional), computing,
+                  self._memory.measured(2 * count, *x.shape[-2:])):
                 return denoiser(
                     x, sigma.to(x).flatten()[:1].expand(count), uncond=unconds,
                     cond=MulticondLearnedConditioning((count,), conds), cond_scale=guidance, s_min_uncond=no_uncond,
-                    image_cond=self._view.txt2img_image_conditioning(x, 8 * x.shape[-1], 8 * x.shape[-2])).to(x.dtype)
+                    image_cond=filling.expand(count, *filling.shape[1:])).to(x.dtype)
         except InterruptedException:  # no Exception: it would pass by everything that waits for one
             raise (Skipped if shared.state.skipped else Interrupted) from None
         finally:  # the preview shows the canvas, not a window
             shared.state.current_latent, shared.state.sampling_step = preview, step
+
+    def _filling(self, size: tuple[int, int]) -> Tensor:
+        """What the WebUI gives a UNet beside a latent of `size` = (height, width) in txt2img: to an inpainting model's
+        [1, 5, h, w] a mask of ones and the latent of a grey picture. Its VAE draws from the posterior, always the same.
+        """
+        if size not in self._filled:
+            x = torch.zeros(1, self.channels, *size, device=self.device)
+            with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+                torch.manual_seed(0)
+                self._filled[size] = self._view.txt2img_image_conditioning(x, 8 * size[1], 8 * size[0])
+        return self._filled[size]
 
     def _guided(self, x: Tensor, level: float, cond: Tensor, combined: Tensor, conditioning: Conditioning) -> Tensor:
         """The x0 after CFG, of the conditional x0 and of what the WebUI has combined: all [M, C, h, w]."""

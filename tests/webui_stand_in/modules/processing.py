@@ -55,7 +55,11 @@ class StableDiffusionProcessing:
         self.comments[text] = 1
 
     def txt2img_image_conditioning(self, x, width=None, height=None):
-        return x.new_zeros(len(x), 5, 1, 1)
+        if not self.sd_model.is_sdxl_inpaint:
+            return x.new_zeros(len(x), 5, 1, 1)
+        grey = torch.full((len(x), 3, height or self.height, width or self.width), 0.5)
+        latents = self.sd_model.get_first_stage_encoding(self.sd_model.encode_first_stage(grey * 2 - 1))
+        return torch.nn.functional.pad(latents, (0, 0, 0, 0, 1, 0), value=1.0)
 
     def get_token_merging_ratio(self, for_hr=False):
         return 0.0

@@ -3,7 +3,7 @@
 from modules import sd_samplers_common
 
 _FUNCTIONS = {"DPM++ 2M": "sample_dpmpp_2m", "Euler a": "sample_euler_ancestral", "Euler": "sample_euler",
-              "Heun": "sample_heun"}
+              "Heun": "sample_heun", "Euler CFG++": "sample_euler_cfg_pp"}
 
 
 def visible_sampler_names():

@@ -9,14 +9,32 @@ class CFGDenoiserKDiffusion(sd_samplers_cfg_denoiser.CFGDenoiser):
     @property
     def inner_model(self):
         if self.model_wrap is None:
-            self.model_wrap = k_diffusion.external.CompVisDenoiser(sd_models.model_data.sd_model)
+            model, external = sd_models.model_data.sd_model, k_diffusion.external
+            kind = external.CompVisVDenoiser if model.parameterization == "v" else external.CompVisDenoiser
+            self.model_wrap = kind(model)
         return self.model_wrap
+
+
+def sample_euler_cfg_pp(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    """As those of Forge's kin learn of the unconditional prediction."""
+    seen = []
+
+    def look(args):
+        seen.append(args["uncond_denoised"])
+        return args["denoised"]
+
+    extra_args = {**extra_args, "model_options": {"sampler_post_cfg_function": [look]}}
+    for i in range(len(sigmas) - 1):
+        denoised = model(x, sigmas[i].expand(len(x)), **extra_args)
+        callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": denoised})
+        x = denoised + (x - seen[-1]) * sigmas[i + 1] / sigmas[i]
+    return x
 
 
 class KDiffusionSampler(sd_samplers_common.Sampler):
     def __init__(self, funcname, sd_model, options=None):
         super().__init__(funcname)
-        self.func = getattr(k_diffusion.sampling, funcname)
+        self.func = globals().get(funcname) or getattr(k_diffusion.sampling, funcname)
         self.model_wrap_cfg = CFGDenoiserKDiffusion(self)
         self.model_wrap = self.model_wrap_cfg.inner_model
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from accdiff_lib.parts.checkpoint import fill
 from accdiff_lib.parts.weight_names import Place
-from accdiff_lib.webui.hosts.ldm.controlnet_file import ControlNetFile, GivenControlNet, check_family
+from accdiff_lib.webui.hosts.ldm.controlnet_file import FIRST, ControlNetFile, GivenControlNet, check_family
 
 #: Which image each entry of a UNet batch belongs to: see `LdmControlNet.set`.
 Images = Sequence[int] | Callable[[int], Sequence[int]]
@@ -254,6 +254,9 @@ class Encoder(nn.Module):
                 setattr(self, name, _without_weights(getattr(unet, name)))
         _cut_attention(self, "", shapes)
         parts: Any = self
+        first = parts.input_blocks[0][0]
+        first.in_channels = shapes.get(FIRST, first.weight.shape)[1]  # an inpainting model's UNet takes more
+        first.weight = nn.Parameter(first.weight[:, :first.in_channels].clone(), requires_grad=False)
         widths = [_width(block) for block in parts.input_blocks]
         with torch.device("meta"):
             self.input_hint_block = _hint_block(shapes)
@@ -276,8 +279,8 @@ class Encoder(nn.Module):
                 guidance: Tensor) -> list[Tensor]:
         """The residuals of each input block's output, and of the middle block's.
 
-        `x` [B, 4, h, w], `timesteps` [B], `context` [B, 77k, C], `y` [B, A] (SDXL) as the UNet gets them;
-        `guidance` [B, C, h, w].
+        `x` [B, 4, h, w] (or more channels), `timesteps` [B], `context` [B, 77k, C], `y` [B, A] (SDXL) as the UNet gets
+        them; `guidance` [B, C, h, w].
         """
         parts: Any = self
         x, timesteps = x.to(self.device, self.dtype), timesteps.to(self.device)
@@ -286,7 +289,7 @@ class Encoder(nn.Module):
         if hasattr(self, "label_emb"):
             assert y is not None, "SDXL's UNet was called without its size vector"
             emb = emb + parts.label_emb(y.to(self.device, self.dtype))
-        residuals, h = [], x
+        residuals, h = [], x[:, :parts.input_blocks[0][0].in_channels]
         for index, (block, zero) in enumerate(zip(parts.input_blocks, self.zero_convs, strict=True)):
             h = block(h, emb, context)
             if index == 0:

@@ -19,6 +19,8 @@ from accdiff_lib.errors import InputError
 from accdiff_lib.parts import weight_names as names
 from accdiff_lib.parts.checkpoint import Given, TensorFile, kind
 
+#: The convolution that takes the latent.
+FIRST = "input_blocks.0.0.weight"
 PICKLES = (".pth", ".pt", ".ckpt", ".bin")
 
 
@@ -138,10 +140,13 @@ def _unpickled(given: Given) -> dict[str, Tensor]:
 def check_family(file: ControlNetFile, by_name: Mapping[str, str], unet: nn.Module) -> None:
     """Raises InputError for a ControlNet of another family than the UNet's, or of another size.
 
-    `by_name` are the file's names by cldm's. What the two networks share must have the same shapes.
+    `by_name` are the file's names by cldm's. What the two networks share must have the same shapes, but for what an
+    inpainting model's UNet takes beside the latent.
     """
     shapes = {name: tuple(weight.shape) for name, weight in unet.state_dict().items()}
     theirs = {name: file.shapes[file.prefix + key] for name, key in by_name.items()}
+    width, channels, *sides = shapes[FIRST]
+    shapes[FIRST] = width, min(channels, theirs.get(FIRST, (0, channels))[1]), *sides
     if theirs.get("input_hint_block.0.weight", (0, 0))[1:2] != (3,):
         raise file.given.error("it does not take a picture of 3 channels as its hint")
     ours_is, it_is = _family(shapes), _family(theirs)

@@ -60,6 +60,7 @@ def _load_component(guess, component_name, lib_name, cls_name, repo_path, state_
     if component_name == "unet":
         config = tiny_shapes.read(repo_path, "unet")
         tiny_shapes.set_heads(result, tiny_shapes.heads_of(config), config["layers_per_block"])
+        tiny_shapes.express(result, config.get("expressed"))
     return result
 
 

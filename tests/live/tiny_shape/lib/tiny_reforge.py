@@ -23,6 +23,7 @@ class _Tiny:
         model = super().get_model(state_dict, prefix, device=device)
         config = tiny_shapes.read(self.folder, "unet")
         tiny_shapes.set_heads(model.diffusion_model, tiny_shapes.heads_of(config), config["layers_per_block"])
+        tiny_shapes.express(model.diffusion_model, config.get("expressed"))
         if hasattr(model, "embedder"):
             model.embedder = model_base.Timestep(config["addition_time_embed_dim"])
         return model

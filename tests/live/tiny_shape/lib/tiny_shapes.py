@@ -11,6 +11,7 @@ import json
 import os
 from fractions import Fraction
 
+import numpy as np
 import torch
 
 
@@ -58,7 +59,7 @@ def replaced(obj, name, value):
         setattr(obj, name, before)
 
 
-def unet(*, base, channels, heads, layers, **params):
+def unet(*, base, channels, heads, layers, expressed=None, **params):
     """`base` is the module of the stock UNetModel; `channels` and `heads` (numbers of heads) are by level."""
     channels, heads = _plain(channels), _plain(heads)
     params = {key: _plain(value) for key, value in params.items()}
@@ -67,7 +68,39 @@ def unet(*, base, channels, heads, layers, **params):
                  **params)
     model.num_heads = heads[-1]
     set_heads(model, heads, layers)
+    express(model, expressed)
     return model
+
+
+def express(model, kind):
+    """Makes of a UNet that predicts noise one that predicts v: "v" with the noise levels that it was trained with, and
+    "zero-snr v" with those of zero terminal SNR, which begin where all is noise.
+
+    Above its own levels a picture is all but noise, whose scale the UNet does not see; there it predicts what it would
+    predict at its last level.
+    """
+    if kind is None:
+        return
+    predicts_noise = model.forward
+    alphas = torch.cumprod(1 - torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2, 0)
+    own = levels = ((1 - alphas) / alphas) ** 0.5
+    if kind == "zero-snr v":
+        root = alphas.sqrt()
+        alphas = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+        alphas[-1] = 4.8973451890853435e-08
+        levels = ((1 - alphas) / alphas) ** 0.5
+
+    def forward(x, timesteps=None, *args, **kwargs):
+        sigma = torch.as_tensor(np.exp(np.interp(timesteps.cpu().double(), np.arange(1000), levels.log())))
+        known = sigma.clamp(max=float(own[-1]))
+        at = torch.as_tensor(np.interp(known.log(), own.log(), np.arange(1000))).to(timesteps.device, torch.float32)
+        noise = predicts_noise(x, at, *args, **kwargs).double()
+        sigma, known = (each.to(x.device)[:, None, None, None] for each in (sigma, known))
+        x0 = x.double() * (known ** 2 + 1) ** 0.5 - known * noise
+        whole = (sigma ** 2 + 1) ** 0.5
+        return ((x.double() / whole - x0) * whole / sigma).to(x.dtype)
+
+    model.forward = forward
 
 
 def multipliers(channels):

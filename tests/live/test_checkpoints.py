@@ -1,0 +1,45 @@
+"""Other kinds of checkpoints, which draw the same (tests/live/checkpoint.py --kinds makes them)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.live.client import alike, difference
+
+
+@pytest.fixture
+def other(webui) -> Any:
+    """Generates with another checkpoint: the picture without AccDiffusion, and the one with it."""
+    def generate(kind: str, options: dict[str, Any], **settings: Any) -> tuple[Any, Any]:
+        titles = [model["title"] for model in webui.get("/sdapi/v1/sd-models") if model["model_name"].endswith(kind)]
+        if not titles:
+            pytest.skip(f"this host has no checkpoint named '... {kind}'")
+        settings = {"override_settings": {"sd_model_checkpoint": titles[0], **settings}}
+        return webui.generate(None, **settings), webui.generate(options, **settings)
+
+    return generate
+
+
+@pytest.mark.parametrize("kind", ["inpainting", "v"])
+def test_it_draws_the_same(webui, options, plain, large, other, kind):
+    small, enlarged = other(kind, options)
+    assert difference(small.picture, plain.picture) <= 3
+    assert difference(enlarged.picture, large.picture) <= 6
+    assert np.array_equal(webui.generate(options).picture, large.picture)
+
+
+@pytest.mark.parametrize("more", [{}, {"method": "multidiffusion"}, {"guidance_rescale": 0.7}])
+def test_from_pure_noise(webui, options, plain, other, more):
+    """Zero terminal SNR: sampling begins at sigma 4518."""
+    own = options if "method" not in more else {key: options[key] for key in ("scale", "window", "stage_steps")}
+    small, enlarged = other("zero-snr", {**own, **more}, sd_noise_schedule="Zero Terminal SNR")
+    assert small.values["Noise Schedule"] == "Zero Terminal SNR"
+    assert alike(small.picture, plain.picture)
+    if "method" not in more:
+        assert alike(enlarged.picture, small.picture)
+    assert abs(float(enlarged.picture.mean()) - float(small.picture.mean())) < 25
+    assert 0.5 < float(enlarged.picture.std()) / float(small.picture.std()) < 1.5
+    assert np.array_equal(webui.generate().picture, plain.picture)
