@@ -6,6 +6,8 @@ They are recognised by what they do, so that the next one of their kind is recog
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -44,6 +46,21 @@ def selected_script(p: Any) -> Any:
     """The script of the page's dropdown that runs this generation, or None."""
     index, scripts = p.script_args[0], p.scripts.selectable_scripts
     return scripts[index - 1] if isinstance(index, int) and 0 < index <= len(scripts) else None
+
+
+@contextmanager
+def own_forward(modules: Iterable[nn.Module]) -> Iterator[bool]:
+    """Within it the modules compute as their classes do; gives whether any did not.
+
+    Extensions that change the cross-attention (NegPiP, Regional Prompter) know the base pass's prompt, size and batch
+    size, and no windows.
+    """
+    changed = [(module, vars(module).pop("forward")) for module in modules if "forward" in vars(module)]
+    try:
+        yield bool(changed)
+    finally:
+        for module, forward in changed:
+            vars(module)["forward"] = forward
 
 
 def _check_samplers(p: Any) -> None:

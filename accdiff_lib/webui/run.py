@@ -182,7 +182,10 @@ class Batch:
                 base = self._base(original)
                 if shared.state.interrupted:  # the WebUI's sampler stops at once
                     return base.latent if isinstance(base, GivenLatent) else original()
-                with self._session.stages(given):
+                with self._session.stages(given), neighbours.own_forward(self._session.cross_attention) as changed:
+                    if changed:
+                        p.comment("AccDiffusion: what another extension does to the cross-attention, it does to the "
+                                  "base picture only")
                     results = self._results(len(given["seeds"]), first_job, base)
         finally:
             p.sampler = None

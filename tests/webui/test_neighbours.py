@@ -144,3 +144,28 @@ def test_pictures_that_tile_are_refused(webui, axis, monkeypatch):
         return
     with pytest.raises(InputError, match="tile seamlessly are not possible"):
         webui.generate(SHORT, steps=1)
+
+
+def test_changed_cross_attention_is_for_the_base_pass(webui):
+    """Regional Prompter and NegPiP put functions on the layers, made for the base picture's batch and size."""
+    from accdiff_lib.webui.hosts.ldm.unet import cross_attention
+
+    layers = [layer for _, layer in cross_attention(webui.model.model.diffusion_model)]
+    plain, sizes = webui.generate(SHORT, steps=1), []
+
+    def changed(layer: Any) -> Any:
+        def forward(x: Any, *args: Any, **kwargs: Any) -> Any:
+            sizes.append(len(x))
+            return type(layer).forward(layer, x, *args, **kwargs)
+        return forward
+
+    for layer in layers:
+        layer.forward = changed(layer)
+    try:
+        answer = webui.generate(SHORT, steps=1)
+        assert all("forward" in vars(layer) for layer in layers)
+    finally:
+        for layer in layers:
+            del layer.forward
+    assert sizes == [2] * len(layers) and np.array_equal(answer.picture, plain.picture)
+    assert "to the cross-attention" in answer.comments and "cross-attention" not in plain.comments
