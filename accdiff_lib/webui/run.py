@@ -28,7 +28,7 @@ from accdiff_lib.methods import of
 from accdiff_lib.parts.attention import map_size
 from accdiff_lib.parts.regions import check_regions
 from accdiff_lib.settings import SAME
-from accdiff_lib.webui import controlnets, guides, hires, upscalers
+from accdiff_lib.webui import controlnets, guides, hires, neighbours, upscalers
 from accdiff_lib.webui.arguments import GUIDES, Enlargement, parse, stamped
 from accdiff_lib.webui.extras import Extras
 from accdiff_lib.webui.hosts import webui as webui_host
@@ -43,8 +43,9 @@ RUN_ATTRIBUTE = "_accdiffusion_run"
 
 def process(_script: Any, p: Any, args: Sequence[Any]) -> None:
     """The generation begins: its parameters are known from here on."""
-    if _is_inner(p):
+    if neighbours.is_inner():
         return
+    vars(p).pop(RUN_ATTRIBUTE, None)  # of one that failed, or of the generation that this is a copy of
     asked: Enlargement | Exception | None
     try:
         asked = parse(args, overrides=xyz.overrides(p), defaults=options_page.defaults())
@@ -58,22 +59,17 @@ def process(_script: Any, p: Any, args: Sequence[Any]) -> None:
 def process_batch(_script: Any, p: Any, _args: Sequence[Any], **_: Any) -> None:
     """A batch begins. Others have replaced `p.sample` by now if they mean to, so ours is around theirs."""
     run = getattr(p, RUN_ATTRIBUTE, None)
-    if run is not None:
+    if run is not None and not neighbours.is_inner():
         run.install()
 
 
 def postprocess(_script: Any, p: Any, processed: Any, _args: Sequence[Any]) -> None:
     """The generation ends: what it made besides goes into the gallery."""
     run = getattr(p, RUN_ATTRIBUTE, None)
-    if run is not None:
+    if run is not None and not neighbours.is_inner():
         delattr(p, RUN_ATTRIBUTE)
         webui_host.forget_controlnet(p)
         run.extras.show(processed)
-
-
-def _is_inner(p: Any) -> bool:
-    """Whether another extension makes a part of a picture with a `p` of its own (ADetailer)."""
-    return any(getattr(p, name, False) for name in ("_ad_inner", "_ad_disabled"))
 
 
 class Run:
@@ -141,6 +137,7 @@ class Batch:
         self._from_image = getattr(p, "init_latent", None) is not None
         self._hires = not self._from_image and bool(getattr(p, "enable_hr", False))
         self._session = webui_host.current().session(p, hires=self._hires)
+        neighbours.check(p, self._session.webui.unet(p.sd_model))
         self._selected = hires.selected(p) if self._hires else None
         self._settings = hires.driven(p, asked.settings, ticked=self._hires, from_image=self._from_image,
                                       picture=self._selected)
@@ -189,7 +186,10 @@ class Batch:
                 base = self._base(original)
                 if shared.state.interrupted:  # the WebUI's sampler stops at once
                     return base.latent if isinstance(base, GivenLatent) else original()
-                with self._session.stages(given):
+                with self._session.stages(given), neighbours.own_forward(self._session.cross_attention) as changed:
+                    if changed:
+                        p.comment("AccDiffusion: what another extension does to the cross-attention, it does to the "
+                                  "base picture only")
                     results = self._results(len(given["seeds"]), first_job, base)
         finally:
             p.sampler = None

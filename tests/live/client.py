@@ -6,9 +6,10 @@ import base64
 import io
 import json
 import os
+import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -112,11 +113,21 @@ class WebUI:
         """Whether txt2img's API has a field of this name."""
         return name in self._schemas[schema]["properties"]
 
-    def script(self, name: str) -> dict[str, Any] | None:
-        """What the host says of a script in txt2img; None where there is none."""
+    def script(self, name: str, *, img2img: bool = False) -> dict[str, Any] | None:
+        """What the host says of a script in txt2img, or in `img2img`; None where there is none."""
         found = [script for script in self._scripts
-                 if script["name"].lower() == name.lower() and not script["is_img2img"]]
+                 if script["name"].lower() == name.lower() and script["is_img2img"] == img2img]
         return found[0] if found else None
+
+    def arguments(self, script: Mapping[str, Any], **values: Any) -> list[Any]:
+        """A script's arguments as the host's page has them at first; `values` go by label, in small letters and with _
+        for what is no letter."""
+        given, found = dict(values), []
+        for argument in script["args"]:
+            label = re.sub(r"\W+", "_", argument["label"] or "").strip("_").lower()
+            found.append(given.pop(label, argument.get("value")))
+        assert not given, f"{script['name']} has no {', '.join(given)}: {[each['label'] for each in script['args']]}"
+        return found
 
     def controlnets(self) -> list[str]:
         """The ControlNet files that the panel lists."""

@@ -87,11 +87,15 @@ class Page:
             new = [address for address in self.shown() if address not in self._before and "/file=" in address]
             if new and self.page.locator("#txt2img_interrupt").first.is_hidden():
                 self.page.wait_for_timeout(700)  # the text follows the picture
-                answer = httpx.get(urljoin(URL, new[-1]), trust_env=False)
-                picture = Image.open(io.BytesIO(answer.content))
-                return np.asarray(picture.convert("RGB")), picture.info.get("parameters", "")
+                return self.fetched(new[-1])
             self.page.wait_for_timeout(100)
         raise AssertionError(f"no picture in {seconds} s")
+
+    def fetched(self, address: str) -> tuple[np.ndarray, str]:
+        """A picture of the gallery, and its infotext."""
+        answer = httpx.get(urljoin(URL, address), trust_env=False)
+        picture = Image.open(io.BytesIO(answer.content))
+        return np.asarray(picture.convert("RGB")), picture.info.get("parameters", "")
 
     def generate(self) -> tuple[np.ndarray, str]:
         self.press("#txt2img_generate")
@@ -280,3 +284,51 @@ def test_the_button_under_the_gallery(txt2img, webui):
         txt2img.shot(name)
         assert picture.shape == size(BASE * 3 // 2) and alike(picture, plain)
         assert "AccDiffusion" in parse(text).values and parse(text).values["Size"] == f"{BASE}x{BASE}"
+
+
+def test_generate_forever(txt2img, webui):
+    """Until the page is closed."""
+    txt2img.page.click("#txt2img_generate", button="right")
+    before, made, end = set(txt2img.shown()), {}, time.monotonic() + 180
+    txt2img.page.get_by_text("Generate forever", exact=True).first.click()
+    while len(made) < 3:
+        assert time.monotonic() < end and not txt2img.said()
+        made.update((address, txt2img.fetched(address)[0]) for address in txt2img.shown()
+                    if address not in before | made.keys() and "/file=" in address)
+        txt2img.page.wait_for_timeout(100)
+    pictures = list(made.values())
+    assert all(picture.shape == size(2 * BASE) and np.array_equal(picture, pictures[0]) for picture in pictures)
+
+
+def test_img2img_batch_of_a_folder(txt2img, webui, tmp_path):
+    if not any(host in URL for host in ("127.0.0.1", "localhost")):
+        pytest.skip("the WebUI runs on another machine: it cannot read the folder")
+    given, made = tmp_path / "given", tmp_path / "made"
+    given.mkdir()
+    sides = {"one": BASE, "two": BASE * 3 // 4}
+    for name, side in sides.items():
+        picture = webui.generate(seed=len(name) + side, width=side, height=BASE).picture
+        Image.fromarray(picture).save(given / f"{name}.png")
+    page, panel = txt2img.page, PANEL.replace("txt2img", "img2img")
+    page.locator("#tabs button").filter(has_text="img2img").first.click()
+    page.locator("#mode_img2img button").filter(has_text="Batch").first.click()
+    if page.locator("#img2img_batch_from_dir_tab").count():
+        page.locator("#img2img_batch_source button").filter(has_text="From directory").first.click()
+    for name, folder in (("input", given), ("output", made)):
+        page.locator(f"#img2img_batch_{name}_dir").locator("textarea, input").first.fill(str(folder))
+    page.fill("#img2img_prompt textarea", "a red ball on snow")
+    for name, value in (("width", BASE), ("height", BASE), ("steps", 6)):
+        txt2img.number(f"#img2img_{name}", value)
+    txt2img.switch(True, f"{panel}enabled")
+    page.locator(f"{panel}advanced .label-wrap").first.click()
+    for name, value in SMALL.items():
+        txt2img.number(f"{panel}{name}", value)
+    page.click("#img2img_generate")
+    end = time.monotonic() + 180
+    while len(list(made.glob("*.png"))) < 2 or webui.progress()["state"]["job_count"] > 0:
+        assert time.monotonic() < end
+        page.wait_for_timeout(200)
+    assert {path.stem.partition("-")[0] for path in made.glob("*.png")} == set(sides)
+    for path in made.glob("*.png"):
+        with Image.open(path) as opened:
+            assert opened.size == (2 * BASE, 2 * BASE) and "AccDiffusion" in opened.info["parameters"]

@@ -168,7 +168,7 @@ def test_a_picture_to_follow(webui, controlnet, values):
     # A method without a base picture follows the WebUI's own unit.
     p = webui.generation({**CANNY, "method": "multidiffusion", "controlnet": True})
     unit = {"enabled": True, "image": picture, "module": "canny" if "control_image" in values else "None"}
-    beside = type("ControlNet", (), {"title": lambda self: "ControlNet", "args_from": 1, "args_to": 2})()
+    beside = type("ControlNet", (), {"title": lambda self: "ControlNet", "args_from": 2, "args_to": 3})()
     p.script_args = [*p.script_args, unit]
     p.scripts.alwayson_scripts.append(beside)
     followed = webui.run(p)

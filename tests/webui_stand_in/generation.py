@@ -100,8 +100,8 @@ class WebUI:
         vars(p).update(later)
         p.scripts = ScriptRunner()
         p.scripts.alwayson_scripts = [self.script, *self.scripts]
-        p.script_args = [False, "None"] if options is None else [options]
-        self.script.args_from, self.script.args_to = 0, len(p.script_args)
+        p.script_args = [0, *([False, "None"] if options is None else [options])]
+        self.script.args_from, self.script.args_to = 1, len(p.script_args)
         return p
 
     def run(self, p: Any) -> Answer:

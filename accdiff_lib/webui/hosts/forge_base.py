@@ -26,9 +26,11 @@ from accdiff_lib.webui.hosts.samplers import POST_CFG
 from accdiff_lib.webui.hosts.webui import WebUI
 from accdiff_lib.webui.hosts.windows import Session, WindowHost
 
-#: Scripts that act on the base pass only: ControlNet units have hints of the base picture's size, and the others cut
-#: or shrink what is larger than the model's own size, which windows are not.
-BASE_ONLY = ("ControlNet", "MultiDiffusion Integrated", "Kohya HRFix Integrated")
+#: Scripts that act on the base pass only. ControlNet units have hints of the base picture's size; two cut or shrink
+#: what is larger than the model's own size, which windows are not; one mixes the images of a batch, here of other
+#: places; and reForge's APG averages each prediction with the last call's, here of another batch.
+BASE_ONLY = ("ControlNet", "MultiDiffusion Integrated", "Kohya HRFix Integrated", "StyleAlign Integrated",
+             '"APG\'s now your CFG" and Guidance Limiter for reForge')
 
 
 class ForgeBase(WebUI):

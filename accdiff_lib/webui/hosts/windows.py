@@ -76,6 +76,11 @@ class Session(ABC):
         """CFG scale of the stages: the generation's, or that of its Hires. fix."""
         return float(self.webui.guidance(self.p) if self._hires else self.p.cfg_scale)
 
+    @property
+    def cross_attention(self) -> list[nn.Module]:
+        """The layers of the loaded model that attend to the text."""
+        return [layer for _, layer in ldm_unet.cross_attention(self.webui.unet(self.p.sd_model))]
+
     def load_controlnet(self, path: Path) -> None:
         """Loads a ControlNet for the model. Raises InputError where it cannot steer it."""
         webui, model = self.webui, self.p.sd_model

@@ -42,7 +42,7 @@ class ScriptRunner:
     """What a script's callback raises is reported, and nothing else happens."""
 
     def __init__(self):
-        self.alwayson_scripts = []
+        self.alwayson_scripts, self.selectable_scripts = [], []
 
     def _call(self, name, p, *given, **named):
         for script in self.alwayson_scripts:

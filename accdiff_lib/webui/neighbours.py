@@ -1,0 +1,83 @@
+"""What other scripts and extensions do with a generation that ours must know of.
+
+They are recognised by what they do, so that the next one of their kind is recognised, too.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from accdiff_lib.errors import InputError
+
+#: The function of the WebUI's `modules.processing` that makes all pictures of a generation.
+_GENERATES = "process_images_inner"
+
+
+def is_inner() -> bool:
+    """Whether what is generated now is made within another generation: a part of its picture (ADetailer, say)."""
+    from modules import processing
+
+    running, frame = 0, sys._getframe()
+    while frame is not None and running < 2:
+        running += frame.f_code.co_name == _GENERATES and frame.f_globals is vars(processing)
+        frame = frame.f_back  # type: ignore[assignment]  # None at the end
+    return running > 1
+
+
+def check(p: Any, unet: nn.Module) -> None:
+    """Raises InputError, in one sentence, for what cannot go together with a generation `p` of ours."""
+    script = selected_script(p)
+    if script is not None and script.show(True) and not script.show(False):
+        raise InputError(f'AccDiffusion: the script "{script.title()}" makes pictures of its own of the given one, as '
+                         "tiles or in a loop; choose another script or none, or untick AccDiffusion")
+    _check_samplers(p)
+    for module in unet.modules():
+        if isinstance(module, nn.Conv2d) and _wraps(module):
+            raise InputError("AccDiffusion: pictures that tile seamlessly are not possible, as every window would be "
+                             'closed in itself; switch off "Tiling", or the extension that does it')
+
+
+def selected_script(p: Any) -> Any:
+    """The script of the page's dropdown that runs this generation, or None."""
+    index, scripts = p.script_args[0], p.scripts.selectable_scripts
+    return scripts[index - 1] if isinstance(index, int) and 0 < index <= len(scripts) else None
+
+
+@contextmanager
+def own_forward(modules: Iterable[nn.Module]) -> Iterator[bool]:
+    """Within it the modules compute as their classes do; gives whether any did not.
+
+    Extensions that change the cross-attention (NegPiP, Regional Prompter) know the base pass's prompt, size and batch
+    size, and no windows.
+    """
+    changed = [(module, vars(module).pop("forward")) for module in modules if "forward" in vars(module)]
+    try:
+        yield bool(changed)
+    finally:
+        for module, forward in changed:
+            vars(module)["forward"] = forward
+
+
+def _check_samplers(p: Any) -> None:
+    """Raises InputError where samplers are not the WebUI's own: an extension cuts what they get (Tiled Diffusion)."""
+    from modules import sd_samplers
+
+    home = sd_samplers.create_sampler.__module__
+    if home == sd_samplers.__name__:
+        return
+    titles = [script.title() for script in p.scripts.alwayson_scripts if type(script).__module__ == home]
+    raise InputError(f"AccDiffusion: {titles[0] if titles else home} has put samplers of its own in place of the "
+                     "WebUI's; switch it off, as AccDiffusion has windows itself")
+
+
+def _wraps(conv: nn.Conv2d) -> bool:
+    """Whether a convolution takes what is beyond an edge from the opposite one: on both axes, or on one (Asymmetric
+    tiling)."""
+    is_plain = getattr(conv._conv_forward, "__func__", None) is nn.Conv2d._conv_forward
+    by_axis = () if is_plain else (getattr(conv, "padding_modeX", ""), getattr(conv, "padding_modeY", ""))
+    return "circular" in (conv.padding_mode, *by_axis)

@@ -1,0 +1,169 @@
+"""Beside other scripts and extensions, as far as this host has them: each gives a picture, is left alone, or is refused
+in one sentence; and afterwards all is as it was."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.live.client import BASE, Refused, alike, difference, encoded, image, size
+
+#: Scripts that act on every generation: of the hosts, then of extensions. The first box is ticked; the rest by label.
+NEIGHBOURS: dict[str, dict[str, Any]] = {
+    "FreeU Integrated": {}, "FreeU Integrated (SD 1.x, SD 2.x, SDXL)": {}, "SelfAttentionGuidance Integrated": {},
+    "SelfAttentionGuidance Integrated (SD 1.x, SD 2.x, SDXL)": {}, "PerturbedAttentionGuidance Integrated": {},
+    "DynamicThresholding (CFG-Fix) Integrated": {"mimic_scale": 3.0}, "Never OOM Integrated": {},
+    "LatentModifier Integrated": {"sharpness_multiplier": 5.0}, "StyleAlign Integrated": {},
+    "HyperTile Integrated": {"tile_size": 128}, "Kohya HRFix Integrated": {"block_number": 2},
+    "MultiDiffusion Integrated": {"tile_width": 256, "tile_height": 256}, "Mahiro CFG for reForge": {},
+    "RescaleCFG for reForge": {}, '"APG\'s now your CFG" and Guidance Limiter for reForge': {},
+    "Tiled VAE": {"encoder_tile_size": 256, "decoder_tile_size": 48}, "FreeU": {}, "Self Attention Guidance": {},
+    "Perturbed-Attention Guidance": {}, "Smoothed Energy Guidance": {}, "Sliding Window Guidance": {},
+    "Dynamic Thresholding (CFG Scale Fix)": {}, "NegPiP": {}, "Kohya Hires.fix": {}, "Regional Prompter": {},
+    "Forge Couple": {}}
+
+#: Scripts of img2img's dropdown alone.
+OF_IMG2IMG = ["SD upscale", "Loopback", "Outpainting mk2", "Poor man's outpainting", "img2img alternative test",
+              "Ultimate SD upscale"]
+
+
+@pytest.fixture(autouse=True)
+def as_before(webui, plain):
+    yield
+    assert np.array_equal(webui.generate().picture, plain.picture)
+
+
+def beside(webui, name: str, **values: Any) -> dict[str, Any]:
+    """What a request has in which a script's first box is ticked; `values` go by label."""
+    script = webui.script(name)
+    if script is None:
+        pytest.skip(f"this host has no {name}")
+    args = webui.arguments(script, **values)
+    args[next(number for number, value in enumerate(args) if value is False)] = True
+    return {"alwayson_scripts": {script["name"]: {"args": args}}}
+
+
+def selected(webui, name: str, *, img2img: bool = False, **values: Any) -> dict[str, Any]:
+    """What a request has for a script of the dropdown."""
+    script = webui.script(name, img2img=img2img)
+    if script is None:
+        pytest.skip(f"this host has no {name}")
+    return {"script_name": script["name"], "script_args": webui.arguments(script, **values)}
+
+
+# --- scripts that act on every generation ----------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", NEIGHBOURS)
+def test_a_neighbour(webui, options, plain, large, name):
+    given = beside(webui, name, **NEIGHBOURS[name])
+    base = webui.generate(**given)
+    answer = webui.generate(options, **given)
+    assert answer.picture.shape == size(2 * BASE) and alike(answer.picture, base.picture)
+    if difference(base.picture, plain.picture) > 1:  # some leave a small model's layers alone
+        assert difference(answer.picture, large.picture) > 1
+    assert np.array_equal(webui.generate(options).picture, large.picture)
+
+
+@pytest.mark.parametrize("name", ["StyleAlign Integrated", '"APG\'s now your CFG" and Guidance Limiter for reForge'])
+def test_what_mixes_or_remembers_calls_is_for_the_base_pass(webui, options, name):
+    """So the picture does not depend on how many windows are evaluated at once."""
+    given = beside(webui, name)
+    pictures = [webui.generate({**options, "window_batch": count}, **given).picture for count in (1, 4)]
+    assert difference(*pictures) <= 1
+
+
+def test_tiled_diffusion_is_refused(webui, options, refusal):
+    given = beside(webui, "Tiled Diffusion", latent_tile_width=16, latent_tile_height=16, latent_tile_overlap=4)
+    said = refusal(options, **given)
+    assert "AccDiffusion: Tiled Diffusion has put samplers of its own in place" in said
+
+
+def test_pictures_that_tile_are_refused(webui, options, refusal):
+    if not webui.field("tiling"):
+        pytest.skip("this host has no Tiling")
+    try:
+        answer = webui.generate(options, tiling=True)
+    except Refused as refused:
+        assert refused.status == 422 and "tile seamlessly are not possible" in refused.text
+        return
+    plain = webui.generate()  # Forge has taken it out, and left the box
+    assert np.array_equal(plain.picture, webui.generate(tiling=True).picture) and answer.picture.shape == size(2 * BASE)
+
+
+@pytest.mark.parametrize("axis", ["x", "y"])
+def test_pictures_that_tile_on_one_axis_are_refused(webui, options, refusal, axis):
+    given = beside(webui, "Asymmetric tiling", tile_x=axis == "x", tile_y=axis == "y")
+    assert "tile seamlessly are not possible" in refusal(options, **given)
+
+
+def test_soft_inpainting_is_refused(webui, options, plain, refusal):
+    script = webui.script("Soft Inpainting", img2img=True)
+    if script is None:
+        pytest.skip("this host has no Soft Inpainting")
+    args = [True, *webui.arguments(script)[1:]]
+    picture = encoded(plain.picture)
+    said = refusal(options, kind="img2img", init_images=[picture], mask=picture, denoising_strength=0.5,
+                   alwayson_scripts={script["name"]: {"args": args}})
+    assert "inpainting is not possible" in said
+
+
+# --- scripts of the dropdown -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", OF_IMG2IMG)
+def test_scripts_of_img2img_are_refused(webui, options, plain, refusal, name):
+    given = selected(webui, name, img2img=True)
+    more = {"kind": "img2img", "init_images": [encoded(plain.picture)], "denoising_strength": 0.3, **given}
+    assert f'AccDiffusion: the script "{name}" makes pictures of its own' in refusal(options, **more)
+
+
+def test_sd_upscale_is_itself_without_us(webui, options, plain):
+    given = selected(webui, "SD upscale", img2img=True)
+    more = {"kind": "img2img", "init_images": [encoded(plain.picture)], "denoising_strength": 0.3, "steps": 2, **given}
+    before = webui.generate(**more)
+    with pytest.raises(Refused):
+        webui.generate(options, **more)
+    assert np.array_equal(webui.generate(**more).picture, before.picture)
+
+
+def test_each_prompt_of_a_list_is_enlarged(webui, options, large):
+    prompt = webui.request()["prompt"]
+    given = selected(webui, "Prompts from file or textbox", list_of_prompt_inputs=f"a green tree\n{prompt}")
+    answer = webui.generate(options, **{**given, "prompt": ""})
+    assert [np.asarray(each).shape for each in answer.everything] == [size(2 * BASE)] * 2
+    assert np.array_equal(np.asarray(answer.everything[1].convert("RGB")), large.picture)
+
+
+def test_skip_in_a_grid_is_for_one_cell(webui, options):
+    given = selected(webui, "Prompts from file or textbox", list_of_prompt_inputs="a green tree\na blue box")
+    asked = {**options, "stage_steps": 12, "start": 0}
+    alone = webui.generate(asked, prompt="a blue box")
+    running = webui.start(asked, **given, prompt="")
+    webui.wait(running, lambda now: "AccDiffusion 2x" in (now["textinfo"] or "") and now["state"]["sampling_step"] > 0)
+    webui.post("/sdapi/v1/skip")
+    answer = running.result(300)
+    assert len(answer.everything) == 2
+    assert np.array_equal(np.asarray(answer.everything[1].convert("RGB")), alone.picture)
+
+
+# --- what a generation may be asked for besides ----------------------------------------------------------------
+
+def test_three_batches_of_two(webui, options, large):
+    answer = webui.generate({**options, "stage_steps": 2}, steps=2, batch_size=2, n_iter=3)
+    assert [picture.shape for picture in answer.pictures] == [size(2 * BASE)] * 6
+    assert len({picture.tobytes() for picture in answer.pictures}) == 6 == len(set(answer.texts))
+    last = webui.generate({**options, "stage_steps": 2}, steps=2, seed=8)
+    assert difference(answer.pictures[-1], last.picture) <= 1 and answer.texts[-1] == last.texts[0]
+
+
+@pytest.mark.parametrize("kind", ["jpg", "webp"])
+def test_other_kinds_of_files(webui, options, settings, large, kind):
+    settings(samples_format=kind)
+    info = webui.post("/sdapi/v1/txt2img", webui.body(options))
+    opened = image(info["images"][0])
+    assert opened.format == {"jpg": "JPEG", "webp": "WEBP"}[kind] and opened.size == (2 * BASE, 2 * BASE)
+    assert alike(np.asarray(opened.convert("RGB")), large.picture)
+    read = webui.post("/sdapi/v1/png-info", {"image": info["images"][0]})
+    assert read["info"] == json.loads(info["info"])["infotexts"][0] == large.texts[0]

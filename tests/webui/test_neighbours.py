@@ -1,0 +1,171 @@
+"""Other scripts and extensions beside ours, in the stand-in: what is left alone, and what is refused before anything is
+computed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from types import MethodType
+from typing import Any
+
+import numpy as np
+import pytest
+from torch import nn
+
+from accdiff_lib.errors import InputError
+from tests.webui_stand_in.generation import OPTIONS, WebUI, started
+
+#: One step, so that what is done counts and not how.
+SHORT = {**OPTIONS, "stage_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def webui() -> Iterator[WebUI]:
+    with started() as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def alone(webui) -> Iterator[None]:
+    yield
+    webui.scripts.clear()
+
+
+def generated(p: Any) -> Any:
+    from modules.processing import process_images
+
+    return process_images(p)
+
+
+class Inner:
+    """Makes a picture within a generation, of the generation itself or of a copy, with all scripts."""
+
+    args_from = args_to = 0
+    filename = "inner.py"
+
+    def __init__(self, callback: str, again: Any) -> None:
+        self.made: list[Any] = []
+        self._again = again
+        setattr(self, callback, self._make)
+
+    def title(self) -> str:
+        return "Inner"
+
+    def _make(self, p: Any, *_: Any, **__: Any) -> None:
+        if self.made and self.made[-1] is None:  # it is called within what it makes, too
+            return
+        self.made.append(None)
+        self.made[-1] = np.asarray(generated(self._again(p)).images[0])
+
+
+def test_what_is_made_within_a_generation_is_left_alone(webui):
+    other = Inner("postprocess_image", copy.copy)
+    webui.scripts.append(other)
+    answer = webui.generate(SHORT, steps=1, n_iter=2)
+    assert [picture.shape for picture in answer.pictures] == [(128, 128, 3)] * 2
+    webui.scripts.clear()
+    assert len(other.made) == 2 and np.array_equal(other.made[0], webui.generate(steps=1).picture)
+
+
+def test_a_generation_within_itself(webui):
+    other = Inner("process_before_every_sampling", lambda p: p)
+    webui.scripts.append(other)
+    assert webui.generate(SHORT, steps=1).picture.shape == (128, 128, 3) and other.made[0].shape == (64, 64, 3)
+
+
+class Selected:
+    """A script of the dropdown."""
+
+    args_from = args_to = 0
+
+    def __init__(self, shows: Any) -> None:
+        self.show = shows
+
+    def title(self) -> str:
+        return "Any upscale"
+
+
+def selecting(webui, script: Any, options: Any = SHORT) -> Any:
+    """A generation that this script of the dropdown runs."""
+    p = webui.generation(options, steps=1)
+    p.scripts.selectable_scripts = [Selected(lambda _: True), script]
+    p.script_args[0] = 2
+    return p
+
+
+def test_scripts_of_img2img_alone_are_refused_before_anything_is_computed(webui):
+    p = selecting(webui, Selected(lambda is_img2img: is_img2img))
+    calls: list[Any] = []
+    handle = webui.model.model.diffusion_model.register_forward_pre_hook(lambda *_: calls.append(1))
+    try:
+        for _ in range(2):  # as a loop would: the second is no inner one of the first
+            with pytest.raises(InputError, match='the script "Any upscale" makes pictures of its own'):
+                webui.run(p)
+    finally:
+        handle.remove()
+    assert not calls
+    plain = selecting(webui, Selected(lambda is_img2img: is_img2img), None)
+    assert webui.run(plain).picture.shape == (64, 64, 3)
+
+
+def test_each_generation_of_a_script_is_enlarged(webui):
+    """X/Y/Z plot, prompts from a file: copies, one after the other."""
+    p = selecting(webui, Selected(lambda _: True))
+    pictures = [webui.run(copy.copy(p)).picture for _ in range(2)]
+    assert pictures[0].shape == (128, 128, 3) and np.array_equal(*pictures)
+
+
+def test_other_samplers_than_the_webuis_are_refused(webui, monkeypatch):
+    from modules import sd_samplers
+
+    own = sd_samplers.create_sampler
+    monkeypatch.setattr(sd_samplers, "create_sampler", lambda name, model: own(name, model))
+    tiled = Selected(None)
+    webui.scripts.append(tiled)
+    with pytest.raises(InputError, match="AccDiffusion: Any upscale has put samplers of its own in place"):
+        webui.generate(SHORT, steps=1)
+    webui.scripts.clear()
+    with pytest.raises(InputError, match=r"AccDiffusion: \S*test_neighbours has put samplers of its own"):
+        webui.generate(SHORT, steps=1)
+
+
+@pytest.mark.parametrize("axis", ["both", "X", "Y", "ended"])
+def test_pictures_that_tile_are_refused(webui, axis, monkeypatch):
+    conv = next(module for module in webui.model.model.diffusion_model.modules() if isinstance(module, nn.Conv2d))
+    if axis == "both":
+        monkeypatch.setattr(conv, "padding_mode", "circular")
+    else:  # as Asymmetric tiling does, and leaves behind
+        function = nn.Conv2d._conv_forward if axis == "ended" else \
+            (lambda self, *given: nn.Conv2d._conv_forward(self, *given))
+        monkeypatch.setattr(conv, f"padding_mode{'X' if axis == 'ended' else axis}", "circular", raising=False)
+        monkeypatch.setattr(conv, "_conv_forward", MethodType(function, conv))
+    if axis == "ended":
+        assert webui.generate(SHORT, steps=1).picture.shape == (128, 128, 3)
+        return
+    with pytest.raises(InputError, match="tile seamlessly are not possible"):
+        webui.generate(SHORT, steps=1)
+
+
+def test_changed_cross_attention_is_for_the_base_pass(webui):
+    """Regional Prompter and NegPiP put functions on the layers, made for the base picture's batch and size."""
+    from accdiff_lib.webui.hosts.ldm.unet import cross_attention
+
+    layers = [layer for _, layer in cross_attention(webui.model.model.diffusion_model)]
+    plain, sizes = webui.generate(SHORT, steps=1), []
+
+    def changed(layer: Any) -> Any:
+        def forward(x: Any, *args: Any, **kwargs: Any) -> Any:
+            sizes.append(len(x))
+            return type(layer).forward(layer, x, *args, **kwargs)
+        return forward
+
+    for layer in layers:
+        layer.forward = changed(layer)
+    try:
+        answer = webui.generate(SHORT, steps=1)
+        assert all("forward" in vars(layer) for layer in layers)
+    finally:
+        for layer in layers:
+            del layer.forward
+    assert sizes == [2] * len(layers) and np.array_equal(answer.picture, plain.picture)
+    assert "to the cross-attention" in answer.comments and "cross-attention" not in plain.comments
