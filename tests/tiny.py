@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, ControlNetUnionModel
 from safetensors.torch import save_file
 
 from accdiff_lib.standalone.export import controlnet_to_checkpoint, to_checkpoint
@@ -70,6 +70,20 @@ def widened(models: Models, channels: int, scale: float = 0.0) -> Models:
                        generator=torch.Generator().manual_seed(0))
     wide.load_state_dict({**weights, "conv_in.weight": torch.cat([first, scale * more], dim=1)})
     return replace(models, unet=wide.eval().requires_grad_(False))
+
+
+@cache
+def union_controlnet() -> ControlNetUnionModel:
+    """A union ControlNet for `sdxl()`, diffusers' own class; all its weights count."""
+    config = {key: value for key, value in sdxl().controlnet.config.items() if key != "_use_default_values"}  # type: ignore[union-attr]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(9)
+        union: Any = ControlNetUnionModel.from_config({**config, "num_control_type": 6, "num_trans_channel": 32,
+                                                       "num_proj_channel": 32})
+        for weight in union.parameters():
+            if weight.std() < 1e-3:  # zeros, or ones
+                weight.data += 0.1 * torch.randn_like(weight)
+    return union.eval().requires_grad_(False)
 
 
 @cache

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from accdiff_lib.errors import InputError
+from accdiff_lib.parts import union_control
 from accdiff_lib.parts import weight_names as names
 from accdiff_lib.parts.weight_names import Place
 
@@ -48,6 +49,14 @@ class Given:
         """The one line the user sees; `why` may carry a library's message, of which the first line is kept."""
         why = why.strip().splitlines()[0] if why.strip() else "cannot be read"
         return InputError(f"{self.option} {self.path}: {why}; allowed: {ALLOWED[self.option]}")
+
+    @contextmanager
+    def complete(self) -> Iterator[None]:
+        """Within it a tensor that is looked for by its name and is not there is such an error."""
+        try:
+            yield
+        except KeyError as error:
+            raise self.error(f"a tensor is missing: {error.args[0]}") from error
 
 
 class TensorFile:
@@ -156,10 +165,9 @@ _KINDS = [
     (r"(^|\.)lllite_", "a ControlNet-LLLite"),
     (r"^lycoris_|lora_(unet|te\d?)_|\.lora_(up|down|A|B)\.|\.lora\.(up|down)\.|hada_w1_|lokr_w|oft_blocks", "a LoRA"),
     (r"^(ip_adapter|image_proj)\.", "an IP-Adapter"),
-    (r"^(control_model\.)?(task_embedding|control_add_embedding\.|control_type_proj|spatial_ch_projs|"
-     r"transformer_layes\.|controlnet_mode_embedder)",
-     "a union (ProMax) ControlNet"),
-    (r"^(controlnet_blocks|controlnet_x_embedder|pos_embed_input)\b", "a ControlNet of SD3 or Flux"),
+    (rf"^(control_model\.)?{union_control.OWN.pattern}", union_control.KIND),
+    (r"^(controlnet_blocks|controlnet_x_embedder|controlnet_mode_embedder|pos_embed_input)\b",
+     "a ControlNet of SD3 or Flux"),
     (r"^(control_model\.|controlnet_cond_embedding\.|controlnet_down_blocks\.|input_hint_block\.)", "a ControlNet"),
     (r"^(adapter\.)?body\.\d+\.(block1|block2|in_conv|resnets)", "a T2I-Adapter"),
     (r"(^|\.)(double_blocks|double_stream_blocks|single_transformer_blocks)\.", "a Flux model"),
@@ -265,7 +273,8 @@ def check(module: nn.Module, file: TensorFile, places: Mapping[str, Place], pref
                                    f"{list(file.shapes[name])}, for {list(empty.shape)}{hint}")
     if closed:
         known = {prefix + place.name for place in places.values()}
-        extra = [name for name in file.shapes if name.startswith(prefix) and name not in known]
+        extra = [name for name in file.shapes if name.startswith(prefix) and name not in known
+                 and not union_control.OWN.match(name[len(prefix):])]
         if extra:
             raise file.given.error(f"{_count(extra, 'tensor')} of another network than {what}, like {extra[0]}")
 

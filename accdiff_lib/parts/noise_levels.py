@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,6 +40,14 @@ def alphas_cumprod(scheduler: Mapping[str, Any], *, zero_snr: bool = False) -> T
         bars = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
         bars[-1] = ZERO_SNR_LAST
     return torch.from_numpy(bars)
+
+
+def timestep_embedding(timesteps: Tensor, width: int) -> Tensor:
+    """The sinusoidal embedding [B, width] (cosines first) of timesteps [B], float32 (Vaswani et al. 2017, 3.5)."""
+    half = width // 2
+    frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=timesteps.device))
+    angles = timesteps.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 class NoiseLevels:

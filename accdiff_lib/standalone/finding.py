@@ -17,10 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from accdiff_lib.errors import InputError
+from accdiff_lib.parts import union_control
 from accdiff_lib.parts import weight_names as names
 from accdiff_lib.parts.checkpoint import INPAINTING, Given, TensorFile, kind, other_inputs, tensor_file
 from accdiff_lib.parts.noise_levels import alphas_cumprod
 from accdiff_lib.parts.weight_names import Place
+from accdiff_lib.standalone import controlnet_config
 from accdiff_lib.standalone.prediction_type import prediction_type
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -272,74 +274,32 @@ def _text_part(config: dict[str, Any], file: TensorFile, family: str) -> Part:
 
 
 def _find_controlnet(given: Given, unet: Mapping[str, Any]) -> Part:
-    """The ControlNet the user named. A single file has the UNet's shape unless a config.json lies beside it."""
+    """The ControlNet the user named. That of a single file is told by the file and the UNet: what lies beside it may be
+    another's config."""
+    config: dict[str, Any] | None = None
     if given.path.is_dir():
         folder = given.path / "controlnet" if (given.path / "controlnet").is_dir() else given.path
         file = _weights(given, folder)
-        config: dict[str, Any] | None = read_config(Given(given.option, folder))
+        config = read_config(Given(given.option, folder))
     else:
         file = _single(given)
-        beside = given.path.with_name("config.json")
-        config = read_config(Given(given.option, beside.parent)) if beside.is_file() else None
-        config = config if config and config.get("_class_name") == "ControlNetModel" else None
     words = kind(file)
-    if words != "a ControlNet":
+    if words not in ("a ControlNet", union_control.KIND):
         raise given.error(f"it seems to be {words}, not a ControlNet that can be used here")
-    if config is not None and config.get("_class_name", "ControlNetModel") != "ControlNetModel":
-        raise given.error(f"it is a {config['_class_name']}, not a ControlNet that can be used here")
+    said = "ControlNetModel" if config is None else config.get("_class_name", "ControlNetModel")
+    if said not in ("ControlNetModel", "ControlNetUnionModel"):
+        raise given.error(f"it is a {said}, not a ControlNet that can be used here")
     prefix = names.CONTROL if file.has(names.CONTROL) else ""
     original = file.has(f"{prefix}input_hint_block.")
-    if not _is_of_family(file, prefix, unet):
+    if not controlnet_config.is_of_family(file, prefix, unet):
         family = "SDXL" if unet.get("addition_embed_type") else "SD1.5"
         raise given.error(f"it is a ControlNet of another family or size than the model, which is {family}")
-    if config is not None and not _is_of_family(file, prefix, config):
+    if config is not None and not controlnet_config.is_of_family(file, prefix, config):
         raise given.error("the config.json with it is of another ControlNet; it must be its own, or not be there")
-    if config is None:
-        config = {key: unet[key] for key in _SHARED_WITH_UNET if key in unet}
-        config["in_channels"] = _first(file, prefix)[1]
-        config["conditioning_embedding_out_channels"] = _hint_channels(file, prefix, original)
+    if config is None or words == union_control.KIND:
+        config = controlnet_config.derived(file, prefix, unet)
     places = _unet_places if original else _diffusers_places(file)
     return Part("controlnet", config, file, places, prefix, closed=True)
-
-
-#: What a ControlNet's config takes over from its UNet's.
-_SHARED_WITH_UNET = (
-    "flip_sin_to_cos", "freq_shift", "down_block_types", "only_cross_attention", "block_out_channels",
-    "layers_per_block", "downsample_padding", "mid_block_scale_factor", "act_fn", "norm_num_groups", "norm_eps",
-    "cross_attention_dim", "transformer_layers_per_block", "attention_head_dim", "num_attention_heads",
-    "use_linear_projection", "class_embed_type", "addition_embed_type", "addition_time_embed_dim", "num_class_embeds",
-    "upcast_attention", "resnet_time_scale_shift", "projection_class_embeddings_input_dim", "mid_block_type")
-
-
-def _is_of_family(file: TensorFile, prefix: str, config: Mapping[str, Any]) -> bool:
-    """Compares a ControlNet's file with a config, the UNet's or its own, by what differs between families: it would
-    otherwise fail in the middle of a run."""
-    context = {shape[1] for name, shape in file.shapes.items() if name.endswith("attn2.to_k.weight")}
-    added = file.has(f"{prefix}label_emb.", f"{prefix}add_embedding.")
-    first = _first(file, prefix)
-    return (not context - {config.get("cross_attention_dim")} and first[0] == config.get("block_out_channels", [320])[0]
-            and added == (config.get("addition_embed_type") is not None))
-
-
-def _first(file: TensorFile, prefix: str) -> tuple[int, ...]:
-    """The shape of the convolution that takes the latent."""
-    return next((file.shapes[prefix + name] for name in ("input_blocks.0.0.weight", "conv_in.weight")
-                 if prefix + name in file), (0, 0))
-
-
-def _hint_channels(file: TensorFile, prefix: str, original: bool) -> list[int]:
-    """Channels of the hint's convolutions at each of their sizes: those of the first, and those with a stride."""
-    if original:
-        begin, end = f"{prefix}input_hint_block.", ".weight"
-        order = sorted(int(name[len(begin):-len(end)]) for name in file.shapes
-                       if name.startswith(begin) and name.endswith(end))
-        shapes = [file.shapes[f"{begin}{number}{end}"] for number in order]
-    else:
-        begin = f"{prefix}controlnet_cond_embedding."
-        blocks = sum(name.startswith(f"{begin}blocks.") and name.endswith(".weight") for name in file.shapes)
-        keys = ["conv_in", *(f"blocks.{number}" for number in range(blocks))]
-        shapes = [file.shapes.get(f"{begin}{key}.weight", (0,)) for key in keys] + [(0,)]
-    return [shape[0] for shape in shapes[:-1:2]]  # the last convolution has the UNet's channels
 
 
 # ----------------------------------------------------------------------------------- configs and weights

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from accdiff_lib.parts.checkpoint import Given, check, fill
 from accdiff_lib.parts.noise_levels import alphas_cumprod
 from accdiff_lib.parts.prompts import CONTEXT
+from accdiff_lib.parts.union_control import UnionHint, own_weights, time_offset
 from accdiff_lib.standalone.finding import EMBEDDED, Found, ModelShape, Part, find, read_config
 
 if TYPE_CHECKING:
@@ -76,12 +77,25 @@ def load(model: str | Path | None, *, vae: str | Path | None = None, controlnet:
         for key, part in found.parts.items():
             fill(built[key], part.file, part.places(built[key]), part.prefix, what=f"the {part.what}",
                  dtype=shape.vae_dtype(dtype) if key == "vae" else dtype, device=device, closed=part.closed)
+            if key == "controlnet":
+                _unite(built[key], part)
             part.file.close()
     encoders: list[Any] = [built[key] for key in ("text_encoder", "text_encoder_2") if key in built]
     return Models(
         family=shape.family, name=shape.name, unet=built["unet"], vae=built["vae"], text_encoders=encoders,
         tokenizers=tokenizers, controlnet=built.get("controlnet"), prediction=shape.prediction,
         alphas_cumprod=shape.alphas_cumprod, zero_negative=shape.zero_negative)
+
+
+def _unite(controlnet: Any, part: Part) -> None:
+    """Gives a ControlNet what its file has if it is a union one."""
+    with part.file.given.complete():
+        own = own_weights(part.file.shapes, part.prefix, part.file.read)
+        if own:
+            bias = controlnet.time_embedding.linear_2.bias
+            bias.data += time_offset(own).to(bias)
+            controlnet.controlnet_cond_embedding = UnionHint(controlnet.controlnet_cond_embedding, own).to(
+                bias.device, bias.dtype)
 
 
 def describe(model: str | Path | None, *, vae: str | Path | None = None, controlnet: str | Path | None = None,

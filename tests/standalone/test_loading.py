@@ -6,6 +6,7 @@ import json
 import shutil
 import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -544,10 +545,10 @@ def test_incomplete_and_foreign_controlnets(store, tmp_path):
         both_refuse(r"1 tensor of the controlnet missing", store / "sdxl", controlnet=path)
     save_file(whole, path)
     shutil.copy(store / "sd15" / "controlnet" / "config.json", tmp_path / "a" / "config.json")
-    both_refuse(r"the config\.json with it is of another ControlNet", store / "sdxl", controlnet=path)
-    for content in ('{"_class_name": "OtherModel"}', '{"samples": 1}'):  # a WebUI's own, say
-        (tmp_path / "a" / "config.json").write_text(content)
-        examine(store / "sdxl", controlnet=path)
+    assert_same_network(tiny.sdxl().controlnet, load(store / "sdxl", controlnet=path).controlnet)
+    folder = shutil.copytree(store / "sdxl" / "controlnet", tmp_path / "b")
+    shutil.copy(tmp_path / "a" / "config.json", folder)
+    both_refuse(r"the config\.json with it is of another ControlNet", store / "sdxl", controlnet=folder)
 
 
 # ------------------------------------------------------------------------------------------- ControlNets
@@ -569,7 +570,7 @@ def test_controlnet_without_prefix_and_with_a_config_beside_it(store, tmp_path):
 
 
 @pytest.mark.parametrize(("words", "name"), [
-    ("a union", "task_embedding"), ("a control-LoRA", "lora_controlnet"), ("a T2I-Adapter", "body.0.block1.weight"),
+    ("a control-LoRA", "lora_controlnet"), ("a T2I-Adapter", "body.0.block1.weight"),
     ("a ControlNet-LLLite", "lllite_unet_input_blocks_4_1.down.0.weight"), ("an IP-Adapter", "image_proj.proj.weight"),
     ("a ControlNet of SD3 or Flux", "controlnet_x_embedder.weight"), ("no model that is known", "x"),
 ])
@@ -579,11 +580,50 @@ def test_other_kinds_of_control(store, tmp_path, words, name):
     refused(f"it seems to be {words}.*, not a ControlNet", "--controlnet", path, store / "sdxl", controlnet=path)
 
 
-def test_union_controlnet_folder(store, tmp_path):
-    folder = shutil.copytree(store / "sdxl" / "controlnet", tmp_path / "union")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "_class_name": "ControlNetUnionModel"}))
-    refused("it is a ControlNetUnionModel", "--controlnet", folder, store / "sdxl", controlnet=folder)
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["folder", "file"])
+def test_union_controlnet(store, tmp_path, form):
+    union: Any = tiny.union_controlnet()
+    union.save_pretrained(tmp_path / "union")
+    path = tmp_path / "union"
+    if form == "file":
+        path = path / "diffusion_pytorch_model.safetensors"
+    loaded: Any = load(store / "sdxl", controlnet=path).controlnet
+    generator = torch.Generator().manual_seed(4)
+    latent, hint = torch.randn(2, 4, 16, 16, generator=generator), torch.rand(2, 3, 128, 128, generator=generator)
+    given = {"encoder_hidden_states": torch.randn(2, 77, 32, generator=generator), "return_dict": False,
+             "added_cond_kwargs": {"text_embeds": torch.randn(2, 16, generator=generator),
+                                   "time_ids": torch.rand(2, 6, generator=generator)}}
+    down, middle = loaded(latent, 500, controlnet_cond=hint, conditioning_scale=0.7, **given)
+    for row in range(2):  # diffusers' own lets the pictures of a batch see each other
+        alone = {key: {name: each[row:row + 1] for name, each in value.items()} if isinstance(value, dict)
+                 else value if isinstance(value, bool) else value[row:row + 1] for key, value in given.items()}
+        kinds = torch.tensor([[0.0, 0, 0, 1, 0, 0]])
+        expected, of_middle = union(latent[row:row + 1], 500, controlnet_cond=[hint[row:row + 1]], control_type=kinds,
+                                    control_type_idx=[3], conditioning_scale=0.7, **alone)
+        for one, other in zip([*expected, of_middle], [*down, middle], strict=True):
+            torch.testing.assert_close(other[row:row + 1], one, rtol=0, atol=1e-5)
+    save_file({name: weight for name, weight in union.state_dict().items() if "c_proj" not in name},
+              tmp_path / "incomplete.safetensors")
+    with pytest.raises(InputError, match=r"a tensor is missing: mlp\.c_proj"):
+        load(store / "sdxl", controlnet=tmp_path / "incomplete.safetensors")
+
+
+@pytest.mark.parametrize("names", ["cldm", "diffusers"])
+@pytest.mark.parametrize("cut", ["mid", "small", "none in the middle"])
+def test_controlnets_with_less_attention_than_the_unet(store, tmp_path, cut, names):
+    whole: Any = tiny.sdxl().controlnet
+    config = {key: value for key, value in whole.config.items() if key != "_use_default_values"}
+    config["down_block_types"] = ["DownBlock2D"] * 3
+    if cut == "mid":
+        config["down_block_types"][2] = "CrossAttnDownBlock2D"
+    elif cut == "small":
+        config["transformer_layers_per_block"] = [1, 1, 0]
+    else:
+        config["mid_block_type"] = "UNetMidBlock2D"
+    smaller: Any = type(whole).from_config(config).eval().requires_grad_(False)
+    path = tiny.export_controlnet(replace(tiny.sdxl(), controlnet=smaller), tmp_path / "x.safetensors", names)
+    assert_same_network(smaller, load(store / "sdxl", controlnet=path).controlnet)
 
 
 # ---------------------------------------------------------------------------------------- embedded model

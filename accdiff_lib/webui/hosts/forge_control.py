@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from accdiff_lib.parts import union_control
 from accdiff_lib.webui.hosts.ldm.controlnet import LdmControlNet, layers_per_level
 from accdiff_lib.webui.hosts.ldm.controlnet_file import ControlNetFile, check_family, check_pickle
 
@@ -25,18 +26,20 @@ def load(path: Path, sd_model: Any, webui: ForgeBase) -> Any:
     """The ControlNet of a file, for the loaded model. Raises InputError (one line) where it cannot steer it."""
     check_pickle(path)
     module, patcher = webui.unet(sd_model), sd_model.forge_objects.unet
+    union = False
     if _is_control_lora(path):
         loaded = _built_in(path)
         if loaded is not None:
             return loaded
     elif _has_plain_weights(module):  # not where weights are stored in 4 bits, in tensors of other shapes
         file = ControlNetFile(path)
+        union = file.union
         try:
             check_family(file, file.names(layers_per_level(module)), module)
         finally:
             file.close()
     loaded = _built_in(path)
-    if loaded is not None:
+    if loaded is not None and (not union or _of_edges(loaded)):
         return loaded
     print(f"[AccDiffusion] this WebUI cannot load {path.name} by itself; it is loaded by AccDiffusion's own loader")
     own = LdmControlNet.load(path, module, dtype=webui.dtype(sd_model), device=patcher.offload_device)
@@ -55,6 +58,19 @@ def _built_in(path: Path) -> Any:
         return None
     control: Any = getattr(found, "model_patcher", None)
     return control.copy() if hasattr(control, "get_control") else None
+
+
+def _of_edges(control: Any) -> bool:
+    """Tells a union ControlNet of the WebUI's that its hints are edges; whether it is one."""
+    if getattr(getattr(control, "control_model", None), "task_embedding", None) is None:
+        return False
+    if hasattr(control, "set_control_type"):  # Forge Neo
+        control.set_control_type(union_control.EDGES)
+    elif hasattr(control, "set_extra_arg"):  # reForge
+        control.set_extra_arg("control_type", [union_control.EDGES])
+    else:
+        return False
+    return True
 
 
 def _is_control_lora(path: Path) -> bool:

@@ -12,7 +12,6 @@ attribute of it is changed, so other programs that replace its `forward` (sd-web
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -24,6 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from accdiff_lib.parts.checkpoint import fill
+from accdiff_lib.parts.noise_levels import timestep_embedding
+from accdiff_lib.parts.union_control import UnionHint, own_weights, time_offset
 from accdiff_lib.parts.weight_names import Place
 from accdiff_lib.webui.hosts.ldm.controlnet_file import FIRST, ControlNetFile, GivenControlNet, check_family
 
@@ -73,6 +74,7 @@ class LdmControlNet:
         encoder = Encoder(unet, shapes)
         places = {name: Place(by_name.get(name, name)) for name in encoder.state_dict()}
         fill(encoder, file, places, file.prefix, what="the ControlNet", dtype=dtype, device=device, closed=True)
+        encoder.unite(file)
         file.close()
         return cls(encoder, path, _shape(unet))
 
@@ -254,6 +256,8 @@ class Encoder(nn.Module):
                 setattr(self, name, _without_weights(getattr(unet, name)))
         _cut_attention(self, "", shapes)
         parts: Any = self
+        if not any(name.startswith("middle_block.2.") for name in shapes):
+            parts.middle_block[2] = nn.Identity()  # a middle without attention has one residual block
         first = parts.input_blocks[0][0]
         first.in_channels = shapes.get(FIRST, first.weight.shape)[1]  # an inpainting model's UNet takes more
         first.weight = nn.Parameter(first.weight[:, :first.in_channels].clone(), requires_grad=False)
@@ -271,9 +275,19 @@ class Encoder(nn.Module):
     def device(self) -> torch.device:
         return next(self.middle_block_out.parameters()).device
 
+    def unite(self, file: ControlNetFile) -> None:
+        """Takes what a union ControlNet has besides."""
+        with file.given.complete():
+            own = own_weights(file.shapes, file.prefix, file.read)
+            if own:
+                parts: Any = self
+                parts.time_embed[2].bias.data += time_offset(own).to(self.device, self.dtype)
+                self.input_hint_block: nn.Module = UnionHint(self.input_hint_block, own).to(self.device, self.dtype)
+
     def guidance(self, hint: Tensor) -> Tensor:
         """What is added to the first features [M, C, h, w], from the hint [M, 3, 8h, 8w] in 0..1."""
-        return self.input_hint_block(hint.to(self.device, self.dtype))
+        features: Tensor = self.input_hint_block(hint.to(self.device, self.dtype))
+        return features
 
     def forward(self, x: Tensor, timesteps: Tensor, context: Tensor | None, y: Tensor | None,
                 guidance: Tensor) -> list[Tensor]:
@@ -296,14 +310,6 @@ class Encoder(nn.Module):
                 h = h + guidance.to(h)
             residuals.append(zero(h))
         return [*residuals, self.middle_block_out(parts.middle_block(h, emb, context))]
-
-
-def timestep_embedding(timesteps: Tensor, width: int) -> Tensor:
-    """The sinusoidal embedding [B, width] (cosines first) of timesteps [B], float32 (Vaswani et al. 2017, 3.5)."""
-    half = width // 2
-    frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=timesteps.device))
-    angles = timesteps.float()[:, None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 def _hint_block(shapes: Mapping[str, tuple[int, ...]]) -> nn.Sequential:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from accdiff_lib.errors import InputError
+from accdiff_lib.parts import union_control
 from accdiff_lib.parts import weight_names as names
 from accdiff_lib.parts.checkpoint import Given, TensorFile, kind
 
@@ -56,10 +57,12 @@ class ControlNetFile(TensorFile):
         else:
             raise self.given.error(f"'{path.suffix or 'no extension'}' is not a file type that is loaded")
         words = "a difference ControlNet" if "difference" in self else kind(self)
-        if words != "a ControlNet":
+        if words not in ("a ControlNet", union_control.KIND):
             raise self.given.error(f"it seems to be {words}, not a ControlNet that can be used here")
         self.prefix = names.CONTROL if self.has(names.CONTROL) else ""
         self.original = self.has(f"{self.prefix}input_hint_block.")
+        #: It is one for several kinds of hints.
+        self.union = words == union_control.KIND
 
     def _read_header(self) -> None:
         path = self.given.path
@@ -86,6 +89,7 @@ class ControlNetFile(TensorFile):
         Raises InputError for a tensor that no ControlNet of SDXL, SD1.5 or SD2 has.
         """
         keys = [name[len(self.prefix):] for name in self.shapes if name.startswith(self.prefix)]
+        keys = [key for key in keys if not union_control.OWN.match(key)]
         if self.original:
             return {key: key for key in keys}
         blocks = {key for key in keys if re.match(r"controlnet_cond_embedding\.blocks\.\d+\.weight$", key)}
