@@ -55,7 +55,7 @@ def selected_script(p: Any) -> Any:
 def coupled(p: Any) -> tuple[Region, ...]:
     """Forge Couple's regions, if it is at work: it patches the cross-attention with masks of the whole picture, which
     are none of a window's. Raises InputError for masks that cannot be read."""
-    script = next((script for script in p.scripts.alwayson_scripts if script.title() == COUPLE), None)
+    script: Any = next((script for script in p.scripts.alwayson_scripts if script.title() == COUPLE), None)
     given = [] if script is None else p.script_args[script.args_from:script.args_to]
     if len(given) < 8 or not given[0] or not getattr(script, "valid", False) or not script.couples:
         return ()
