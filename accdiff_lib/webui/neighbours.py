@@ -13,6 +13,10 @@ from typing import Any
 from torch import nn
 
 from accdiff_lib.errors import InputError
+from accdiff_lib.parts.regions import Region, read_regions
+
+#: The title of the script whose regions are taken over.
+COUPLE = "Forge Couple"
 
 #: The function of the WebUI's `modules.processing` that makes all pictures of a generation.
 _GENERATES = "process_images_inner"
@@ -46,6 +50,25 @@ def selected_script(p: Any) -> Any:
     """The script of the page's dropdown that runs this generation, or None."""
     index, scripts = p.script_args[0], p.scripts.selectable_scripts
     return scripts[index - 1] if isinstance(index, int) and 0 < index <= len(scripts) else None
+
+
+def coupled(p: Any) -> tuple[Region, ...]:
+    """Forge Couple's regions, if it is at work: it patches the cross-attention with masks of the whole picture, which
+    are none of a window's. Raises InputError for masks that cannot be read."""
+    script: Any = next((script for script in p.scripts.alwayson_scripts if script.title() == COUPLE), None)
+    given = [] if script is None else p.script_args[script.args_from:script.args_to]
+    if len(given) < 8 or not given[0] or not getattr(script, "valid", False) or not script.couples:
+        return ()
+    mode, _, direction, background, weight, mapping = given[2:8]
+    if mode == "Mask":
+        mapping = [*(script.get_mask() or mapping)]
+    elif mode == "Basic":
+        count = len(script.couples) - (background != "None")
+        tiles = [[number / count, (number + 1) / count] for number in range(count)]
+        mapping = [[*tile, 0, 1, 1] if direction == "Horizontal" else [0, 1, *tile, 1] for tile in tiles]
+    if mode != "Advanced" and background != "None":
+        mapping.insert(0 if background == "First Line" else len(mapping), [0, 1, 0, 1, max(0.1, weight)])
+    return tuple(read_regions({"prompts": script.couples, "mapping": mapping}, COUPLE))
 
 
 @contextmanager

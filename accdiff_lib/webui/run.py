@@ -26,7 +26,7 @@ from accdiff_lib.engine.plan import make_plan
 from accdiff_lib.errors import InputError, Interrupted, NotFinite, OutOfMemory
 from accdiff_lib.methods import of
 from accdiff_lib.parts.attention import map_size
-from accdiff_lib.parts.regions import check_regions
+from accdiff_lib.parts.regions import Region, check_regions
 from accdiff_lib.settings import SAME
 from accdiff_lib.webui import controlnets, guides, hires, neighbours, upscalers
 from accdiff_lib.webui.arguments import GUIDES, Enlargement, parse, stamped
@@ -143,7 +143,7 @@ class Batch:
                                       picture=self._selected)
         if getattr(p, "image_mask", None) is not None:
             raise InputError("AccDiffusion: inpainting is not possible; use it without a mask")
-        self._regions = asked.regions
+        self._regions = asked.regions or self._coupled()
         deepest, levels = self._session.halvings
         self._plan = make_plan(hires.base_size(p, self._selected), self._settings, native=self._session.native,
                                multiple=2 ** levels)
@@ -171,6 +171,17 @@ class Batch:
                     p.extra_generation_params[GUIDES[
                         "control_map" if self._guide.is_map else "control_image"]] = "ControlNet unit"
         self._prompts: list[tuple[str, str]] = []
+
+    def _coupled(self) -> tuple[Region, ...]:
+        """Forge Couple's regions, whose prompts take the place of those by attention."""
+        regions = neighbours.coupled(self._p)
+        if regions and not self._settings.takes_regions:
+            self._p.comment(f"AccDiffusion: {neighbours.COUPLE}'s regions are for methods with windows; they count in "
+                            "the base picture only")
+            return ()
+        if regions and self._settings.wants_attention:
+            self._settings = self._settings.without_attention()
+        return regions
 
     # --- the base ----------------------------------------------------------------------------------------------
 

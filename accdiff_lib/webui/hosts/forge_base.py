@@ -19,6 +19,7 @@ from accdiff_lib.engine.host import Conditioning, Progress, Solver
 from accdiff_lib.engine.vae_runner import VaeRunner
 from accdiff_lib.errors import InputError
 from accdiff_lib.parts.noise_levels import NoiseLevels
+from accdiff_lib.webui import neighbours
 from accdiff_lib.webui.hosts import forge_control
 from accdiff_lib.webui.hosts.halves import MarkedHalves
 from accdiff_lib.webui.hosts.ldm import unet as ldm_unet
@@ -28,9 +29,10 @@ from accdiff_lib.webui.hosts.windows import Session, WindowHost
 
 #: Scripts that act on the base pass only. ControlNet units have hints of the base picture's size; two cut or shrink
 #: what is larger than the model's own size, which windows are not; one mixes the images of a batch, here of other
-#: places; and reForge's APG averages each prediction with the last call's, here of another batch.
-BASE_ONLY = ("ControlNet", "MultiDiffusion Integrated", "Kohya HRFix Integrated", "StyleAlign Integrated",
-             '"APG\'s now your CFG" and Guidance Limiter for reForge')
+#: places; reForge's APG averages each prediction with the last call's, here of another batch; and Forge Couple's masks
+#: are the whole picture's.
+BASE_ONLY = (neighbours.COUPLE, "ControlNet", "MultiDiffusion Integrated", "Kohya HRFix Integrated",
+             "StyleAlign Integrated", '"APG\'s now your CFG" and Guidance Limiter for reForge')
 
 
 class ForgeBase(WebUI):
