@@ -62,11 +62,11 @@ class Resting(FusedPredictor):
         return self.grid.windows(None)
 
 
-def made_canvas(host, *, settings=None, size=(96, 80), scale=2, seed=1, batch=0):
+def made_canvas(host, *, settings=None, size=(96, 80), scale=2, seed=1, batch=0, sampler="Euler", steps=4):
     settings = settings or make({"tolerance": 0})
     plan = make_plan((size[0] * 8 // scale, size[1] * 8 // scale), make({"scale": scale}), native=32)
     stage = plan.stages[-1]
-    made = solver("Euler", "Leading", 4, LEVELS)
+    made = solver(sampler, "Leading", steps, LEVELS)
     script = make_script(of(settings), made, settings, LEVELS.timestep, stage, guidance=7.5, has_control=False)
     noise = torch.randn(1, 4, *size, generator=torch.Generator().manual_seed(0))
     scene = StageInputs(plan, stage, torch.zeros(1, 4, *size), noise, "a ball", lambda prompts: list(prompts), 7.5,
@@ -118,6 +118,8 @@ def test_the_interaction_is_a_permutation_at_every_position(views, seed):
     other = canvas.predictor.interaction(script.calls[1], cells)
     assert not torch.equal(drawn, other), "every step draws anew"
     assert torch.equal(drawn, canvas.predictor.interaction(script.calls[0], cells)), "by seed and step alone"
+    second = canvas.predictor.interaction(replace(script.calls[0], trial=1), cells)
+    assert not torch.equal(drawn, second), "and every call of a step"
 
 
 @given(mean=st.floats(-3, 3), std=st.floats(0.1, 5))
@@ -243,12 +245,49 @@ def test_a_sampler_off_its_script_is_stopped():
         canvas(torch.zeros(1, 4, 96, 80), script.sigmas[1:2])
 
 
-def test_progress_counts_every_latent():
+@pytest.mark.parametrize(("sampler", "calls"), [("Euler", 4), ("Heun", 7)])
+def test_progress_counts_every_latent_and_sees_a_preview_a_step(sampler, calls):
     host = Toy()
-    canvas, made, scene, script = made_canvas(host)
+    canvas, made, scene, script = made_canvas(host, sampler=sampler)
     made.integrate(canvas, scene.trajectory(float(script.sigmas[0])), script.sigmas, 0)
+    assert len(script.calls) == calls
     assert host.progress.latents == script.latents == sum(host.batches)
     assert host.progress.previews == 4
+
+
+def test_without_a_picture_the_trajectory_is_noise():
+    """Of the deviation that the model's own latents have at the noise level: theirs is 1."""
+    _, _, scene, _ = made_canvas(Toy())
+    torch.testing.assert_close(replace(scene, upsampled=None).trajectory(2.0), scene.noise * 5 ** 0.5)
+    torch.testing.assert_close(replace(scene, upsampled=scene.noise + 1).trajectory(2.0), 3 * scene.noise + 1)
+
+
+@pytest.mark.parametrize(("sampler", "start"), [("Euler a", 0), ("Euler a", 3), ("DPM++ 2M SDE", 3), ("Euler", 3)])
+def test_a_late_start_has_the_noise_of_the_steps_before(sampler, start):
+    """A stochastic sampler begins where the steps that are left out would have brought the picture; others have no
+    other noise than the first."""
+    seen: list[torch.Tensor] = []
+
+    class Watched(Canvas):
+        def __call__(self, x, sigma, **kwargs):
+            seen.append(x.clone())
+            return super().__call__(x, sigma, **kwargs)
+
+    def model(x, sigma, **_):
+        path.append(x.clone())
+        return picture
+
+    host, settings = Toy(), make({"tolerance": 0, "start": start / 6})
+    canvas, made, scene, script = made_canvas(host, settings=settings, size=(32, 32), sampler=sampler, steps=6)
+    picture = scene.upsampled = scene.noise.flip(-1)
+    assert script.start == start
+    Watched(host, script, settings, scene, canvas.predictor).run(made, seed=3)
+    path: list[torch.Tensor] = []
+    made.integrate(model, scene.trajectory(float(made.sigmas[0])), made.sigmas, 3)
+    if sampler == "Euler":
+        assert torch.equal(seen[0], scene.trajectory(float(script.sigmas[0])))
+    else:
+        assert torch.equal(seen[0], torch.cat([path[start], path[start]]))
 
 
 @pytest.mark.parametrize("sampler", ["Euler", "Euler a", "DPM2 a", "DPM++ 2S a", "DPM++ 2M", "DPM++ SDE",

@@ -115,6 +115,7 @@ def test_a_target_of_another_shape_crops_the_base(base, target):
     assert plan.pixels == (target[0] * 8, target[1] * 8)
     assert crop.top >= 0 and crop.top + crop.height <= base[0] and crop.left >= 0 and crop.left + crop.width <= base[1]
     assert crop.height == base[0] or crop.width == base[1]
+    assert 0 <= base[0] - crop.height - 2 * crop.top <= 1 and 0 <= base[1] - crop.width - 2 * crop.left <= 1, "centred"
     # The shapes agree to the nearest cell.
     assert abs(crop.height * target[1] - crop.width * target[0]) <= max(target)
 

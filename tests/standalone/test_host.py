@@ -14,6 +14,7 @@ from accdiff_lib.parts import vae as tiled_vae
 from accdiff_lib.parts.prediction import denoised
 from accdiff_lib.parts.windows import Window
 from accdiff_lib.standalone import flops
+from accdiff_lib.standalone import hints as standalone_hints
 from accdiff_lib.standalone.host import StandaloneHost
 from tests import golden, tiny
 from tests.silent import SilentProgress
@@ -316,6 +317,23 @@ def test_a_hint_that_comes_again_is_embedded_once():
     assert all(torch.equal(result, plain) for result in results)
     assert torch.equal(changed, host.denoise(x, SIGMA, conditioning(host, hints=asked(1 - hints(x)))))
     assert not torch.equal(changed, plain) and "forward" not in vars(embedding)
+
+
+def test_kept_hints_have_a_budget(monkeypatch):
+    """Of the canvas at work alone the first windows; the others are embedded in every step."""
+    host, x = make_host(), latents()
+    embedding, seen = host.models.controlnet.controlnet_cond_embedding, []
+    monkeypatch.setattr(standalone_hints, "BUDGET", 3 * embedding(hints(x[:1])).nbytes // 2)
+    windows = [Window(8 * number, 0, 8, 8) for number in range(len(x))]
+    handle = embedding.conv_in.register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
+    try:
+        for canvas in (object(), object()):
+            named = conditioning(host, hints=asked(hints(x)), hint_names=[(canvas, window) for window in windows])
+            close(host.denoise(x, SIGMA, named), host.denoise(x, SIGMA, named))
+            assert list(host._hints._kept) == [(canvas, windows[0])]
+    finally:
+        handle.remove()
+    assert seen == [2, 1, 2, 1]
 
 
 def test_a_hint_without_a_controlnet_is_an_error():
