@@ -11,7 +11,8 @@ Writes there, for WebUIs that have the extension tests/live/tiny_shape:
     embedded canny.safetensors  the ControlNet, for WEBUI/models/ControlNet
     embedded lora.safetensors   a LoRA of random weights, for WEBUI/models/Lora
 
-With --kinds the checkpoints of KINDS, which all draw what the model draws.
+With --kinds the checkpoints of KINDS, which all draw what the model draws; and for WEBUI/models/ControlNet the
+ControlNet as a union one and as a control-LoRA, which do what it does, and a ControlNet-LLLite of random weights.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from diffusers import ControlNetUnionModel
 from safetensors.torch import save_file
 
-from accdiff_lib.standalone.export import to_checkpoint
+from accdiff_lib.parts.union_control import OWN
+from accdiff_lib.standalone.export import controlnet_to_checkpoint, to_checkpoint
 from accdiff_lib.standalone.loading import EMBEDDED, load
 from testbed.saving import SCHEDULER, tokenizer_config
 from tests import tiny
@@ -45,6 +48,10 @@ def main() -> None:
     if options.kinds:
         for kind in KINDS:
             write(KINDS[kind](models), options.models, f"{options.out} {kind}")
+        for kind, tensors in (("union", union(models)), ("control-lora", control_lora(models)),
+                              ("lllite", lllite(models))):
+            save_file({name: tensor.float().contiguous() for name, tensor in tensors.items()},
+                      options.models / f"{options.out} {kind}.safetensors", metadata={"format": "pt"})
         return
     write(models, options.models, options.out)
     if models.controlnet is not None:
@@ -121,6 +128,52 @@ def expressed(models, kind: str):
 #: By the ends of their names: with nine input channels of which five count for nothing, and with v in place of noise.
 KINDS = {"inpainting": lambda models: tiny.widened(models, 9), "v": lambda models: expressed(models, "v"),
          "zero-snr": lambda models: expressed(models, "zero-snr v")}
+
+
+def union(models) -> dict[str, torch.Tensor]:
+    """The ControlNet as a union one whose own parts count for nothing: it does what the ControlNet does."""
+    config = {key: value for key, value in models.controlnet.config.items() if key != "_use_default_values"}
+    width = config["block_out_channels"][0]
+    whole = ControlNetUnionModel.from_config({**config, "num_trans_channel": width, "num_proj_channel": width})
+    own = {name: torch.zeros_like(tensor) if "spatial_ch" in name or "control_add" in name else tensor
+           for name, tensor in whole.state_dict().items() if OWN.match(name)}
+    return {**models.controlnet.state_dict(), **own}
+
+
+def control_lora(models) -> dict[str, torch.Tensor]:
+    """The ControlNet as a control-LoRA of full rank: it does what the ControlNet does."""
+    of_unet = {name.removeprefix("model.diffusion_model."): tensor for name, tensor in to_checkpoint(models).items()}
+    found = {"lora_controlnet": torch.zeros(1)}
+    for name, tensor in controlnet_to_checkpoint(models.controlnet, prefix="").items():
+        if tensor.ndim < 2 or name not in of_unet or not name.endswith(".weight"):
+            found[name] = tensor
+            continue
+        difference = (tensor - of_unet[name]).flatten(1)
+        left, values, right = torch.linalg.svd(difference.double(), full_matrices=False)
+        found[name.replace(".weight", ".up")] = (left * values).float()
+        found[name.replace(".weight", ".down")] = right.float().reshape(len(right), *tensor.shape[1:])
+    return found
+
+
+def lllite(models, width: int = 8) -> dict[str, torch.Tensor]:
+    """A ControlNet-LLLite of random weights on the queries of the self-attention."""
+    generator, found = torch.Generator().manual_seed(0), {}
+    for name, weight in to_checkpoint(models).items():
+        if not (name.startswith("model.diffusion_model.") and name.endswith("attn1.to_q.weight")):
+            continue
+        key = "lllite_unet_" + name.removeprefix("model.diffusion_model.").removesuffix(".weight").replace(".", "_")
+        channels = weight.shape[1]
+        # A level's cells are so many pixels wide; the first convolution's are 4.
+        narrow = channels < max(models.unet.config["block_out_channels"])
+        shapes = {"conditioning1.0": (width, 3, 4, 4), "conditioning1.2": (2 * width, width, 4, 4)} if narrow else {
+            "conditioning1.0": (width, 3, 4, 4), "conditioning1.2": (width, width, 4, 4),
+            "conditioning1.4": (2 * width, width, 2, 2)}
+        shapes |= {"down.0": (width, channels), "mid.0": (width, 3 * width), "up.0": (channels, width)}
+        for part, shape in shapes.items():
+            fan = torch.Size(shape[1:]).numel()
+            found[f"{key}.{part}.weight"] = torch.randn(shape, generator=generator) * (2 / fan) ** 0.5
+            found[f"{key}.{part}.bias"] = torch.zeros(shape[0])
+    return found
 
 
 def config_of(part: str, module) -> dict:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.live.client import alike, difference
+from tests.live.client import Refused, alike, difference
 
 
 @pytest.fixture
@@ -43,3 +43,26 @@ def test_from_pure_noise(webui, options, plain, other, more):
     assert abs(float(enlarged.picture.mean()) - float(small.picture.mean())) < 25
     assert 0.5 < float(enlarged.picture.std()) / float(small.picture.std()) < 1.5
     assert np.array_equal(webui.generate().picture, plain.picture)
+
+
+# --- ControlNets -----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", ["union", "control-lora", "lllite"])
+def test_kinds_of_controlnets(webui, options, large, kind):
+    """Two of the files do what the canny one does; each works, or is refused by what it is."""
+    listed = webui.controlnets()
+    wanted, canny = (next((name for name in listed if f" {each}" in name), None) for each in (kind, "canny"))
+    if wanted is None or canny is None:
+        pytest.skip(f"this host has no ControlNet named '... {kind}'")
+    try:
+        steered = webui.generate({**options, "controlnet_model": wanted})
+    except Refused as refused:
+        assert refused.status == 422 and kind != "union" and webui.script("ControlNet") is None
+        assert f"it seems to be a {'control-LoRA' if kind == 'control-lora' else 'ControlNet-LLLite'}" in refused.text
+        return
+    if kind == "lllite":
+        assert difference(steered.picture, large.picture) > 5
+    else:
+        expected = webui.generate({**options, "controlnet_model": canny})
+        assert difference(steered.picture, expected.picture) <= 4
+    assert np.array_equal(webui.generate(options).picture, large.picture)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import sys
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from accdiff_lib.engine.host import Conditioning
@@ -399,6 +401,49 @@ def test_the_controlnet_is_linked_only_where_it_acts(unet):
     assert patcher.controlnet_linked_list is None and control.cond_hint_original is None
     stage.put_away()
     assert program.done[1:] == [("cleanup", control)] and patcher.controlnet_linked_list is None
+
+
+def test_a_control_model_that_patches_the_unet_does_so_for_each_batch(unet):
+    """As the WebUIs' ControlNet-LLLite."""
+    class Patched(Patcher):
+        def clone(self):
+            return copy.copy(self)
+
+        def model_patches_to(self, device):
+            self.model_options["device"] = device
+
+    class Control:
+        def process_before_every_sampling(self, process, cond, mask):
+            given = process.sd_model.forge_objects
+            given.unet = given.unet.clone()
+            given.unet.model_options = {"hint": cond, "strength": self.strength, "steps": process.steps}
+
+    program, patcher = Program(), Patched(unet)
+    stage = forge_base.StageUNet(patcher, forge_control.PatchingControl(Control()), program)  # type: ignore[arg-type]
+    stage.require(torch.zeros(2, 4, 8, 8))
+    assert program.done == [("prepare", None, (2, 4, 8, 8))]
+    before, hint = patcher.model_options, torch.zeros(2, 3, 64, 64)
+    with pytest.raises(ZeroDivisionError), stage.steered(hint, 0.5):
+        assert patcher.model_options == {"hint": hint, "strength": 0.5, "steps": 0, "device": patcher.load_device}
+        raise ZeroDivisionError
+    assert patcher.model_options is before
+
+
+@pytest.mark.parametrize("fault", ["none", "another layer", "another size", "no loader"])
+def test_a_controlnet_lllite_is_for_its_unet(unet, tmp_path, monkeypatch, fault):
+    width = unet.middle_block[1].transformer_blocks[0].attn1.to_q.in_features + (fault == "another size")
+    layer = "middle_block_9" if fault == "another layer" else "middle_block_1"
+    key = f"lllite_unet_{layer}_transformer_blocks_0_attn1_to_q"
+    save_file({f"{key}.down.0.weight": torch.zeros(4, width)}, tmp_path / "l.safetensors")
+    found = None if fault == "no loader" else object()
+    monkeypatch.setattr(forge_control, "_loaded", lambda path: found)
+    load = partial(forge_control.load, tmp_path / "l.safetensors", SimpleNamespace(
+        forge_objects=SimpleNamespace(unet=Patcher(unet))), Forge())
+    if fault == "none":
+        assert isinstance(load(), forge_control.PatchingControl)
+        return
+    with pytest.raises(InputError, match="cannot load" if found is None else "of another family or size"):
+        load()
 
 
 def test_a_controlnet_is_read_once_for_a_generation(unet, monkeypatch):

@@ -199,6 +199,7 @@ class StageUNet:
 
     def __init__(self, patcher: Any, control: Any, webui: ForgeBase) -> None:
         self.patcher, self.control, self._webui = patcher, control, webui
+        self._linked = None if isinstance(control, forge_control.PatchingControl) else control
         self._ready = False
 
     def require(self, x: Tensor) -> None:
@@ -207,7 +208,7 @@ class StageUNet:
             return
         patcher = self.patcher
         # It is only linked where it shall act; here, so that its weights come along.
-        patcher.controlnet_linked_list = self.control
+        patcher.controlnet_linked_list = self._linked
         beside = list(patcher.extra_model_patchers_during_sampling)  # `prepare` adds the ControlNet's to it every time
         try:
             self._webui.prepare(patcher, x)
@@ -221,7 +222,7 @@ class StageUNet:
         if not self._ready:
             return
         self._ready = False
-        self.patcher.controlnet_linked_list = self.control
+        self.patcher.controlnet_linked_list = self._linked
         try:
             self._webui.cleanup(self.patcher)
         finally:
@@ -230,14 +231,22 @@ class StageUNet:
     @contextmanager
     def steered(self, hint: Tensor, strength: float) -> Iterator[None]:
         """Within it the ControlNet acts, on a batch of images with these hints [M, 3, 8h, 8w]."""
-        control = self.control
+        control, patcher = self.control, self.patcher
+        if self._linked is None:
+            before = patcher.model_options
+            patcher.model_options = control.options(patcher, hint, strength)
+            try:
+                yield
+            finally:
+                patcher.model_options = before
+            return
         control.set_cond_hint(hint, strength, (0.0, 1.0))
         control.cond_hint = None  # it keeps the last batch's, which had the same size
-        self.patcher.controlnet_linked_list = control
+        patcher.controlnet_linked_list = control
         try:
             yield
         finally:
-            self.patcher.controlnet_linked_list = None
+            patcher.controlnet_linked_list = None
             control.cond_hint_original = control.cond_hint = None
 
 

@@ -1,4 +1,4 @@
-"""ControlNets for the stages in Forge and reForge: files loaded by the WebUI itself, or by our own loader.
+"""ControlNets for the stages in Forge and its like: files loaded by the WebUI itself, or by our own loader.
 
 What the WebUI loads takes part as one of its own ControlNets does, so that other extensions' patches of ControlNets
 and its memory management go on working. Where it cannot load a file, ours takes the same place.
@@ -6,8 +6,9 @@ and its memory management go on working. Where it cannot load a file, ours takes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,10 +17,18 @@ from torch import Tensor, nn
 
 from accdiff_lib.parts import union_control
 from accdiff_lib.webui.hosts.ldm.controlnet import LdmControlNet, layers_per_level
-from accdiff_lib.webui.hosts.ldm.controlnet_file import ControlNetFile, check_family, check_pickle
+from accdiff_lib.webui.hosts.ldm.controlnet_file import (
+    ControlNetFile,
+    GivenControlNet,
+    check_family,
+    check_pickle,
+)
 
 if TYPE_CHECKING:
     from accdiff_lib.webui.hosts.forge_base import ForgeBase
+
+#: What the names of a ControlNet-LLLite's tensors begin with.
+LLLITE = "lllite_"
 
 
 def load(path: Path, sd_model: Any, webui: ForgeBase) -> Any:
@@ -27,7 +36,10 @@ def load(path: Path, sd_model: Any, webui: ForgeBase) -> Any:
     check_pickle(path)
     module, patcher = webui.unet(sd_model), sd_model.forge_objects.unet
     union = False
-    if _is_control_lora(path):
+    shapes = _shapes(path)
+    if any(name.startswith(LLLITE) for name in shapes):
+        return _lllite(path, shapes, module)
+    if "lora_controlnet" in shapes:  # a difference to the UNet, which only the WebUI's loader knows
         loaded = _built_in(path)
         if loaded is not None:
             return loaded
@@ -48,16 +60,35 @@ def load(path: Path, sd_model: Any, webui: ForgeBase) -> Any:
     return OwnControl(own, webui.patcher(holder, patcher), webui.sampling)
 
 
-def _built_in(path: Path) -> Any:
+def _loaded(path: Path) -> Any:
     """What the WebUI's loader makes of the file; None where it fails."""
     from modules_forge.shared import try_load_supported_control_model
 
     try:
-        found = try_load_supported_control_model(str(path))
+        return try_load_supported_control_model(str(path))
     except Exception:  # it does not expect files of models that it does not know
         return None
-    control: Any = getattr(found, "model_patcher", None)
+
+
+def _built_in(path: Path) -> Any:
+    """The same of a ControlNet, without what surrounds it."""
+    control: Any = getattr(_loaded(path), "model_patcher", None)
     return control.copy() if hasattr(control, "get_control") else None
+
+
+def _lllite(path: Path, shapes: Mapping[str, Sequence[int]], unet: nn.Module) -> PatchingControl:
+    """The WebUI's ControlNet-LLLite. Raises InputError where it has none, or the file is for another UNet."""
+    given = GivenControlNet(path)
+    layers = {f"{LLLITE}unet_{name.replace('.', '_')}": layer for name, layer in unet.named_modules()
+              if name.endswith((".to_q", ".to_k", ".to_v"))}
+    for name, shape in shapes.items():
+        layer: Any = layers.get(name.partition(".")[0])
+        if layer is None or (name.endswith(".down.0.weight") and shape[1] != layer.weight.shape[-1]):
+            raise given.error("it is a ControlNet-LLLite for a model of another family or size than the loaded one")
+    found = _loaded(path)
+    if found is None:
+        raise given.error("it is a ControlNet-LLLite, which this WebUI cannot load")
+    return PatchingControl(found)
 
 
 def _of_edges(control: Any) -> bool:
@@ -73,19 +104,41 @@ def _of_edges(control: Any) -> bool:
     return True
 
 
-def _is_control_lora(path: Path) -> bool:
-    """Whether the file is a difference to the UNet, which only the WebUI's loader knows."""
+def _shapes(path: Path) -> dict[str, Sequence[int]]:
+    """The shapes of a file's tensors; none of one that is not .safetensors."""
     if path.suffix != ".safetensors":
-        return False
+        return {}
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            return "lora_controlnet" in file.keys()  # noqa: SIM118
+            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     except Exception:
-        return False  # the loaders say what is wrong with it
+        return {}  # the loaders say what is wrong with it
 
 
 def _has_plain_weights(module: nn.Module) -> bool:
     return all(weight.is_floating_point() for weight in module.parameters())
+
+
+class PatchingControl:
+    """A control model of the WebUI's whose hint is in patches of the UNet, which are made anew for each batch."""
+
+    def __init__(self, control: Any) -> None:
+        self._control = control
+
+    def get_models(self) -> list[Any]:
+        """It has none that must be loaded."""
+        return []
+
+    def options(self, unet: Any, hint: Tensor, strength: float) -> dict[str, Any]:
+        """The `model_options` of a UNet's patcher with the patches for hints [M, 3, 8h, 8w] in 0..1."""
+        control = self._control
+        control.strength, control.start_percent, control.end_percent = strength, 0.0, 1.0
+        objects = SimpleNamespace(unet=unet)
+        generation = SimpleNamespace(sd_model=SimpleNamespace(forge_objects=objects), steps=0)  # it counts none
+        control.process_before_every_sampling(generation, hint, None)
+        objects.unet.model_patches_to(unet.load_device)
+        options: dict[str, Any] = objects.unet.model_options
+        return options
 
 
 class OwnControl:

@@ -282,7 +282,7 @@ class Encoder(nn.Module):
             if own:
                 parts: Any = self
                 parts.time_embed[2].bias.data += time_offset(own).to(self.device, self.dtype)
-                self.input_hint_block: nn.Module = UnionHint(self.input_hint_block, own).to(self.device, self.dtype)
+                parts.input_hint_block = UnionHint(self.input_hint_block, own).to(self.device, self.dtype)
 
     def guidance(self, hint: Tensor) -> Tensor:
         """What is added to the first features [M, C, h, w], from the hint [M, 3, 8h, 8w] in 0..1."""
