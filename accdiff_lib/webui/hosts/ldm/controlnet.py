@@ -263,7 +263,7 @@ class Encoder(nn.Module):
         first.weight = nn.Parameter(first.weight[:, :first.in_channels].clone(), requires_grad=False)
         widths = [_width(block) for block in parts.input_blocks]
         with torch.device("meta"):
-            self.input_hint_block = _hint_block(shapes)
+            self.input_hint_block: nn.Module = _hint_block(shapes)
             self.zero_convs = nn.ModuleList(nn.Sequential(nn.Conv2d(width, width, 1)) for width in widths)
             self.middle_block_out = nn.Sequential(nn.Conv2d(widths[-1], widths[-1], 1))
 
