@@ -124,7 +124,7 @@ class Canvas:
         if self._low is not None:
             gain = self.settings.structure_guidance * reference.gain(call.sigma, float(self.script.sigmas[0]))
             denoised = reference.held(denoised, self._low, gain)
-        self.denoised = denoised
+        self.denoised = denoised.clone()  # a sampler may add noise to the prediction itself (LCM)
         if call.first:
             self.host.progress.preview(denoised)
         return self._beside(denoised, whole)

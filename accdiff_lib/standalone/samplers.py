@@ -82,6 +82,18 @@ def _load_sampling() -> ModuleType:
 _sampling = _load_sampling()
 
 
+def _lcm(model: Denoiser, x: Tensor, sigmas: Tensor, *, noise_sampler: Callable[..., Tensor],
+         callback: Callback | None = None, disable: bool = False) -> Tensor:
+    """Multistep consistency sampling (Song et al. 2023, algorithm 1): each step is the prediction, noised to the next
+    level."""
+    for step, (sigma, following) in enumerate(zip(sigmas, sigmas[1:], strict=False)):
+        denoised = model(x, sigma.expand(len(x)))
+        if callback is not None:
+            callback({"x": x, "i": step, "sigma": sigma, "sigma_hat": sigma, "denoised": denoised})
+        x = denoised + following * noise_sampler(sigma, following) if float(following) > 0 else denoised
+    return x
+
+
 # Tables ---------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -96,7 +108,7 @@ class Sampler:
 
     @property
     def function(self) -> Callable[..., Tensor]:
-        return getattr(_sampling, f"sample_{self.k_name}")
+        return _lcm if self.k_name == "lcm" else getattr(_sampling, f"sample_{self.k_name}")
 
 
 SAMPLERS: dict[str, Sampler] = {sampler.name: sampler for sampler in (
@@ -111,6 +123,7 @@ SAMPLERS: dict[str, Sampler] = {sampler.name: sampler for sampler in (
     Sampler("DPM++ SDE", "dpmpp_sde", "brownian", order=2),
     Sampler("DPM++ 2M SDE", "dpmpp_2m_sde", "brownian"),
     Sampler("DPM++ 3M SDE", "dpmpp_3m_sde", "brownian"),
+    Sampler("LCM", "lcm", "ancestral"),
 )}
 
 

@@ -105,6 +105,16 @@ def test_a_canvas_on_the_cpu_gives_the_model_its_parts_on_the_device():
     assert host.hints == 4 * 3  # twenty windows in batches of eight at each step
 
 
+def test_what_a_sampler_does_to_a_prediction_is_not_the_picture():
+    """A1111's LCM adds the next step's noise in place; Skip decodes the prediction."""
+    canvas, _, scene, script = made_canvas(Toy())
+    x = scene.trajectory(float(script.sigmas[0]))
+    denoised = canvas(x, script.sigmas[:1])
+    before = denoised.clone()
+    denoised += 7
+    assert torch.equal(canvas.denoised, before)
+
+
 @given(views=st.sampled_from([4, 9, 16]), seed=st.integers(0, 2 ** 62))
 def test_the_interaction_is_a_permutation_at_every_position(views, seed):
     scale = int(views ** 0.5)
