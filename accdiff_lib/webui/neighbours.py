@@ -91,7 +91,7 @@ def _check_samplers(p: Any) -> None:
     from modules import sd_samplers
 
     home = sd_samplers.create_sampler.__module__
-    if home == sd_samplers.__name__:
+    if home == "modules.sd_samplers":
         return
     titles = [script.title() for script in p.scripts.alwayson_scripts if type(script).__module__ == home]
     raise InputError(f"AccDiffusion: {titles[0] if titles else home} has put samplers of its own in place of the "

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.live.client import BASE, Refused, alike, difference, encoded, image, size
+from accdiff_lib.parts.infotext import parse
+from tests.live.client import BASE, URL, WINDOW, Refused, WebUI, alike, difference, encoded, image, size
+from tests.live.conftest import MISSING
 
 #: Scripts that act on every generation: of the hosts, then of extensions. The first box is ticked; the rest by label.
 NEIGHBOURS: dict[str, dict[str, Any]] = {
@@ -22,12 +24,43 @@ NEIGHBOURS: dict[str, dict[str, Any]] = {
     "RescaleCFG for reForge": {}, '"APG\'s now your CFG" and Guidance Limiter for reForge': {},
     "Tiled VAE": {"encoder_tile_size": 256, "decoder_tile_size": 48}, "FreeU": {}, "Self Attention Guidance": {},
     "Perturbed-Attention Guidance": {}, "Smoothed Energy Guidance": {}, "Sliding Window Guidance": {},
-    "Dynamic Thresholding (CFG Scale Fix)": {}, "NegPiP": {}, "Kohya Hires.fix": {}, "Regional Prompter": {},
-    "Forge Couple": {}}
+    "Dynamic Thresholding (CFG Scale Fix)": {}, "Kohya Hires.fix": {}}
+
+#: What changes the cross-attention, with a prompt that makes it do so.
+CROSS_ATTENTION = {"NegPiP": "a red ball on snow, (sky:-1.2)", "Regional Prompter": "a red ball BREAK a blue box"}
 
 #: Scripts of img2img's dropdown alone.
-OF_IMG2IMG = ["SD upscale", "Loopback", "Outpainting mk2", "Poor man's outpainting", "img2img alternative test",
-              "Ultimate SD upscale"]
+OF_IMG2IMG = ["SD upscale", "Loopback", "Outpainting mk2", "Poor man's outpainting", "Ultimate SD upscale"]
+
+
+class Few(WebUI):
+    """A WebUI that is asked for few steps: what is shown here does not depend on them, and there is much to show."""
+
+    @staticmethod
+    def request(**more: Any) -> dict[str, Any]:
+        return WebUI.request(**{"steps": 3, **more})
+
+
+@pytest.fixture(scope="module")
+def webui():
+    if not URL:
+        pytest.skip(MISSING)
+    return Few(URL)
+
+
+@pytest.fixture(scope="module")
+def options():
+    return {"scale": 2, "window": WINDOW, "stage_steps": 2, "start": 0.4}
+
+
+@pytest.fixture(scope="module")
+def plain(webui):
+    return webui.generate()
+
+
+@pytest.fixture(scope="module")
+def large(webui, options):
+    return webui.generate(options)
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +97,16 @@ def test_a_neighbour(webui, options, plain, large, name):
     assert answer.picture.shape == size(2 * BASE) and alike(answer.picture, base.picture)
     if difference(base.picture, plain.picture) > 1:  # some leave a small model's layers alone
         assert difference(answer.picture, large.picture) > 1
-    assert np.array_equal(webui.generate(options).picture, large.picture)
+
+
+@pytest.mark.parametrize("name", CROSS_ATTENTION)
+def test_what_changes_the_cross_attention_is_for_the_base_pass(webui, options, name):
+    given = {**beside(webui, name), "prompt": CROSS_ATTENTION[name]}
+    base, without = webui.generate(**given), webui.generate(prompt=CROSS_ATTENTION[name])
+    assert difference(base.picture, without.picture) > 1
+    pictures = [webui.generate({**options, "window_batch": count}, **given).picture for count in (1, 4)]
+    assert pictures[0].shape == size(2 * BASE) and alike(pictures[0], base.picture)
+    assert difference(*pictures) <= 1
 
 
 @pytest.mark.parametrize("name", ["StyleAlign Integrated", '"APG\'s now your CFG" and Guidance Limiter for reForge'])
@@ -73,6 +115,12 @@ def test_what_mixes_or_remembers_calls_is_for_the_base_pass(webui, options, name
     given = beside(webui, name)
     pictures = [webui.generate({**options, "window_batch": count}, **given).picture for count in (1, 4)]
     assert difference(*pictures) <= 1
+
+
+def test_hypertile_as_a_setting(webui, options, plain, settings):
+    settings(hypertile_enable_unet=True, hypertile_max_tile_unet=128)
+    base, answer = webui.generate(), webui.generate(options)
+    assert answer.picture.shape == size(2 * BASE) and alike(answer.picture, base.picture)
 
 
 def test_tiled_diffusion_is_refused(webui, options, refusal):
@@ -110,13 +158,55 @@ def test_soft_inpainting_is_refused(webui, options, plain, refusal):
     assert "inpainting is not possible" in said
 
 
+def test_adetailer_works_on_the_large_picture(webui, options, plain, large):
+    if webui.script("ADetailer") is None:
+        pytest.skip("this host has no ADetailer")
+    models = [name for name in webui.get("/adetailer/v1/ad_model")["ad_model"] if "yolo" in name or "test" in name]
+    if not models:
+        pytest.skip("ADetailer has no model")
+    unit = {"ad_model": models[0], "ad_denoising_strength": 0.6}
+    given = {"alwayson_scripts": {"ADetailer": {"args": [True, False, unit]}}}
+    if difference(webui.generate(**given).picture, plain.picture) <= 1:
+        pytest.skip("ADetailer finds nothing in this picture")
+    answer = webui.generate(options, **given)
+    assert answer.picture.shape == size(2 * BASE) and alike(answer.picture, large.picture)
+    changed = (answer.picture != large.picture).any(axis=-1)
+    assert 0.001 < changed.mean() < 0.9  # what was found was painted anew, and no more
+
+
+def test_dynamic_prompts(webui, options):
+    if not any(each["name"].startswith("dynamic prompts") for each in webui.get("/sdapi/v1/script-info")):
+        pytest.skip("this host has no Dynamic Prompts")
+    answer = webui.generate(options, prompt="a {red|green|blue} {ball|box} on snow", n_iter=2)
+    for picture, text in zip(answer.pictures, answer.texts, strict=True):
+        found = parse(text)
+        assert "{" not in found.prompt
+        alone = webui.generate(options, prompt=found.prompt, seed=int(found.values["Seed"]))
+        assert np.array_equal(alone.picture, picture)
+
+
+def test_forge_couples_regions(webui, options):
+    given = beside(webui, "Forge Couple")
+    prompt = "a red ball on snow\na blue box on snow"
+    args = next(iter(given["alwayson_scripts"].values()))["args"]
+    for mode, mapping in (("Basic", None), ("Advanced", [[0, 0.5, 0, 1, 1], [0.5, 1, 0, 1, 1]])):
+        args[2], args[5], args[7] = mode, "None", mapping
+        base = webui.generate(prompt=prompt, **given)
+        answer = webui.generate(options, prompt=prompt, **given)
+        assert base.values["forge_couple_mode"] == mode and alike(answer.picture, base.picture)
+        regions = {"prompts": prompt.split("\n"), "mapping": [[0, 0.5, 0, 1, 1], [0.5, 1, 0, 1, 1]]}
+        same = webui.generate({**options, "window_prompts": False, "regions": regions}, prompt=prompt, **given)
+        assert np.array_equal(answer.picture, same.picture)
+
+
 # --- scripts of the dropdown -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", OF_IMG2IMG)
 def test_scripts_of_img2img_are_refused(webui, options, plain, refusal, name):
     given = selected(webui, name, img2img=True)
     more = {"kind": "img2img", "init_images": [encoded(plain.picture)], "denoising_strength": 0.3, **given}
-    assert f'AccDiffusion: the script "{name}" makes pictures of its own' in refusal(options, **more)
+    said = refusal(options, **more)
+    assert name in said and "makes pictures of its own of the given one" in said
 
 
 def test_sd_upscale_is_itself_without_us(webui, options, plain):
@@ -150,11 +240,11 @@ def test_skip_in_a_grid_is_for_one_cell(webui, options):
 
 # --- what a generation may be asked for besides ----------------------------------------------------------------
 
-def test_three_batches_of_two(webui, options, large):
-    answer = webui.generate({**options, "stage_steps": 2}, steps=2, batch_size=2, n_iter=3)
+def test_three_batches_of_two(webui, options):
+    answer = webui.generate(options, batch_size=2, n_iter=3)
     assert [picture.shape for picture in answer.pictures] == [size(2 * BASE)] * 6
     assert len({picture.tobytes() for picture in answer.pictures}) == 6 == len(set(answer.texts))
-    last = webui.generate({**options, "stage_steps": 2}, steps=2, seed=8)
+    last = webui.generate(options, seed=8)
     assert difference(answer.pictures[-1], last.picture) <= 1 and answer.texts[-1] == last.texts[0]
 
 

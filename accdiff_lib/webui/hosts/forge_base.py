@@ -27,12 +27,13 @@ from accdiff_lib.webui.hosts.samplers import POST_CFG
 from accdiff_lib.webui.hosts.webui import WebUI
 from accdiff_lib.webui.hosts.windows import Session, WindowHost
 
-#: Scripts that act on the base pass only. ControlNet units have hints of the base picture's size; two cut or shrink
-#: what is larger than the model's own size, which windows are not; one mixes the images of a batch, here of other
-#: places; reForge's APG averages each prediction with the last call's, here of another batch; and Forge Couple's masks
-#: are the whole picture's.
-BASE_ONLY = (neighbours.COUPLE, "ControlNet", "MultiDiffusion Integrated", "Kohya HRFix Integrated",
-             "StyleAlign Integrated", '"APG\'s now your CFG" and Guidance Limiter for reForge')
+#: Scripts that act on the base pass only. ControlNet units have hints of the base picture's size, and Forge Couple's
+#: masks are the whole picture's; three cut or shrink what is larger than the model's own size, which windows are not
+#: (HyperTile at random places, by how many calls there are); one mixes the images of a batch, here of other places; and
+#: reForge's APG averages each prediction with the last call's, here of another batch.
+BASE_ONLY = ("ControlNet", neighbours.COUPLE, "MultiDiffusion Integrated", "Kohya HRFix Integrated",
+             "HyperTile Integrated", "StyleAlign Integrated",
+             '"APG\'s now your CFG" and Guidance Limiter for reForge')
 
 
 class ForgeBase(WebUI):
