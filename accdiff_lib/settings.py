@@ -17,6 +17,9 @@ from accdiff_lib.errors import InputError, shown
 #: The longest side of a result in pixels.
 LARGEST = 16384
 
+#: What stands for a value that the program finds itself.
+AUTO = "auto"
+
 
 @dataclass(frozen=True)
 class Option:
@@ -35,6 +38,15 @@ class Option:
     former: tuple[tuple[str, str, str], ...] = ()
     #: Another option; where that one is given, this one counts for nothing and is not shown.
     unless: str = ""
+    #: The panel's label, where the paper's word (which `label` keeps for pictures of the past) says little to a user.
+    title: str = ""
+    #: Its minimum means automatic, and may be called so.
+    auto: bool = False
+
+    @property
+    def shown(self) -> str:
+        """The label on the panel."""
+        return self.title or self.label[0].upper() + self.label[1:]
 
     @property
     def kind(self) -> type:
@@ -55,7 +67,7 @@ class Option:
             return ", ".join(self.choices)
         if self.kind is str:
             return "any text"
-        number = "a whole number" if self.kind is int else "a number"
+        number = ("auto or " if self.auto else "") + ("a whole number" if self.kind is int else "a number")
         return f"{number} from {self.minimum:.10g} to {self.maximum:.10g}"
 
     def parse(self, value: Any, name: str | None = None) -> Any:
@@ -83,6 +95,8 @@ class Option:
             return by_lower[value.strip().lower()]
         if isinstance(value, bool):
             raise wrong
+        if self.auto and isinstance(value, str) and value.strip().lower() == AUTO:
+            value = self.minimum
         try:
             number = float(value)
         except (TypeError, ValueError, OverflowError):  # a whole number may be too large for any float
@@ -105,10 +119,11 @@ def is_text(value: str) -> bool:
 
 def option(default: Any, label: str, help: str, *, group: str, minimum: float | None = None,
            maximum: float | None = None, step: float | None = None, choices: tuple[str, ...] = (),
-           former: tuple[tuple[str, str, str], ...] = (), unless: str = "") -> Any:
+           former: tuple[tuple[str, str, str], ...] = (), unless: str = "", title: str = "",
+           auto: bool = False) -> Any:
     """A field of `Settings` that is a row of the table; see `Option`."""
     row = {"label": label, "help": help, "group": group, "minimum": minimum, "maximum": maximum, "step": step,
-           "choices": choices, "former": former, "unless": unless}
+           "choices": choices, "former": former, "unless": unless, "title": title, "auto": auto}
     return field(default=default, metadata=row)
 
 
@@ -152,92 +167,97 @@ class Settings:
         2.0, "scale", "How many times larger than the base picture, on each side. Time grows with its square.",
         group="main", minimum=1, maximum=8, step=0.05)
     target_width: int = option(
-        0, "target width", "Width of the result in pixels, a multiple of 8, instead of a scale; 0 uses the scale.",
-        group="main", minimum=0, maximum=LARGEST, step=8)
+        0, "target width", "Width of the result in pixels, a multiple of 8, instead of a scale; auto uses the scale.",
+        group="main", minimum=0, maximum=LARGEST, step=8, title="Width of the result", auto=True)
     target_height: int = option(
-        0, "target height", "Height of the result in pixels, a multiple of 8, instead of a scale; 0 uses the scale.",
-        group="main", minimum=0, maximum=LARGEST, step=8)
+        0, "target height", "Height of the result in pixels, a multiple of 8, instead of a scale; auto uses the scale.",
+        group="main", minimum=0, maximum=LARGEST, step=8, title="Height of the result", auto=True)
 
     progressive: bool = option(
         True, "progressive", "Go through 2x, 3x, ... on the way to the target instead of straight to it: better "
-        "detail, more time.", group="stages")
+        "detail, more time.", group="stages", title="Enlarge step by step")
     doubling: bool = option(
         False, "doubling", "When progressive, go through 2x, 4x, 8x: fewer stages on the way to 4x and more.",
-        group="stages")
+        group="stages", title="Double at each step")
     stage_steps: int = option(
-        0, "stage steps", "Sampling steps of each stage; 0 takes those of the base pass.", group="stages",
-        minimum=0, maximum=1000, step=1)
+        0, "stage steps", "Sampling steps of each stage; auto takes those of the base pass.", group="stages",
+        minimum=0, maximum=1000, step=1, title="Sampling steps of each stage", auto=True)
     stage_sampler: str = option(
-        SAME, "stage sampler", "Sampler of the stages; Same takes that of the base pass.", group="stages")
+        SAME, "stage sampler", "Sampler of the stages; Same takes that of the base pass.", group="stages",
+        title="Sampler of the stages")
     stage_scheduler: str = option(
-        SAME, "stage scheduler", "Noise schedule of the stages; Same takes that of the base pass.", group="stages")
+        SAME, "stage scheduler", "Noise schedule of the stages; Same takes that of the base pass.", group="stages",
+        title="Schedule type of the stages")
     start: float = option(
         0.0, "start", "The part of each stage's steps that is left out at the beginning, like 1 - denoising strength: "
         "larger is faster and keeps closer to the enlarged picture.", group="stages", minimum=0, maximum=0.95,
-        step=0.01)
+        step=0.01, title="Keep to the base picture")
     tolerance: float = option(
         1e-3, "tolerance", "Leaves out steps and passes that change the result by less than this (relative); 0 "
-        "computes everything.", group="stages", minimum=0, maximum=0.1, step=1e-4)
+        "computes everything.", group="stages", minimum=0, maximum=0.1, step=1e-4,
+        title="Leave out what changes less than")
     first_method: str = option(  # its choices are Same and the table of methods
         SAME, "first method", "Method of the first stage: ScaleCrafter to 2x, say, and windows to 4x. Same "
-        "takes that of all stages.", group="stages")
+        "takes that of all stages.", group="stages", title="Method of the first stage")
     by_stage: str = option(
         "", "by stage", "Other values in single stages, like start=0.5/0.4 control_strength=0.6/0.4: the first "
         "stage's, the second's and so on; the last one holds for all after it. For options with decimals.",
-        group="stages")
+        group="stages", title="Other values in single stages")
     base_pass: bool = option(
         True, "base pass", "Make a base picture first and enlarge it; off samples the full size from noise.",
-        group="stages")
+        group="stages", title="Make a base picture first")
 
     skip_residual: bool = option(
         True, "skip residual", "Holds each step to the noised enlarged picture: keeps the composition.",
-        group="reference")
+        group="base picture", title="Hold on to the enlarged picture")
     cosine_scale_1: float = option(
-        3.0, "cosine scale 1", "How fast the skip residual fades; larger fades sooner.", group="reference",
-        minimum=0, maximum=10, step=0.1)
+        3.0, "cosine scale 1", "How fast the skip residual fades; larger fades sooner.", group="base picture",
+        minimum=0, maximum=10, step=0.1, title="How fast the hold fades")
     structure_guidance: float = option(
         0.0, "structure guidance", "Holds the coarse part of each step to the enlarged picture and leaves the fine "
-        "part free; 1 holds it wholly where a stage begins. 0 is off.", group="reference", minimum=0, maximum=1,
-        step=0.05)
+        "part free; 1 holds it wholly where a stage begins. 0 is off.", group="base picture", minimum=0, maximum=1,
+        step=0.05, title="Hold on to coarse shapes")
     reference: str = option(
         "latent", "reference", "The enlarged picture that stages hold on to: latent enlarges the latent, which is "
-        "soft; mixed takes the fine part from the enlarged picture, encoded again.", group="reference",
-        choices=("latent", "mixed"))
+        "soft; mixed takes the fine part from the enlarged picture, encoded again.", group="base picture",
+        choices=("latent", "mixed"), title="What to hold on to")
     enlarger: str = option(
         ENLARGERS[0], "enlarger", f"What enlarges the picture for the mixed reference: {' or '.join(ENLARGERS)}, in a "
-        "WebUI also one of its upscalers (ESRGAN, ...).", group="reference")
+        "WebUI also one of its upscalers (ESRGAN, ...).", group="base picture",
+        title="Upscaler of the enlarged picture")
 
     controlnet: bool = option(
         True, "ControlNet", "Guides the windows by the edges of the previous stage's picture: crisp structure, no "
-        "distortion. Needs a canny ControlNet.", group="structure")
+        "distortion. Needs a canny ControlNet.", group="ControlNet", title="Guide by edges")
     control_strength: float = option(
-        0.6, "structure strength", "Strength of the ControlNet.", group="structure", minimum=0, maximum=2, step=0.05)
+        0.6, "structure strength", "Strength of the ControlNet.", group="ControlNet", minimum=0, maximum=2, step=0.05,
+        title="ControlNet strength")
     control_start: float = option(
-        0.0, "structure start", "The part of the steps after which the ControlNet begins.", group="structure",
-        minimum=0, maximum=1, step=0.01)
+        0.0, "structure start", "The part of the steps after which the ControlNet begins.", group="ControlNet",
+        minimum=0, maximum=1, step=0.01, title="ControlNet begins after")
     control_end: float = option(
-        1.0, "structure end", "The part of the steps after which the ControlNet ends.", group="structure",
-        minimum=0, maximum=1, step=0.01)
+        1.0, "structure end", "The part of the steps after which the ControlNet ends.", group="ControlNet",
+        minimum=0, maximum=1, step=0.01, title="ControlNet ends after")
     canny_sigma: float = option(
         0.3, "canny sigma", "Distance of canny's two thresholds from the median brightness; larger finds more edges.",
-        group="structure", minimum=0, maximum=1, step=0.01)
+        group="ControlNet", minimum=0, maximum=1, step=0.01, title="How many edges")
 
     guidance_start: float = option(
         0.0, "guidance start", "The part of a stage's steps before which there is no CFG, at half the time.",
-        group="memory and guidance", minimum=0, maximum=1, step=0.01)
+        group="guidance", minimum=0, maximum=1, step=0.01, title="CFG begins after")
     guidance_end: float = option(
         1.0, "guidance end", "The part of a stage's steps after which there is no CFG, at half the time.",
-        group="memory and guidance", minimum=0, maximum=1, step=0.01)
+        group="guidance", minimum=0, maximum=1, step=0.01, title="CFG ends after")
     guidance_rescale: float = option(
         0.0, "guidance rescale", "Pulls the contrast of the guided prediction back to that of the unguided one; 0 is "
-        "off.", group="memory and guidance", minimum=0, maximum=1, step=0.05)
+        "off.", group="guidance", minimum=0, maximum=1, step=0.05, title="CFG rescale")
     window_batch: int = option(
-        0, "window batch", "Latents evaluated at once: windows, dilated views, ...; 0 chooses by free memory. Never "
+        0, "window batch", "Latents evaluated at once: windows, dilated views, ...; auto chooses by free memory. Never "
         "changes the picture.",
-        group="memory and guidance", minimum=0, maximum=256, step=1)
+        group="memory", minimum=0, maximum=256, step=1, title="Windows computed at once", auto=True)
     vae_tile: int = option(
-        0, "VAE tile", "Side of a VAE tile in latent cells; 0 chooses by free memory. Never changes the picture.",
-        group="memory and guidance", minimum=0, maximum=1024, step=8)
+        0, "VAE tile", "Side of a VAE tile in latent cells; auto chooses by free memory. Never changes the picture.",
+        group="memory", minimum=0, maximum=1024, step=8, title="Side of a VAE tile", auto=True)
 
     #: What the user should know of these values; no option.
     notes: tuple[str, ...] = field(default=(), compare=False)

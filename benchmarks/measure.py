@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -135,14 +135,17 @@ class Bar:
         self._label = label
         self._bar: Any = None
 
-    def begin(self, stage: Stage | None, latents: int) -> None:
+    def begin(self, stage: Stage | None, calls: Sequence[Sequence[Work]]) -> None:
         self.close()
-        self._bar = tqdm(total=latents, desc=f"{self._label} {stage.name if stage else 'base'}", leave=False,
+        latents = sum(work.count for works in calls for work in works)
+        self._bar = tqdm(total=latents or None, desc=f"{self._label} {stage.name if stage else 'base'}", leave=False,
                          disable=None)
 
     def advance(self, latents: int) -> None:
         if self._bar is not None:
             self._bar.update(latents)
+
+    def tile(self, doing: str, cells: int, done: int, total: int) -> None: ...
 
     def preview(self, denoised: Tensor) -> None: ...
 

@@ -43,10 +43,9 @@
         return JSON.stringify({...asked, from_image: tab.name === "img2img"});
     }
 
-    function show(line, size, text, wrong) {
-        const bold = document.createElement("b");
-        bold.textContent = size;
-        line.replaceChildren(...(size ? [bold, ": "] : []), text);
+    function show(line, size, text, wrong, says) {
+        const made = (tag, content) => Object.assign(document.createElement(tag), {textContent: content});
+        line.replaceChildren(...(size ? [made("b", size), ": "] : []), text, ...(says || []).map(each => made("p", each)));
         line.classList.toggle("accdiff-wrong", wrong);
     }
 
@@ -61,7 +60,7 @@
             });
             if (!answer.ok && answer.status !== 422) throw new Error(answer.statusText);
             const plan = await answer.json();
-            if (answer.ok) show(line, plan.size, plan.text, false);
+            if (answer.ok) show(line, plan.size, plan.text, false, plan.says);
             else show(line, "", plan.detail, true);  // what is wrong with the values
         } catch (error) {
             show(line, "", "no answer from the server", true);
@@ -82,6 +81,9 @@
         const hide = (name, hidden) => element(table.prefix + name)?.classList.toggle("accdiff-hidden", hidden);
         for (const name of Object.keys(table.hideable)) hide(name, hides(name));
         for (const [name, inside] of Object.entries(table.boxes)) hide(name, inside.every(hides));
+        for (const [name, auto] of Object.entries(table.auto)) {
+            element(table.prefix + name)?.classList.toggle("accdiff-auto", value(table.prefix + name) === auto);
+        }
     }
 
     function look(tab) {

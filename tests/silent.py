@@ -19,10 +19,12 @@ class SilentProgress:
         self.pictures: list[Any] = []
         self.previews = 0
 
-    def begin(self, stage: Any, latents: int) -> None: ...
+    def begin(self, stage: Any, calls: Any) -> None: ...
 
     def advance(self, latents: int) -> None:
         self.latents += latents
+
+    def tile(self, doing: str, cells: int, done: int, total: int) -> None: ...
 
     def preview(self, denoised: Tensor) -> None:
         self.previews += 1

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from accdiff_lib import __version__
 from accdiff_lib.errors import InputError
 from accdiff_lib.methods import OPTIONS
-from accdiff_lib.settings import LARGEST, Option
+from accdiff_lib.settings import AUTO, LARGEST, Option
 
 PROGRAM = "python -m accdiff_lib"
 
@@ -164,13 +164,17 @@ def allowed(option: Option) -> str:
     """The allowed values in short: "0 to 1", "a | b", or nothing for switches and free text."""
     if option.choices:
         return " | ".join(option.choices)
-    return "" if option.minimum is None else f"{option.minimum:.10g} to {option.maximum:.10g}"
+    if option.minimum is None:
+        return ""
+    return f"{'auto, ' if option.auto else ''}{option.minimum:.10g} to {option.maximum:.10g}"
 
 
 def default(option: Option) -> str:
     """An option's default as one would type it."""
     if option.kind is bool:
         return "on" if option.default else "off"
+    if option.auto and option.default == option.minimum:
+        return AUTO
     return f"{option.default:.10g}" if option.kind in (int, float) else option.default or "none"
 
 

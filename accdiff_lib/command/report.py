@@ -12,6 +12,7 @@ from tqdm import tqdm
 from accdiff_lib.command.process import Stop
 from accdiff_lib.engine.cost import Part
 from accdiff_lib.engine.host import Picture
+from accdiff_lib.engine.method import Work
 from accdiff_lib.engine.plan import CELL, Stage
 
 #: Writes a finished picture.
@@ -48,11 +49,14 @@ class Terminal:
     def skipped(self) -> bool:
         return False
 
-    def begin(self, stage: Stage | None, latents: int) -> None:
+    def begin(self, stage: Stage | None, calls: Sequence[Sequence[Work]]) -> None:
         self._bar.set_description(stage.name if stage else "base")
 
     def advance(self, latents: int) -> None:
         self._bar.update(latents)
+
+    def tile(self, doing: str, cells: int, done: int, total: int) -> None:
+        pass
 
     def preview(self, denoised: Tensor) -> None:
         pass

@@ -29,6 +29,9 @@ class Part:
     #: What a call evaluates at most, and what all calls together evaluate: one entry for each kind.
     at_most: tuple[Work, ...]
     work: tuple[Work, ...]
+    #: Latent cells that go through the VAE: of the finished picture, and of the enlarged one that a stage holds on to.
+    decoded: int = 0
+    encoded: int = 0
 
     @property
     def name(self) -> str:
@@ -55,19 +58,26 @@ class Part:
                    for unet, control in (price(work),))
 
 
+def decodes_all(settings: Settings, has_control: bool, has_guide: bool) -> bool:
+    """Whether every part's picture is needed, and not only the last: for its edges, or to be enlarged."""
+    return any(each.reference == "mixed" for each in settings.each) or (
+        has_control and settings.wants_control and not has_guide)
+
+
 def estimate(method: Method, plan: Plan, settings: Settings, *, base_solver: Solver | Foreseen,
              stage_solver: Solver | Foreseen, timestep: Callable[[float], float], guidance: float, has_control: bool,
              from_image: bool = False, has_guide: bool = False, regions: Sequence[Region] = (),
-             seen_in_base: bool = True, weights: Sequence[float] = (1.0,)) -> list[Part]:
+             seen_in_base: bool = True, weights: Sequence[float] = (1.0,), intermediate: bool = False) -> list[Part]:
     """The cost of every part of one image's run, exactly as it will be counted (`Picture.latents`).
 
     With `from_image` the base picture is given: then one evaluation records its attention, if that is used.
     `has_guide`: the ControlNet has a picture of its own, and needs no base picture's edges. `seen_in_base`: see
     Request; otherwise one evaluation more records the attention. `weights`: of the parts of the prompt, each of which
-    is evaluated by itself.
+    is evaluated by itself. `intermediate`: every part's picture is wanted.
     """
     parts = []
     has_base = settings.base_pass or not plan.stages or from_image
+    all_pictures = intermediate or decodes_all(settings, has_control, has_guide)
     if has_base:
         if from_image:
             steps = calls = int(settings.wants_attention and bool(plan.stages))
@@ -79,7 +89,8 @@ def estimate(method: Method, plan: Plan, settings: Settings, *, base_solver: Sol
         work = [replace(once, count=calls)]
         if not seen_in_base and not from_image and settings.wants_attention and plan.stages:
             work.append(replace(once, height=plan.recorded[0], width=plan.recorded[1]))
-        parts.append(Part(None, (plan.crop.height * CELL, plan.crop.width * CELL), steps, calls, (once,), tuple(work)))
+        parts.append(Part(None, (plan.crop.height * CELL, plan.crop.width * CELL), steps, calls, (once,), tuple(work),
+                          decoded=plan.crop.height * plan.crop.width if all_pictures or not plan.stages else 0))
     rehearsed = cache(lambda settings, from_noise: rehearsal(
         stage_solver, settings, timestep, plan.stages[0], guidance=guidance,
         has_control=has_control and (has_base or has_guide), stages=len(plan.stages), from_noise=from_noise,
@@ -88,7 +99,10 @@ def estimate(method: Method, plan: Plan, settings: Settings, *, base_solver: Sol
         made_by, own = method.of_stage(stage, settings)
         stage_rehearsal = rehearsed(own, not has_base and stage is plan.stages[0])
         tally = stage_rehearsal.tally(made_by, stage)
-        parts.append(Part(stage, stage.pixels, len(stage_rehearsal.sigmas) - 1, sum(tally.values()), *_summed(tally)))
+        canvas, from_picture = stage.height * stage.width, has_base or stage is not plan.stages[0]
+        parts.append(Part(stage, stage.pixels, len(stage_rehearsal.sigmas) - 1, sum(tally.values()), *_summed(tally),
+                          decoded=canvas if all_pictures or stage is plan.stages[-1] else 0,
+                          encoded=canvas if own.reference == "mixed" and from_picture else 0))
     return parts if list(weights) == [1] else [_composed(part, weights) for part in parts]
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from accdiff_lib import seeds
 from accdiff_lib.engine.canvas import Canvas, StageInputs, match_statistics
+from accdiff_lib.engine.cost import decodes_all
 from accdiff_lib.engine.finite import Finite
 from accdiff_lib.engine.host import Conditioning, Given, GivenImage, Host, Picture, Text
 from accdiff_lib.engine.method import Method
@@ -151,8 +152,7 @@ class Extrapolation:
         plan, settings = request.plan, request.settings
         for remark in request.method.said(plan.stages, settings, self._structure):
             self.host.progress.comment(remark)
-        wants_all = request.intermediate or any(each.reference == "mixed" for each in settings.each) or (
-            self.host.has_control and settings.wants_control and request.guide is None)
+        wants_all = request.intermediate or decodes_all(settings, self.host.has_control, request.guide is not None)
         base = maps = None
         own = dict(zip(plan.stages, self._by_stage(request), strict=True))
         if request.given is not None or settings.base_pass or not plan.stages:
@@ -229,7 +229,7 @@ class Extrapolation:
                     self.texts([request.prompt])  # raises where theirs are the NaN
                     raise NotFinite(f"the {given.made_by} made NaN in the base picture: {host.advice(given.made_by)}")
             if record and maps is None:
-                host.progress.begin(None, 1)
+                host.progress.begin(None, ())
                 maps, latents = self._recorded(request, latent), 1
                 host.progress.advance(1)
                 record = False
@@ -251,7 +251,7 @@ class Extrapolation:
         calls = rehearse(solver, solver.sigmas)
         later = record and not request.seen_in_base
         record &= not later
-        host.progress.begin(None, len(calls) + later)
+        host.progress.begin(None, ())
         script = iter(calls)
         texts = iter([*conditioning.texts] * len(calls) if request.base_texts is None
                      else request.base_texts(len(calls)))
@@ -340,7 +340,7 @@ class Extrapolation:
         script = make_script(method, host.stage_solver, settings, host.timestep, stage, guidance=request.guidance,
                              stages=len(request.plan.stages), has_control=steerable, from_noise=last is None,
                              regions=request.regions)
-        host.progress.begin(stage, script.latents)
+        host.progress.begin(stage, [call.work for call in script.calls])
         inputs = self._inputs(request, stage, last, words, steered=any(call.control for call in script.calls))
         factor = getattr(host.stage_solver, "cfg_pp", 0.0)
         answers = Answers(host, self._batcher, factor) if factor else None

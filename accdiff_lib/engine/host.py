@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from accdiff_lib.engine.method import Work
 from accdiff_lib.engine.plan import Stage
 from accdiff_lib.parts.dilation_plan import Convolution
 from accdiff_lib.parts.prompts import Word
@@ -149,11 +150,14 @@ class Progress(Protocol):
     @property
     def skipped(self) -> bool: ...
 
-    def begin(self, stage: Stage | None, latents: int) -> None:
-        """A part of the run begins: the base pass (None) or a stage, with the latents the model will evaluate."""
+    def begin(self, stage: Stage | None, calls: Sequence[Sequence[Work]]) -> None:
+        """A part of the run begins: the base pass (None) or a stage, with what each call of its sampler evaluates."""
 
     def advance(self, latents: int) -> None:
         """The model has evaluated so many latents more."""
+
+    def tile(self, doing: str, cells: int, done: int, total: int) -> None:
+        """The VAE is "decoding" or "encoding" a latent of so many cells, and has `done` of all passes over a tile."""
 
     def preview(self, denoised: Tensor) -> None:
         """The current x0 prediction [1, C, h, w] of the whole canvas, once a step."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -45,15 +46,17 @@ class VaeRunner:
         scaled = latent.float() / self._scaling
         image = self._run(scaled.shape[-2:], lambda dtype, tile, store: tiled_vae.decode(
             self._vae, scaled.to(self._device, dtype), tile=tile, check=self._check if interruptible else None,
-            store=store))
+            on_tile=self._on_tile("decoding", scaled.shape[-2:]), store=store))
         pixels = image[0].add_(1).mul_(127.5).round_().clamp_(0, 255)
         return np.ascontiguousarray(pixels.to(torch.uint8).permute(1, 2, 0).numpy())
 
     def encode(self, image: np.ndarray) -> Tensor:
         """The latent [1, C, h, w] of a picture uint8 [8h, 8w, 3]: the mean of the posterior."""
         pixels = torch.tensor(image).permute(2, 0, 1)[None] / 127.5 - 1
-        moments = self._run([side // 8 for side in image.shape[:2]], lambda dtype, tile, store: tiled_vae.encode(
-            self._vae, pixels.to(self._device, dtype), tile=tile, check=self._check, store=store))
+        size = [side // 8 for side in image.shape[:2]]
+        moments = self._run(size, lambda dtype, tile, store: tiled_vae.encode(
+            self._vae, pixels.to(self._device, dtype), tile=tile, check=self._check,
+            on_tile=self._on_tile("encoding", size), store=store))
         return moments.chunk(2, dim=1)[0].to(self._device) * self._scaling
 
     def _run(self, size: Sequence[int], run: Callable[[torch.dtype, int, Store], T]) -> T:
@@ -91,6 +94,10 @@ class VaeRunner:
             if store is None:
                 tile = tile // 2 if tile else memory.TILE
             store = None
+
+    def _on_tile(self, doing: str, size: Sequence[int]) -> tiled_vae.OnTile:
+        """Tells the progress of a latent of this size."""
+        return partial(self._progress.tile, doing, size[0] * size[1])
 
     def _check(self) -> None:
         if self._progress.interrupted:

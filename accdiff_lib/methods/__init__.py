@@ -22,9 +22,9 @@ METHODS: dict[str, Method] = {method.name: method for method in (
     elastic.METHOD,
 )}
 
-#: The groups of the table, in the order in which users see them; those of other names come before the last.
-_GROUPS = ("main", "stages", "reference", "windows", "structure", "dilated")
-_LAST_GROUPS = ("memory and guidance",)
+#: The groups of the table, in the order in which users see them; those of other names come before the last ones.
+_GROUPS = ("main", "stages", "base picture", "ControlNet", "windows", "dilated pass")
+_LAST_GROUPS = ("guidance", "memory")
 
 
 def _all_options() -> dict[str, Option]:
@@ -39,7 +39,7 @@ def _all_options() -> dict[str, Option]:
 
     def place(row: Option) -> int:
         if row.group in _LAST_GROUPS:
-            return 1 + len(_GROUPS)
+            return 1 + len(_GROUPS) + _LAST_GROUPS.index(row.group)
         return _GROUPS.index(row.group) if row.group in _GROUPS else len(_GROUPS)
 
     return {row.name: row for row in sorted(found.values(), key=place)}
@@ -126,7 +126,7 @@ def _values(method: Method, base_pass: bool) -> Mapping[str, Any]:
 def _first(method: Method, settings: Settings, values: Mapping[str, Any], *, checked: bool = True) -> Settings:
     """The settings of a run's first stage: of what makes the run a run, and of options that both methods have, the
     run's, unless the method has a value of its own; its own options by `values`."""
-    of_the_run = {name for name, row in OPTIONS.items() if row.group in ("main", "stages", "reference")}
+    of_the_run = {name for name, row in OPTIONS.items() if row.group in ("main", "stages", "base picture")}
     given = {name: value for name, value in method.values.items() if name not in of_the_run}
     return _made(method, {**values, **values_of(settings), **given, "method": method.name}, checked=checked)
 

@@ -38,7 +38,7 @@ _NEGLIGIBLE = 0.01
 #: Latent channels: the rule for the guidance's weight counts the elements of a latent.
 _CHANNELS = 4
 
-_GROUP = "elasticdiffusion"
+_GROUP = "ElasticDiffusion"
 
 
 @dataclass(frozen=True)
@@ -47,38 +47,42 @@ class ElasticSettings(Settings):
 
     resampling_steps: int = option(
         -1, "resampling steps", "How often a step looks at other cells of the canvas for what the prompt wants: more "
-        "gives finer shapes and takes longer. -1 goes by the size; 0 looks once.", group=_GROUP, minimum=-1,
-        maximum=100, step=1)
+        "gives finer shapes and takes longer. auto goes by the size; 0 looks once.", group=_GROUP, minimum=-1,
+        maximum=100, step=1, title="Looks per step", auto=True)
     new_p: float = option(
         -1.0, "new cells", "The part of the cells that each of those looks takes anew; larger gets finer in fewer, "
-        "but less smoothly. -1 goes by the size.", group=_GROUP, minimum=-1, maximum=1, step=0.05)
+        "but less smoothly. auto goes by the size.", group=_GROUP, minimum=-1, maximum=1, step=0.05,
+        title="New cells per look", auto=True)
     rrg_init_weight: float = option(
         -1.0, "reduced-resolution guidance", "How strongly the first steps are drawn to the picture as the model "
-        "draws it at its own size: removes repeated and broken things, too much blurs. -1 goes by the size; 0 is off.",
-        group=_GROUP, minimum=-1, maximum=100000, step=1)
+        "draws it at its own size: removes repeated and broken things, too much blurs. auto goes by the size; 0 is "
+        "off.",
+        group=_GROUP, minimum=-1, maximum=100000, step=1, title="Pull to the model's own drawing", auto=True)
     rrg_scale: float = option(
         10.0, "reduced guidance fade", "How fast that guidance fades; larger fades sooner and gives sharper pictures.",
-        group=_GROUP, minimum=0, maximum=20, step=0.5)
+        group=_GROUP, minimum=0, maximum=20, step=0.5, title="How fast the pull fades")
     rrg_stop: float = option(
         0.4, "reduced guidance stop", "The part of the steps at the end that are without that guidance in any case.",
-        group=_GROUP, minimum=0, maximum=1, step=0.05)
+        group=_GROUP, minimum=0, maximum=1, step=0.05, title="Last part without the pull")
     repaint: bool = option(
         True, "repaint", "Takes each step twice, the second time from new noise and with a third of the guidance: "
-        "smooths what the first left rough.", group=_GROUP)
+        "smooths what the first left rough.", group=_GROUP, title="Take each step twice")
     patch_size: int = option(
         0, "patch size", "Side of the windows of the local part in latent cells, seen with context up to the model's "
-        "size; 0 is half of that. Smaller has more context and takes longer.", group=_GROUP, minimum=0, maximum=256,
-        step=8)
+        "size; auto is half of that. Smaller has more context and takes longer.", group=_GROUP, minimum=0, maximum=256,
+        step=8, title="Side of local windows", auto=True)
     view_join: str = option(
         "first", "joined views", "How overlapping views become one. first: the first one counts, as in the paper. "
         "mean: windows are averaged. blend: views are averaged with their context, each less towards its border: no "
-        "seams.", group=_GROUP, choices=JOINS)
+        "seams.", group=_GROUP, choices=JOINS, title="How views are joined")
     reduction: str = option(
         "side", "reduced picture", "Size of the reduced picture. side: its longer side is the model's, as in the "
-        "paper. area: its area is the model's, for models that know several shapes.", group=_GROUP, choices=REDUCTIONS)
+        "paper. area: its area is the model's, for models that know several shapes.", group=_GROUP, choices=REDUCTIONS,
+        title="Size of the reduced picture")
     elastic_guidance: float = option(
-        0.0, "elastic guidance", "CFG scale of the enlarged picture, that is of the class direction; 0 takes that of "
-        "the base pass.", group=_GROUP, minimum=0, maximum=30, step=0.5)
+        0.0, "elastic guidance", "CFG scale of the enlarged picture, that is of the class direction; auto takes that "
+        "of the base pass.", group=_GROUP, minimum=0, maximum=30, step=0.5,
+        title="CFG scale of the enlargement", auto=True)
 
     def check(self) -> None:
         """See Settings."""

@@ -53,68 +53,75 @@ class FusedSettings(Settings):
     windows: bool = option(
         True, "windows", "The local pass: overlapping windows of native size, averaged.", group="windows")
     window: int = option(
-        0, "window", "Side of a window in latent cells (8 pixels each); 0 is the model's native size.",
-        group="windows", minimum=0, maximum=256, step=8)
+        0, "window", "Side of a window in latent cells (8 pixels each); auto is the model's native size.",
+        group="windows", minimum=0, maximum=256, step=8, title="Side of a window", auto=True)
     stride: int = option(
-        0, "stride", "Distance of neighbouring windows in latent cells; 0 goes by the overlap. Larger is faster, "
-        "smaller hides seams better.", group="windows", minimum=0, maximum=256, step=4)
+        0, "stride", "Distance of neighbouring windows in latent cells; auto goes by the overlap. Larger is faster, "
+        "smaller hides seams better.", group="windows", minimum=0, maximum=256, step=4,
+        title="Distance of windows", auto=True)
     overlap: float = option(
         0.5, "overlap", "The share of a window that its neighbour shows too, where no stride is given. Smaller is "
-        "faster, larger hides seams better.", group="windows", minimum=0, maximum=0.9, step=0.05, unless="stride")
+        "faster, larger hides seams better.", group="windows", minimum=0, maximum=0.9, step=0.05, unless="stride",
+        title="Overlap of windows")
     window_weights: str = option(
         "uniform", "window weights", "How windows are averaged where they overlap. uniform: all alike. cosine: each "
-        "less towards its border, which hides seams at a small overlap.", group="windows", choices=WEIGHTS)
+        "less towards its border, which hides seams at a small overlap.", group="windows", choices=WEIGHTS,
+        title="How windows are averaged")
     jitter: bool = option(
-        True, "jitter", "Moves the windows at random, so that no seam falls on the same place twice.", group="windows")
+        True, "jitter", "Moves the windows at random, so that no seam falls on the same place twice.", group="windows",
+        title="Move windows at random")
     border: str = option(
         "mirror", "border", "What moved windows see beyond the picture's border. mirror: the picture mirrored. zeros: "
         "zeros, as in the paper, where models may paint foreign things along the border.", group="windows",
-        choices=BORDERS)
+        choices=BORDERS, title="Beyond the border")
     window_prompts: bool = option(
         True, "window prompts", "Gives each window only those words of the prompt that the base picture has there: no "
-        "repeated objects.", group="windows")
+        "repeated objects.", group="windows", title="A prompt for each window")
     membership: str = option(
         "relative", "word membership", "Which words a window's prompt gets. relative: words compete for each place; a "
         "word needs the share c of the window, or the window the share c of the word. paper: words that cover the "
-        "share c of the window, which leaves out what is small.", group="windows", choices=MEMBERSHIPS)
+        "share c of the window, which leaves out what is small.", group="windows", choices=MEMBERSHIPS,
+        title="How words get into windows")
     c: float = option(
         0.3, "prompt fit c", "The share of a window (or of itself, see word membership) that a word's attention mask "
         "must cover for the word to be in the window's prompt; larger means fewer words.", group="windows", minimum=0,
-        maximum=1, step=0.01)
+        maximum=1, step=0.01, title="Strictness of window prompts")
     local_guidance: float = option(
-        0.0, "local guidance", "CFG scale of the windows; 0 takes that of the base pass.", group="windows",
-        minimum=0, maximum=30, step=0.5)
+        0.0, "local guidance", "CFG scale of the windows; auto takes that of the base pass.", group="windows",
+        minimum=0, maximum=30, step=0.5, title="CFG scale of windows", auto=True)
 
     region_border: int = option(
         8, "region border", "Width in latent cells in which a region with a prompt of its own goes over into what is "
-        "around it; 0 is sharp.", group="windows", minimum=0, maximum=64, step=1)
+        "around it; 0 is sharp.", group="windows", minimum=0, maximum=64, step=1, title="Soft border of regions")
     bootstrapping: float = option(
         0.4, "bootstrapping", "The part of the steps at the beginning in which a region's prompt sees plain colours "
         "outside of its mask, so that what it names comes to lie inside; only where the picture begins as noise.",
-        group="windows", minimum=0, maximum=1, step=0.05)
+        group="windows", minimum=0, maximum=1, step=0.05, title="Keep regions inside at first")
 
     dilated: bool = option(
-        True, "dilated", "The global pass: dilated sampling, which keeps the picture one whole.", group="dilated")
+        True, "dilated", "The global pass: dilated sampling, which keeps the picture one whole.", group="dilated pass",
+        title="Keep the picture one whole")
     dilated_end: float = option(
         1.0, "dilated end", "The part of the steps after which the dilated pass ends, where there are windows.",
-        group="dilated", minimum=0, maximum=1, step=0.01)
+        group="dilated pass", minimum=0, maximum=1, step=0.01, title="Dilated pass ends after")
     cosine_scale_2: float = option(
         1.0, "cosine scale 2", "How fast the dilated pass gives way to the windows; larger fades sooner.",
-        group="dilated", minimum=0, maximum=10, step=0.1)
+        group="dilated pass", minimum=0, maximum=10, step=0.1, title="How fast windows take over")
     gaussian: bool = option(
-        True, "gaussian filter", "Smooths the canvas before it is dilated, against grain.", group="dilated")
+        True, "gaussian filter", "Smooths the canvas before it is dilated, against grain.", group="dilated pass",
+        title="Smooth against grain")
     gaussian_sigma: float = option(
-        0.8, "gaussian sigma", "Width of that filter in latent cells, at the first step.", group="dilated",
-        minimum=0.01, maximum=4, step=0.05)
+        0.8, "gaussian sigma", "Width of that filter in latent cells, at the first step.", group="dilated pass",
+        minimum=0.01, maximum=4, step=0.05, title="Width of the smoothing")
     cosine_scale_3: float = option(
-        1.0, "cosine scale 3", "How fast that filter narrows; larger narrows sooner.", group="dilated",
-        minimum=0, maximum=10, step=0.1)
+        1.0, "cosine scale 3", "How fast that filter narrows; larger narrows sooner.", group="dilated pass",
+        minimum=0, maximum=10, step=0.1, title="How fast the smoothing fades")
     interaction: bool = option(
         True, "window interaction", "Shuffles the cells among the dilated views at every step, so that they agree: no "
-        "grid, less grain.", group="dilated")
+        "grid, less grain.", group="dilated pass", title="Shuffle against grids")
     dilated_guidance: float = option(
-        0.0, "dilated guidance", "CFG scale of the dilated pass; 0 takes that of the base pass.", group="dilated",
-        minimum=0, maximum=30, step=0.5)
+        0.0, "dilated guidance", "CFG scale of the dilated pass; auto takes that of the base pass.",
+        group="dilated pass", minimum=0, maximum=30, step=0.5, title="CFG scale of the dilated pass", auto=True)
 
     @property
     def records_attention(self) -> bool:

@@ -25,7 +25,7 @@ from accdiff_lib.parts.dilation_plan import (
     size_ratio,
     timing,
 )
-from accdiff_lib.settings import Settings, option
+from accdiff_lib.settings import AUTO, Settings, option
 
 if TYPE_CHECKING:  # with torch
     from accdiff_lib.engine.canvas import Predictor, StageInputs
@@ -33,8 +33,7 @@ if TYPE_CHECKING:  # with torch
     from accdiff_lib.engine.spread import Batcher
     from accdiff_lib.parts.dilation_plan import DilationPlan
 
-#: A switch that the size decides.
-AUTO = "auto"
+#: A switch that the size may decide.
 _SWITCH = {AUTO: None, "on": True, "off": False}
 
 #: Noise-damped guidance starts from a prediction of its own.
@@ -42,7 +41,7 @@ WHOLE, DAMPED = "whole canvas", "whole canvas, damped"
 
 
 def _option(default: Any, label: str, help: str, **row: Any) -> Any:
-    return option(default, label, help, group="scalecrafter", **row)
+    return option(default, label, help, group="ScaleCrafter", **row)
 
 
 @dataclass(frozen=True)
@@ -52,41 +51,43 @@ class ScaleCrafterSettings(Settings):
     dilation_ratio: str = _option(
         "area", "dilation ratio", "What of a picture counts for how far the model must see. area: its area, so that "
         "all shapes of a size are alike. long side: its longer side, as in the paper, which repeats less in wide "
-        "pictures and deforms more.", choices=RATIOS)
+        "pictures and deforms more.", choices=RATIOS, title="What counts as larger")
     dilation_places: str = _option(
         "scalecrafter", "dilation places", "Where in the UNet convolutions see further. scalecrafter: as in the paper, "
         "mostly in the middle. freescale: on the way in alone, which keeps textures. all: everywhere, the less the "
-        "farther outside. skip: alike in all but the outermost blocks.", choices=PLACES)
+        "farther outside. skip: alike in all but the outermost blocks.", choices=PLACES,
+        title="Where the model sees further")
     dilate: int = _option(
-        0, "dilate", "How many times as far all of them see where the places are skip; 0 goes by the size.",
-        minimum=0, maximum=8, step=1)
+        0, "dilate", "How many times as far all of them see where the places are skip; auto goes by the size.",
+        minimum=0, maximum=8, step=1, title="How far all of it sees", auto=True)
     dilate_skip: int = _option(
         4, "dilate skip", "How many blocks at the model's beginning and end stay as they are where the places are "
-        "skip.", minimum=0, maximum=20, step=1)
+        "skip.", minimum=0, maximum=20, step=1, title="Blocks left as they are")
     dilate_tau: float = _option(
         -1.0, "dilate tau", "The part of the noise levels, from the highest down, in which the model sees further; "
-        "more keeps better together, less has finer detail. -1 goes by the size. Samplers that add noise (Euler a) "
-        "repair what it deforms, others less.", minimum=-1, maximum=1, step=0.05)
+        "more keeps better together, less has finer detail. auto goes by the size. Samplers that add noise (Euler a) "
+        "repair what it deforms, others less.", minimum=-1, maximum=1, step=0.05,
+        title="How long it sees further", auto=True)
     ndcfg_tau: float = _option(
         -1.0, "noise-damped guidance", "The part of the noise levels with noise-damped guidance: against noise that "
-        "stays in large pictures, for half as much time again. -1 goes by the size; 0 is off.",
-        minimum=-1, maximum=1, step=0.05)
+        "stays in large pictures, for half as much time again. auto goes by the size; 0 is off.",
+        minimum=-1, maximum=1, step=0.05, title="Noise-damped guidance", auto=True)
     progressive_dilate: str = _option(
         AUTO, "progressive dilation", "Lets the model see less far from step to step. auto: in pictures more than 3 "
-        "times as large as the model's own.", choices=tuple(_SWITCH))
+        "times as large as the model's own.", choices=tuple(_SWITCH), title="See less far by and by")
     inflate_tau: float = _option(
         0.0, "dispersed part", "The part of the noise levels in which the middle of the model sees further by "
         "dispersed convolutions, with larger kernels, instead; 0 is off, as in the paper's settings.", minimum=0,
-        maximum=1, step=0.05)
+        maximum=1, step=0.05, title="Dispersed kernels")
     low_pass: float = _option(
         1.0, "low pass", "Damps what is too fine for convolutions that see further, to this part (FouriScale has 0.6): "
-        "fewer patterns; 1 is off.", minimum=0, maximum=1, step=0.05)
+        "fewer patterns; 1 is off.", minimum=0, maximum=1, step=0.05, title="Damp fine patterns")
     freeu: bool = _option(
         False, "FreeU", "More of the model's middle, less of its coarse skip connections (FreeU), as the paper's "
         "program has it: smoother and more contrast. Not together with another FreeU.")
     canvas_guidance: float = _option(
-        0.0, "canvas guidance", "CFG scale of the whole canvas; 0 takes that of the base pass.", minimum=0, maximum=30,
-        step=0.5)
+        0.0, "canvas guidance", "CFG scale of the whole canvas; auto takes that of the base pass.", minimum=0,
+        maximum=30, step=0.5, title="CFG scale of the whole canvas", auto=True)
 
     def remarks(self) -> Iterator[str]:
         """See Settings."""

@@ -22,6 +22,7 @@ from accdiff_lib import seeds
 from accdiff_lib.engine.cost import estimate
 from accdiff_lib.engine.extrapolate import Extrapolation, Request, Result
 from accdiff_lib.engine.host import Given, GivenImage, GivenLatent, Picture
+from accdiff_lib.engine.method import Work
 from accdiff_lib.engine.plan import make_plan
 from accdiff_lib.errors import InputError, Interrupted, NotFinite, OutOfMemory
 from accdiff_lib.methods import of
@@ -30,13 +31,13 @@ from accdiff_lib.parts.regions import Region, check_regions
 from accdiff_lib.settings import SAME
 from accdiff_lib.webui import controlnets, guides, hires, neighbours, upscalers
 from accdiff_lib.webui.arguments import GUIDES, Enlargement, parse, stamped
+from accdiff_lib.webui.effort import Effort, of_part, of_work
 from accdiff_lib.webui.extras import Extras
 from accdiff_lib.webui.hosts import webui as webui_host
 from accdiff_lib.webui.hosts.samplers import stage_solver
 from accdiff_lib.webui.hosts.text import final_prompt, is_composed
-from accdiff_lib.webui.outline import cells
 from accdiff_lib.webui.ui import options_page, xyz
-from accdiff_lib.webui.ui.progress import WebUIProgress
+from accdiff_lib.webui.ui.progress import Bar, WebUIProgress
 
 RUN_ATTRIBUTE = "_accdiffusion_run"
 
@@ -192,7 +193,7 @@ class Batch:
         p = self._p
         try:
             with self._session.attached():
-                first_job = self._begin_jobs()
+                self._bar = self._begin()
                 self._prompts = self._final_prompts(given["prompts"])
                 base = self._base(original)
                 if shared.state.interrupted:  # the WebUI's sampler stops at once
@@ -201,9 +202,10 @@ class Batch:
                     if changed:
                         p.comment("AccDiffusion: what another extension does to the cross-attention, it does to the "
                                   "base picture only")
-                    results = self._results(len(given["seeds"]), first_job, base)
+                    results = self._results(len(given["seeds"]), base)
         finally:
             p.sampler = None
+        self._bar.watch.keep()
         return self._decoded([self._shown(result.pictures[-1]) for result in results])
 
     def _base(self, original: Callable[[], Any]) -> Given | None:
@@ -248,13 +250,13 @@ class Batch:
 
     # --- the stages --------------------------------------------------------------------------------------------
 
-    def _results(self, count: int, first_job: int, base: Given | None) -> list[Result]:
+    def _results(self, count: int, base: Given | None) -> list[Result]:
         """The batch's pictures, up to the first of which nothing could be finished. Raises what that one raised if it
         is the very first."""
         results: list[Result] = []
         for index in range(count):
             try:
-                results.append(self._extrapolate(index, first_job, base))
+                results.append(self._extrapolate(index, base))
             except (Interrupted, NotFinite, OutOfMemory) as error:
                 if not results:
                     raise
@@ -263,7 +265,7 @@ class Batch:
                 break
         return results
 
-    def _extrapolate(self, index: int, first_job: int, base: Given | None) -> Result:
+    def _extrapolate(self, index: int, base: Given | None) -> Result:
         from modules import shared
 
         p, plan, settings = self._p, self._plan, self._settings
@@ -271,8 +273,9 @@ class Batch:
         if is_composed(prompt) and settings.wants_attention:
             p.comment("AccDiffusion: the prompt has parts joined by AND, so all windows get the whole of it")
             settings = settings.without_attention()
-        shared.state.job_no = first_job + index * sum(self._jobs)
-        progress = WebUIProgress(p, self._jobs, lambda picture: self._extras.keep(index, self._shown(picture), plan))
+        self._bar.begin(index)
+        progress = WebUIProgress(p, self._bar, plan.native,
+                                 lambda picture: self._extras.keep(index, self._shown(picture), plan))
         regions = [replace(region, prompt=self._final(region.prompt),
                            negative=None if region.negative is None else self._final(region.negative))
                    for region in self._regions]
@@ -294,26 +297,21 @@ class Batch:
             return int(p.seeds[index])
         return seeds.derive(p.seeds[index], "subseed", p.subseeds[index], p.subseed_strength)
 
-    # --- jobs and pictures -------------------------------------------------------------------------------------
+    # --- bar and pictures -------------------------------------------------------------------------------------
 
-    def _begin_jobs(self) -> int:
-        """Gives the WebUI's bar as many jobs as there is work; returns the number of the first picture's first."""
-        from modules import shared
-
-        p, state = self._p, shared.state
+    def _begin(self) -> Bar:
+        """Gives the WebUI's bar as many jobs as there is work."""
+        native, given = self._plan.native, self._from_image or self._selected is not None
         parts = estimate(of(self._settings), self._plan, self._settings, base_solver=self._solver,
                          stage_solver=self._solver, timestep=self._session.timestep, guidance=self._session.guidance,
-                         has_control=self._session.has_control,
-                         from_image=self._settings.base_pass or self._from_image or self._hires,
-                         has_guide=self._guide is not None, regions=self._regions)
-        base = 2 * p.steps * self._plan.base[0] * self._plan.base[1]
-        self._jobs = [max(1, round(cells(part) / base)) for part in parts if part.stage]
-        of_batch = 1 + len(p.seeds) * sum(self._jobs)
-        state.job_count = p.n_iter * of_batch
-        state.job_no = p.iteration * of_batch
-        state.processing_has_refined_job_count = True
-        shared.total_tqdm.updateTotal(p.steps * state.job_count)
-        return state.job_no
+                         has_control=self._session.has_control, from_image=self._settings.base_pass or given,
+                         has_guide=self._guide is not None, regions=self._regions,
+                         intermediate=self._extras.wants_stages)
+        base = of_work([Work("picture", 2 * self._p.steps, *self._plan.base, guided=False)], native)
+        # Of the base picture only its decode follows.
+        picture = sum((of_part(part, native) if part.stage else Effort(vae=part.decoded) for part in parts), Effort())
+        return Bar(self._p, base=Effort(base), native=native, picture=picture,
+                   sampled=not given and (self._settings.base_pass or not self._plan.stages))
 
     def _shown(self, picture: Picture) -> Picture:
         """A picture of the run without what pads the selected one."""

@@ -48,7 +48,7 @@ def test_the_table_is_consistent():
             assert option.minimum <= option.default <= option.maximum
         else:
             assert option.minimum is None and option.maximum is None
-    for unique in ("label", "infotext"):
+    for unique in ("label", "infotext", "shown"):
         assert len({getattr(option, unique).lower() for option in OPTIONS.values()}) == len(OPTIONS)
     for method in METHODS:
         assert sorted(values(make({"method": method}))) == sorted(names(method))
@@ -64,6 +64,15 @@ def test_every_method_and_preset_is_valid(method, preset):
         assert getattr(settings, name) == OPTIONS[name].parse(value)
     assert not set(changed(settings)) - {"method", "preset"}
     assert from_infotext(infotext(settings)) == settings
+
+
+def test_automatic_may_be_called_so():
+    assert make({"stage_steps": "Auto", "target_width": "auto", "target_height": 0}) == make()
+    assert make({"method": "scalecrafter", "dilate_tau": "auto"}) == make({"method": "scalecrafter"})
+    with pytest.raises(InputError, match=r"^start: 'auto' is not allowed; it takes a number from 0 to 0\.95"):
+        make({"start": "auto"})
+    with pytest.raises(InputError, match=r"^window: 'wide' is not allowed; it takes auto or a whole number from 0"):
+        make({"window": "wide"})
 
 
 def test_what_counts_for_nothing_is_said():

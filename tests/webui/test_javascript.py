@@ -105,7 +105,7 @@ def written() -> str:
         state = ("checked" if value else "") if kind == "checkbox" else f'value="{html.escape(str(value))}"'
         return f'<div id="{element}"><input type="{kind}" {state}></div>'
 
-    groups = "".join(f"<h4 id='{PREFIX}group_{number}'>{name}</h4>" for number, name in enumerate(panel.groups()))
+    groups = "".join(f"<h4 id='{PREFIX}{panel.group_name(name)}'>{name}</h4>" for name in panel.groups())
     fields = {name: "canny" if name == "controlnet_model" else OPTIONS[name].default
               for name in arguments.POSITIONAL[1:]}
     own = "".join(field(element, value) for element, value in OWN.items())
@@ -240,12 +240,12 @@ def test_options_of_other_methods_are_not_shown(page):
     page.settle()
     assert page.shown("window") and page.shown("overlap") and not page.shown("toy_share")
     assert page.page.locator("h4:visible").all_text_contents() == [
-        "stages", "reference", "windows", "structure", "dilated", "memory and guidance"]
+        "stages", "base picture", "ControlNet", "windows", "dilated pass", "guidance", "memory"]
     page.set(f"{PREFIX}method", "toy")
     page.settle()
     assert {name for name in OPTIONS if page.shown(name)} == set(names("toy"))
     assert page.page.locator("h4:visible").all_text_contents() == [
-        "stages", "reference", "structure", "toy", "memory and guidance"]
+        "stages", "base picture", "ControlNet", "toy", "guidance", "memory"]
     page.says("1 whole picture per step")
     for method in METHODS:
         page.set(f"{PREFIX}method", method)
@@ -263,7 +263,25 @@ def test_an_option_is_not_shown_where_another_stands_in(page):
     assert page.shown("overlap")
 
 
-def test_tooltips(page):
+def test_tooltips_have_the_names_of_the_api_and_of_pictures_of_the_past(page):
     page.settle()
     for name, row in [*OPTIONS.items(), ("controlnet_model", arguments.EXTRA["controlnet_model"])]:
-        assert page.page.get_attribute(f"#{PREFIX}{name}", "title") == row.help
+        title = page.page.get_attribute(f"#{PREFIX}{name}", "title")
+        assert title.startswith(row.help) and (name == "controlnet_model" or (name in title and row.infotext in title))
+
+
+def test_automatic_is_a_word(page):
+    """Where a number means it, and only as long as it does."""
+    def marked() -> set[str]:
+        return {name for name in OPTIONS if page.page.locator(f"#{PREFIX}{name}.accdiff-auto").count()}
+
+    page.settle()
+    automatic = {name for name, row in OPTIONS.items() if row.auto}
+    assert marked() == automatic > {"window", "stage_steps", "dilate_tau"}
+    field = page.page.locator(f"#{PREFIX}window input")
+    assert field.evaluate("field => getComputedStyle(field).color") == "rgba(0, 0, 0, 0)"
+    page.set(f"{PREFIX}window", 64)
+    page.set(f"{PREFIX}dilate_tau", 0)
+    page.settle()
+    assert marked() == automatic - {"window", "dilate_tau"}
+    assert field.evaluate("field => getComputedStyle(field).color") != "rgba(0, 0, 0, 0)"

@@ -21,7 +21,7 @@ from accdiff_lib.parts import infotext
 from accdiff_lib.settings import SUGGESTED, values
 from accdiff_lib.webui import arguments
 from accdiff_lib.webui.arguments import Enlargement
-from accdiff_lib.webui.ui import api
+from accdiff_lib.webui.ui import api, panel
 from tests.webui_stand_in import stood_in, toy
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -135,7 +135,7 @@ def test_ids_and_tooltips(page):
         for name in arguments.POSITIONAL[1:]:
             assert page.locator(f"#script_{kind}_accdiffusion_{name}").count() == 1, (kind, name)
     for name, option in OPTIONS.items():
-        assert page.get_attribute(f"#{PREFIX}{name}", "title") == option.help
+        assert page.get_attribute(f"#{PREFIX}{name}", "title").startswith(option.help)
 
 
 def test_the_line_follows(page):
@@ -160,7 +160,9 @@ def test_only_what_the_method_has_is_shown(page):
     def shown() -> set[str]:
         return {name for name in OPTIONS if page.locator(f"#{PREFIX}{name}").is_visible()}
 
-    page.click(f"#{PREFIX}advanced > .label-wrap, #{PREFIX}advanced > button")
+    assert shown() == {name for row in panel.IN_SIGHT for name in row}
+    for group in panel.groups():
+        page.locator(f"#{PREFIX}{panel.group_name(group)} > .label-wrap").evaluate("button => button.click()")
     page.wait_for_selector(f"#{PREFIX}jitter", state="visible")
     page.shot("advanced")
     assert shown() == set(names("accdiffusion-v2"))

@@ -310,7 +310,7 @@ def test_controlnet_models(tmp_path, webui):  # noqa: F811
 def test_labels_are_unique_and_defaults_lie_on_the_sliders():
     """Labels are the keys of the WebUI's ui-config.json."""
     rows = [*EXTRA.values(), *OPTIONS.values()]
-    assert len({panel.label(option) for option in rows}) == len(rows)
+    assert len({option.shown for option in rows}) == len(rows)
     for option in OPTIONS.values():
         if option.kind in (int, float):
             steps = (option.default - option.minimum) / panel.slider_step(option)
@@ -419,7 +419,7 @@ def test_the_table_on_the_page_is_readable():
     table = json.loads(html.unescape(written.partition("data-table='")[2].partition("'></div>")[0]))
     assert table["prefix"] == "script_txt2img_accdiffusion_" and table["positional"] == list(POSITIONAL)
     assert table["headers"] == {api.PAGE_HEADER: api.PAGE_KEY}
-    assert table["help"]["c"] == OPTIONS["c"].help and table["hideable"]["overlap"] == "stride"
+    assert table["help"]["c"] == panel.tooltip(OPTIONS["c"]) and table["hideable"]["overlap"] == "stride"
     assert not {"method", "first_method", "scale"} & set(table["hideable"])
     assert "windows" in table["lacks"]["scalecrafter"]
 

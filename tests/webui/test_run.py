@@ -147,12 +147,14 @@ def test_a_method_without_a_base_pass_at_the_base_pictures_own_size(webui, plain
 
 
 def test_a_bar_has_jobs_for_the_work_of_the_stages(webui, controlnet):
-    """In base passes of as many steps: 9 windows in each of 3 steps, 4 dilated views in all but the last."""
+    """In base passes of as many steps: 9 windows in each of 3 steps, 4 dilated views in all but the last; and the
+    decodes of 16 x 16 cells, and of 8 x 8 where there are edges, of which a cell takes 1.5 / 0.89 evaluations."""
     webui.generate(OPTIONS)
     alone = webui.state.job_count
     webui.generate(CANNY)
-    windows, views = 3 * 9, 2 * 4
-    assert (alone, webui.state.job_count) == (1 + round((windows + views) / 3), 1 + round((1.4 * windows + views) / 3))
+    windows, views, decode = 3 * 9, 2 * 4, 4 * 1.5 / 0.89 / 2
+    assert (alone, webui.state.job_count) == (
+        1 + round((windows + views + decode) / 3), 1 + round((1.4 * windows + views + 1.25 * decode) / 3))
 
 
 @pytest.mark.parametrize("values", [{"control_image": "edges"}, {"control_map": "levels"}])

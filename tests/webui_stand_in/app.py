@@ -108,9 +108,9 @@ def main():
         first, second = ([component.value for component in script.ui(False)] for _ in range(2))
         assert first == second
     with gr.Blocks() as page:  # a panel that cannot be built is none
-        panel._advanced, advanced = None, panel._advanced
+        panel._accordions, accordions = None, panel._accordions
         assert script.ui(False) == script.infotext_fields == page.children == []
-        panel._advanced = advanced
+        panel._accordions = accordions
     app, address, _ = demo.queue().launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, show_api=False)
     for register in script_callbacks.app_started:
         register(demo, app)

@@ -1,4 +1,5 @@
-"""The accordion in txt2img and img2img, made from the table: a few controls in sight, all others under "Advanced"."""
+"""The accordion in txt2img and img2img, made from the table: a few controls in sight, all others in closed accordions
+by subject."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ from accdiff_lib.webui import controlnets, upscalers
 from accdiff_lib.webui.arguments import EXTRA, NONE, POSITIONAL, Enlargement, lost, picked, restored
 from accdiff_lib.webui.ui import api, options_page
 
-#: The options in sight, by rows; all others are under "Advanced", by the table's groups.
-IN_SIGHT = (("method", "preset"), ("scale", "target_width", "target_height"), ("control_strength", "c"))
+#: The options in sight, by rows, of which one begins with the list of ControlNet models.
+IN_SIGHT = (("scale", "target_width", "target_height"), ("preset", "method"), ("control_strength",), ("start",))
 _PLACED = {name for row in IN_SIGHT for name in row}
 
 
@@ -57,14 +58,10 @@ def _build(elem_id: Callable[[str], str], is_img2img: bool) -> Panel:
     made: dict[str, Any] = {}
     with InputAccordion(False, label="AccDiffusion", elem_id=elem_id("enabled")) as enabled:
         made["enabled"] = enabled
-        for row in IN_SIGHT[:2]:
+        for row in IN_SIGHT:
             _row(row, made, elem_id)
         gr.HTML(_live_line(elem_id), elem_id=elem_id("cost"))
-        with gr.Row():
-            made["controlnet_model"] = _controlnet_model(elem_id)
-        _row(IN_SIGHT[2], made, elem_id)
-        with gr.Accordion("Advanced", open=False, elem_id=elem_id("advanced")):
-            _advanced(made, elem_id)
+        _accordions(made, elem_id)
     for which in ("method", "preset"):
         _starting_point(which, made)
     components = [made[name] for name in POSITIONAL]
@@ -73,9 +70,9 @@ def _build(elem_id: Callable[[str], str], is_img2img: bool) -> Panel:
 
 # --- controls from the table -----------------------------------------------------------------------------------
 
-def label(option: Option) -> str:
-    """An option's label on the panel."""
-    return option.label[0].upper() + option.label[1:]
+def tooltip(option: Option) -> str:
+    """What the mouse over a control says: what it does, and where else the option has which name."""
+    return f"{option.help} (In the API: {option.name}; in generation parameters: {option.infotext}.)"
 
 
 def first_values() -> dict[str, Any]:
@@ -94,7 +91,7 @@ def slider_step(option: Option) -> float:
 def _control(option: Option, made: dict[str, Any], elem_id: Callable[[str], str]) -> None:
     import gradio as gr
 
-    common: dict[str, Any] = {"label": label(option), "elem_id": elem_id(option.name)}
+    common: dict[str, Any] = {"label": option.shown, "elem_id": elem_id(option.name)}
     value: Any = options_page.value("vae_tile") if option.name == "vae_tile" else first_values()[option.name]
     if option.kind is bool:
         made[option.name] = gr.Checkbox(value=value, **common)
@@ -125,6 +122,8 @@ def _row(row: Sequence[str], made: dict[str, Any], elem_id: Callable[[str], str]
     import gradio as gr
 
     with gr.Row(elem_id=elem_id(_row_name(row))):
+        if "control_strength" in row:
+            made["controlnet_model"] = _controlnet_model(elem_id)
         for name in row:
             _control(OPTIONS[name], made, elem_id)
 
@@ -133,19 +132,23 @@ def _row_name(row: Sequence[str]) -> str:
     return f"row_{row[0]}"
 
 
-def _advanced(made: dict[str, Any], elem_id: Callable[[str], str]) -> None:
-    """Every option that is not in sight, under a heading for each group."""
+def _accordions(made: dict[str, Any], elem_id: Callable[[str], str]) -> None:
+    """Every option that is not in sight, in a closed accordion for each group."""
     import gradio as gr
 
-    for number, (group, rows) in enumerate(groups().items()):
-        gr.HTML(f"<div class='accdiff-group'>{html.escape(group[0].upper() + group[1:])}</div>",
-                elem_id=elem_id(f"group_{number}"))
-        for row in rows:
-            _row(row, made, elem_id)
+    for group, rows in groups().items():
+        with gr.Accordion(group[0].upper() + group[1:], open=False, elem_id=elem_id(group_name(group))):
+            for row in rows:
+                _row(row, made, elem_id)
+
+
+def group_name(group: str) -> str:
+    """The end of an accordion's id."""
+    return f"group_{group.lower().replace(' ', '_')}"
 
 
 def groups() -> dict[str, list[list[str]]]:
-    """The rows under "Advanced" by groups: of each its switches in a row, then lists and sliders in pairs."""
+    """The rows that are not in sight by groups: of each its switches in a row, then lists and sliders in pairs."""
     found: dict[str, list[list[str]]] = {}
     for group in dict.fromkeys(option.group for option in OPTIONS.values()):
         options = [option for option in OPTIONS.values() if option.group == group and option.name not in _PLACED]
@@ -181,18 +184,20 @@ def _live_line(elem_id: Callable[[str], str]) -> str:
     """The place of the line that javascript/accdiff.js writes, and what that has to know.
 
     "hideable" are options that may be hidden, with the one that stands in for them where it is not 0; "lacks" are those
-    that a method does not have. "boxes" are the rows and headings that are hidden with all of their options.
+    that a method does not have. "boxes" are the rows and accordions that are hidden with all of their options. "auto"
+    are values that are shown as this word.
     """
     lacks = {method: sorted(set(OPTIONS) - set(names(method))) for method in METHODS}
     hideable = {name: option.unless for name, option in OPTIONS.items()
                 if option.unless or any(name in each for each in lacks.values())}
     boxes = {_row_name(row): list(row) for rows in (IN_SIGHT, *groups().values()) for row in rows}
-    for number, rows in enumerate(groups().values()):
-        boxes[f"group_{number}"] = [name for row in rows for name in row]
+    boxes |= {group_name(group): [name for row in rows for name in row] for group, rows in groups().items()}
     table = {"prefix": elem_id(""), "positional": POSITIONAL, "hideable": hideable, "lacks": lacks,
              "boxes": {name: inside for name, inside in boxes.items() if set(inside) <= set(hideable)},
              "headers": {api.PAGE_HEADER: api.PAGE_KEY},
-             "help": {option.name: option.help for option in (EXTRA["controlnet_model"], *OPTIONS.values())}}
+             "auto": {option.name: option.minimum for option in OPTIONS.values() if option.auto},
+             "help": {"controlnet_model": EXTRA["controlnet_model"].help,
+                      **{option.name: tooltip(option) for option in OPTIONS.values()}}}
     return ("<div class='accdiff-cost'></div>"
             f"<div class='accdiff-data' hidden data-table='{html.escape(json.dumps(table))}'></div>")
 
