@@ -69,6 +69,7 @@ class StandaloneHost:
         self.device, self.dtype = torch.device(device), dtype
         self.native = int(self._unet.config["sample_size"])
         self.channels = int(self._unet.config["out_channels"])
+        self._takes_more = int(self._unet.config["in_channels"]) > self.channels
         #: What `_filling` gave, by the latents' sizes.
         self._filled: dict[tuple[int, int], Tensor] = {}
         levels = self._unet.config["down_block_types"]
@@ -146,7 +147,7 @@ class StandaloneHost:
         both = conditioning.guidance != 1
         level = float(sigma)
         latent = (x.float() / (level**2 + 1) ** 0.5).to(self.dtype)
-        if self._unet.config["in_channels"] > self.channels:
+        if self._takes_more:
             latent = torch.cat([latent, self._filling((x.shape[-2], x.shape[-1])).expand(len(x), -1, -1, -1)], dim=1)
         self._residency.use(self._unet, self._controlnet if conditioning.steered else None, keep=self._controlnet)
         output = self._together(latent, level, conditioning, both)

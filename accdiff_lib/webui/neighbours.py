@@ -37,7 +37,7 @@ def check(p: Any, unet: nn.Module) -> None:
     """Raises InputError, in one sentence, for what cannot go together with a generation `p` of ours."""
     script = selected_script(p)
     if script is not None and script.show(True) and not script.show(False):
-        raise InputError(f'AccDiffusion: the script "{script.title()}" makes pictures of its own of the given one, as '
+        raise InputError(f'AccDiffusion: the script "{_title(script)}" makes pictures of its own of the given one, as '
                          "tiles or in a loop; choose another script or none, or untick AccDiffusion")
     _check_samplers(p)
     for module in unet.modules():
@@ -55,7 +55,7 @@ def selected_script(p: Any) -> Any:
 def coupled(p: Any) -> tuple[Region, ...]:
     """Forge Couple's regions, if it is at work: it patches the cross-attention with masks of the whole picture, which
     are none of a window's. Raises InputError for masks that cannot be read."""
-    script: Any = next((script for script in p.scripts.alwayson_scripts if script.title() == COUPLE), None)
+    script: Any = next((script for script in p.scripts.alwayson_scripts if _title(script) == COUPLE), None)
     given = [] if script is None else p.script_args[script.args_from:script.args_to]
     if len(given) < 8 or not given[0] or not getattr(script, "valid", False) or not script.couples:
         return ()
@@ -93,7 +93,7 @@ def _check_samplers(p: Any) -> None:
     home = sd_samplers.create_sampler.__module__
     if home == "modules.sd_samplers":
         return
-    titles = [script.title() for script in p.scripts.alwayson_scripts if type(script).__module__ == home]
+    titles = [_title(script) for script in p.scripts.alwayson_scripts if type(script).__module__ == home]
     raise InputError(f"AccDiffusion: {titles[0] if titles else home} has put samplers of its own in place of the "
                      "WebUI's; switch it off, as AccDiffusion has windows itself")
 
@@ -104,3 +104,11 @@ def _wraps(conv: nn.Conv2d) -> bool:
     is_plain = getattr(conv._conv_forward, "__func__", None) is nn.Conv2d._conv_forward
     by_axis = () if is_plain else (getattr(conv, "padding_modeX", ""), getattr(conv, "padding_modeY", ""))
     return "circular" in (conv.padding_mode, *by_axis)
+
+
+def _title(script: Any) -> str:
+    """What a script calls itself; any extension's may raise."""
+    try:
+        return str(script.title())
+    except Exception:
+        return type(script).__name__
