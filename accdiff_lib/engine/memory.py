@@ -101,6 +101,21 @@ def _trim() -> None:
         libc.malloc_trim(0)
 
 
+@contextmanager
+def unfragmented() -> Iterator[None]:
+    """Within it glibc gives back all that is freed but what is small. Else it keeps several times a tiled VAE's need in
+    pieces: the tiles' sizes differ."""
+    libc = None
+    with suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(_M_MMAP_THRESHOLD, 2**20)
+    try:
+        yield
+    finally:
+        if libc is not None:
+            libc.mallopt(_M_MMAP_THRESHOLD, 2**25)  # which it comes to by itself
+
+
 def attempt(run: Callable[..., T], *args: Any, last: bool = False) -> T | None:
     """`run(*args)`, or None where memory runs out, unless it is the `last` try: then the error rises."""
     try:
@@ -174,11 +189,11 @@ class Need:
     text: int
     unet: int
     vae: int
-    #: What one latent in the UNet takes besides, the canvas, and the VAE's decode of it.
+    #: What one latent in the UNet takes besides, the canvas, and the VAE's decode or encode of all of it.
     latent: int
     canvas: int
     decode: int
-    #: Main memory that the decode takes.
+    #: Main memory that the decode or encode takes.
     main: int
 
     @property
@@ -198,7 +213,7 @@ def need(weights: Mapping[str, int], *, unet_width: int, vae: nn.Module, latent:
     precision, without weights), cells of the largest `latent` that the UNet sees, height and width of the largest
     `canvas`, bytes of a number in all networks but the VAE, and the VAE's tile (0: chosen).
 
-    On a CPU the decode is the one that would run now; elsewhere the one that takes least.
+    On a CPU the VAE's passes are those that would run now; elsewhere those that take least.
     """
     vae_itemsize = max(parameter.element_size() for parameter in vae.parameters())
     if device.type == "cpu":
@@ -206,12 +221,13 @@ def need(weights: Mapping[str, int], *, unet_width: int, vae: nn.Module, latent:
         room = vae_room(device)
     else:
         tile, room = tile or small_tile(device), {device: 0.0}
-    decode = tiled_vae.decoding(vae, canvas, tile=tile, room=room, device=device).memory
+    passes = [tiled_vae.decoding(vae, canvas, tile=tile, room=room, device=device).memory,
+              tiled_vae.encoding(vae, [8 * side for side in canvas], tile=tile, room=room, device=device).memory]
     return Need(itemsize * (weights["text_encoder"] + weights.get("text_encoder_2", 0)),
                 itemsize * (weights["unet"] + weights.get("controlnet", 0)), vae_itemsize * weights["vae"],
                 UNET_NUMBERS * unet_width * itemsize * latent,
                 CANVAS_BYTES * min(canvas[0] * canvas[1], MOST_CANVAS_CELLS),
-                int(decode[device]), int(decode[torch.device("cpu")]))
+                *(int(max(each[place] for each in passes)) for place in (device, torch.device("cpu"))))
 
 
 def vae_tile(device: torch.device, height: int, width: int, channels: int, itemsize: int) -> int:

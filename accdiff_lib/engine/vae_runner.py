@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import numpy as np
@@ -84,7 +85,8 @@ class VaeRunner:
         share = 1.0
         while True:
             room = {place: share * free for place, free in memory.vae_room(self._device).items()}
-            found = memory.attempt(run, dtype, tile, room, last=0 < tile <= SMALLEST_TILE)
+            with memory.unfragmented() if tile else nullcontext():
+                found = memory.attempt(run, dtype, tile, room, last=0 < tile <= SMALLEST_TILE)
             if found is not None:
                 return found
             if tile:
