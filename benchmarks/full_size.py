@@ -23,10 +23,10 @@ CONFIGS = Path(accdiff_lib.__file__).parent / "configs" / "sdxl"
 def least_memory(side: int, controlnet: bool) -> dict[str, Any]:
     """What a picture of side x side pixels needs at least in float16, with all networks on the device or (`--offload`)
     those at work; estimated (accdiff_lib.engine.memory)."""
-    unet, vae = _config("unet"), _config("vae")
+    unet = _config("unet")
     need = memory.need(_weights(controlnet), unet_width=unet["block_out_channels"][0],
-                       vae_widths=vae["block_out_channels"], latent=unet["sample_size"] ** 2,
-                       canvas=(side // CELL) ** 2, itemsize=2, vae_itemsize=4)
+                       vae=_networks(controlnet=False)["vae"], latent=unet["sample_size"] ** 2,
+                       canvas=(side // CELL, side // CELL), itemsize=2, device=torch.device("cuda"))
     return {"size": f"{side}x{side}", "controlnet": controlnet, "resident": round(need.resident / 2**30, 1),
             "offloaded": round(need.offloaded / 2**30, 1), "main": round(need.main / 2**30, 1)}
 

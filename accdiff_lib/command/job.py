@@ -76,15 +76,16 @@ class Job:
 
     @property
     def need(self) -> Need:
-        """Device memory."""
+        """Memory."""
         from accdiff_lib.engine import memory
+        from accdiff_lib.standalone.flops import weightless_vae
 
         seen = [work.height * work.width for part in self.parts for work in part.work]
         return memory.need(self.model.weights, unet_width=self.model.unet["block_out_channels"][0],
-                           vae_widths=self.model.vae["block_out_channels"], itemsize=self.dtype.itemsize,
+                           vae=weightless_vae(self.model.vae, self.model.vae_dtype(self.dtype)),
                            latent=max(seen, default=0),
-                           canvas=self.plan.pixels[0] * self.plan.pixels[1] // CELL**2,
-                           vae_itemsize=self.model.vae_dtype(self.dtype).itemsize)
+                           canvas=(self.plan.pixels[0] // CELL, self.plan.pixels[1] // CELL),
+                           itemsize=self.dtype.itemsize, device=self.device, tile=self.settings.vae_tile)
 
     @property
     def offloads(self) -> bool:

@@ -7,11 +7,15 @@ import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from math import inf
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from accdiff_lib.errors import is_out_of_memory
+from accdiff_lib.parts import vae as tiled_vae
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -20,16 +24,18 @@ U = TypeVar("U")
 UNET_NUMBERS = 64
 #: The same of a VAE decode, per pixel and channel of its last block: maps of twice its channels, some in float32.
 VAE_NUMBERS = 10
-#: What waits of a VAE between its operations, where it is tiled: two maps of the whole picture, which it makes larger.
-STORE_NUMBERS = 4
 #: Of a cell in the dozen float32 tensors of four channels that the canvas consists of.
 CANVAS_BYTES = 12 * 4 * 4
 #: Of a larger canvas (4096 x 4096 pixels) the device has only the windows at work.
 MOST_CANVAS_CELLS = 512 * 512
-#: Latent cells of a VAE tile's side where the whole does not fit.
+#: Latent cells of a VAE tile's side where the whole does not fit; on a CPU it is as fast with less.
 TILE = 64
-#: Share of the free memory to plan with.
+CPU_TILE = 24
+#: Share of the free memory to plan with, on a device and in main memory, which others need too.
 SHARE = 0.8
+MAIN_SHARE = 0.5
+#: Main memory that the VAE's maps may take though less is free: at 4096 x 4096 its attention needs most of it anyway.
+LEAST_MAIN = 7 * 2**28
 #: More latents at once make a GPU no faster.
 MOST_LATENTS = 32
 #: More latents at once leave a CPU's cache: tiny models with a ControlNet are fastest with these, large ones with 1 or
@@ -46,6 +52,33 @@ def free_bytes(device: torch.device) -> int:
         return CPU_BUDGET
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int((torch.cuda.mem_get_info(device)[0] + cached) * SHARE)
+
+
+def free_main_bytes() -> float:
+    """Main memory that nothing uses, as far as the system tells; else a cautious constant."""
+    return min(_available(), _left_to_container())
+
+
+def _available() -> float:
+    with suppress(ImportError):
+        import psutil  # not everywhere, but in every WebUI
+
+        return float(psutil.virtual_memory().available)
+    with suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024.0 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable:")))
+    return CPU_BUDGET
+
+
+def _left_to_container() -> float:
+    """What a limit on this process's control group leaves (Linux)."""
+    with suppress(OSError, StopIteration, ValueError):
+        groups = Path("/proc/self/cgroup").read_text().splitlines()
+        group = Path("/sys/fs/cgroup") / next(line[3:].lstrip("/") for line in groups if line.startswith("0::"))
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        return limit - used + int(statistics["inactive_file"])
+    return inf
 
 
 def release() -> None:
@@ -66,6 +99,21 @@ def _trim() -> None:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(_M_MMAP_THRESHOLD, 2**17)
         libc.malloc_trim(0)
+
+
+@contextmanager
+def unfragmented() -> Iterator[None]:
+    """Within it glibc gives back all that is freed but what is small. Else it keeps several times a tiled VAE's need in
+    pieces: the tiles' sizes differ."""
+    libc = None
+    with suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(_M_MMAP_THRESHOLD, 2**20)
+    try:
+        yield
+    finally:
+        if libc is not None:
+            libc.mallopt(_M_MMAP_THRESHOLD, 2**25)  # which it comes to by itself
 
 
 def attempt(run: Callable[..., T], *args: Any, last: bool = False) -> T | None:
@@ -141,11 +189,11 @@ class Need:
     text: int
     unet: int
     vae: int
-    #: What one latent in the UNet takes besides, the canvas, and the VAE for a tile or for its attention to the whole.
+    #: What one latent in the UNet takes besides, the canvas, and the VAE's decode or encode of all of it.
     latent: int
     canvas: int
     decode: int
-    #: Main memory in which the VAE's tiles wait for each other.
+    #: Main memory that the decode or encode takes.
     main: int
 
     @property
@@ -159,33 +207,47 @@ class Need:
         return self.canvas + max(self.text, self.unet + self.latent, self.vae + self.decode)
 
 
-def need(weights: Mapping[str, int], *, unet_width: int, vae_widths: Sequence[int], latent: int, canvas: int,
-         itemsize: int, vae_itemsize: int) -> Need:
-    """What a run needs: `weights` in numbers by network, channels of the UNet's outermost block and of all blocks of
-    the VAE, cells of the largest `latent` that the UNet sees and of the largest `canvas`, item sizes in bytes of
-    a number."""
-    tile, attention = _vae_bytes(TILE, TILE, vae_widths[0], vae_itemsize), 3 * vae_widths[-1] * canvas * vae_itemsize
+def need(weights: Mapping[str, int], *, unet_width: int, vae: nn.Module, latent: int, canvas: tuple[int, int],
+         itemsize: int, device: torch.device, tile: int = 0) -> Need:
+    """What a run needs: `weights` in numbers by network, channels of the UNet's outermost block, the VAE (in its own
+    precision, without weights), cells of the largest `latent` that the UNet sees, height and width of the largest
+    `canvas`, bytes of a number in all networks but the VAE, and the VAE's tile (0: chosen).
+
+    On a CPU the VAE's passes are those that would run now; elsewhere those that take least.
+    """
+    vae_itemsize = max(parameter.element_size() for parameter in vae.parameters())
+    if device.type == "cpu":
+        tile = tile or vae_tile(device, *canvas, tiled_vae.width(vae), vae_itemsize)
+        room = vae_room(device)
+    else:
+        tile, room = tile or small_tile(device), {device: 0.0}
+    passes = [tiled_vae.decoding(vae, canvas, tile=tile, room=room, device=device).memory,
+              tiled_vae.encoding(vae, [8 * side for side in canvas], tile=tile, room=room, device=device).memory]
     return Need(itemsize * (weights["text_encoder"] + weights.get("text_encoder_2", 0)),
                 itemsize * (weights["unet"] + weights.get("controlnet", 0)), vae_itemsize * weights["vae"],
                 UNET_NUMBERS * unet_width * itemsize * latent,
-                CANVAS_BYTES * min(canvas, MOST_CANVAS_CELLS), max(tile, attention),
-                2 * vae_widths[0] * 64 * canvas * vae_itemsize)
-
-
-def _vae_bytes(height: int, width: int, channels: int, itemsize: int) -> int:
-    return VAE_NUMBERS * channels * itemsize * 64 * height * width
+                CANVAS_BYTES * min(canvas[0] * canvas[1], MOST_CANVAS_CELLS),
+                *(int(max(each[place] for each in passes)) for place in (device, torch.device("cpu"))))
 
 
 def vae_tile(device: torch.device, height: int, width: int, channels: int, itemsize: int) -> int:
-    """The tile for a latent of height x width cells: 0 (all at once) where memory allows, else TILE.
+    """The tile for a latent of height x width cells: 0 (all at once) where memory allows, else as fits a device.
 
     `channels`: of the VAE's outermost blocks; `itemsize`: bytes of a number.
     """
-    return 0 if _vae_bytes(height, width, channels, itemsize) <= free_bytes(device) else TILE
+    fits = VAE_NUMBERS * channels * itemsize * 64 * height * width <= free_bytes(device)
+    return 0 if fits else small_tile(device)
 
 
-def vae_store(device: torch.device, height: int, width: int, channels: int, itemsize: int) -> torch.device | None:
-    """Where the activations of a tiled latent wait: on the device if they fit, so that nothing is copied; else None,
-    the CPU. The arguments are those of `vae_tile`."""
-    waiting = STORE_NUMBERS * channels * itemsize * 64 * height * width
-    return device if device.type != "cpu" and waiting <= free_bytes(device) else None
+def small_tile(device: torch.device) -> int:
+    """The tile where the whole does not fit."""
+    return CPU_TILE if device.type == "cpu" else TILE
+
+
+def vae_room(device: torch.device) -> dict[torch.device, float]:
+    """What a tiled VAE pass may take of the device, and of main memory besides."""
+    main = max(LEAST_MAIN, MAIN_SHARE * free_main_bytes())
+    if device.type == "cpu":
+        return {device: main}
+    room: dict[torch.device, float] = {device: free_bytes(device)}
+    return {**room, torch.device("cpu"): main} if device.type == "cuda" else room

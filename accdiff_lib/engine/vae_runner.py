@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, TypeVar
 
@@ -17,8 +18,7 @@ from accdiff_lib.errors import Interrupted, NotFinite
 from accdiff_lib.parts import vae as tiled_vae
 
 T = TypeVar("T")
-#: Where activations wait between operations; None is the CPU, or the device where there is one tile.
-Store = torch.device | None
+Run = Callable[[torch.dtype, int, tiled_vae.Room], T]
 
 #: Latent cells of the smallest tile to try when memory runs out.
 SMALLEST_TILE = 16
@@ -44,23 +44,23 @@ class VaeRunner:
         if not latent.isfinite().all():
             raise NotFinite("the latent has NaN, so there is no picture in it")
         scaled = latent.float() / self._scaling
-        image = self._run(scaled.shape[-2:], lambda dtype, tile, store: tiled_vae.decode(
-            self._vae, scaled.to(self._device, dtype), tile=tile, check=self._check if interruptible else None,
-            on_tile=self._on_tile("decoding", scaled.shape[-2:]), store=store))
+        image = self._run(scaled.shape[-2:], lambda dtype, tile, room: tiled_vae.decode(
+            self._vae, scaled.to(self._device, dtype), tile=tile, room=room,
+            check=self._check if interruptible else None, on_tile=self._on_tile("decoding", scaled.shape[-2:])))
         pixels = image[0].add_(1).mul_(127.5).round_().clamp_(0, 255)
         return np.ascontiguousarray(pixels.to(torch.uint8).permute(1, 2, 0).numpy())
 
     def encode(self, image: np.ndarray) -> Tensor:
         """The latent [1, C, h, w] of a picture uint8 [8h, 8w, 3]: the mean of the posterior."""
-        pixels = torch.tensor(image).permute(2, 0, 1)[None] / 127.5 - 1
+        pixels = (torch.tensor(image).permute(2, 0, 1)[None] / 127.5).sub_(1)
         size = [side // 8 for side in image.shape[:2]]
-        moments = self._run(size, lambda dtype, tile, store: tiled_vae.encode(
-            self._vae, pixels.to(self._device, dtype), tile=tile, check=self._check,
-            on_tile=self._on_tile("encoding", size), store=store))
+        moments = self._run(size, lambda dtype, tile, room: tiled_vae.encode(
+            self._vae, pixels.to(self._device, dtype), tile=tile, room=room, check=self._check,
+            on_tile=self._on_tile("encoding", size)))
         return moments.chunk(2, dim=1)[0].to(self._device) * self._scaling
 
-    def _run(self, size: Sequence[int], run: Callable[[torch.dtype, int, Store], T]) -> T:
-        """`run(dtype, tile, store)` for a latent of this size: in the VAE's precision, or float32 after NaN."""
+    def _run(self, size: Sequence[int], run: Run[T]) -> T:
+        """`run(dtype, tile, room)` for a latent of this size: in the VAE's precision, or float32 after NaN."""
         vae = self._vae
         own = next(vae.parameters()).dtype
         try:
@@ -82,18 +82,20 @@ class VaeRunner:
         """The error, with what a user can do."""
         return NotFinite(f"{error}: {advice(self._vae, 'VAE', '')}")
 
-    def _in_tiles(self, size: Sequence[int], dtype: torch.dtype, run: Callable[[torch.dtype, int, Store], T]) -> T:
-        """`run`, when memory runs out with tiles that wait on the CPU, then smaller ones; the result is the same."""
-        given = self._device, size[0], size[1], self._width, dtype.itemsize
-        tile = self._tile or memory.vae_tile(*given)
-        store = memory.vae_store(*given) if tile else None
+    def _in_tiles(self, size: Sequence[int], dtype: torch.dtype, run: Run[T]) -> T:
+        """`run`, with smaller tiles and less room for maps when memory runs out; the result is the same."""
+        tile = self._tile or memory.vae_tile(self._device, size[0], size[1], self._width, dtype.itemsize)
+        share = 1.0
         while True:
-            found = memory.attempt(run, dtype, tile, store, last=store is None and 0 < tile <= SMALLEST_TILE)
+            room = {place: share * free for place, free in memory.vae_room(self._device).items()}
+            with memory.unfragmented() if tile else nullcontext():
+                found = memory.attempt(run, dtype, tile, room, last=0 < tile <= SMALLEST_TILE)
             if found is not None:
                 return found
-            if store is None:
-                tile = tile // 2 if tile else memory.TILE
-            store = None
+            if tile:
+                tile, share = tile // 2, share / 2
+            else:
+                tile = memory.small_tile(self._device)
 
     def _on_tile(self, doing: str, size: Sequence[int]) -> tiled_vae.OnTile:
         """Tells the progress of a latent of this size."""

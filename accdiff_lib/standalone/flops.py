@@ -78,6 +78,14 @@ def _controlnet(key: str, height: int, width: int) -> float:
         return _teraflops(network, latent, torch.ones(1), controlnet_cond=hint, **_conditioning(config))
 
 
+def weightless_vae(config: Config, dtype: torch.dtype) -> nn.Module:
+    """The VAE on the meta device."""
+    from diffusers import AutoencoderKL
+
+    with torch.device("meta"):
+        return AutoencoderKL.from_config(dict(config)).to(dtype)
+
+
 @lru_cache(maxsize=64)
 def _vae(key: str, height: int, width: int) -> float:
     from diffusers import AutoencoderKL

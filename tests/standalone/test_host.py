@@ -400,25 +400,22 @@ def test_nan_of_a_half_precision_vae_is_retried_in_float32():
 def test_out_of_memory_in_the_vae_takes_smaller_tiles(monkeypatch):
     real, tried = tiled_vae.decode, []
 
-    def decode(vae, latent, *, tile, check, store):
-        tried.append((tile, store))
-        if store or tile not in range(1, 33):
+    def decode(vae, latent, *, tile, room, check, on_tile):
+        tried.append((tile, room))
+        if tile not in range(1, 13):
             raise RuntimeError("CUDA out of memory")
-        return real(vae, latent, tile=tile, check=check)
+        return real(vae, latent, tile=tile, room=room, check=check, on_tile=on_tile)
 
     host, latent = make_host(), latents(1, 8, 8)
     expected = host.decode(latent)
     monkeypatch.setattr(tiled_vae, "decode", decode)
     assert np.array_equal(host.decode(latent), expected)
-    assert tried == [(0, None), (64, None), (32, None)]
+    assert [tile for tile, _ in tried] == [0, memory.CPU_TILE, memory.CPU_TILE // 2]
+    (before, now) = (sum(room.values()) for _, room in tried[1:])
+    assert now == pytest.approx(before / 2, rel=0.2)  # half of what is free at that time
     with pytest.raises(RuntimeError, match="out of memory"):
-        make_host(vae_tile=1000)._runner._run((8, 8), lambda dtype, tile, store: decode(
-            None, None, tile=99, check=None, store=store))
-    # Tiles that wait on the device wait on the CPU before they become smaller.
-    monkeypatch.setattr(memory, "vae_store", lambda *_: torch.device("cpu"))
-    tried.clear()
-    assert np.array_equal(make_host(vae_tile=64).decode(latent), expected)
-    assert tried == [(64, torch.device("cpu")), (64, None), (32, None)]
+        make_host(vae_tile=1000)._runner._run((8, 8), lambda dtype, tile, room: decode(
+            None, None, tile=99, room=room, check=None))
 
 
 def test_nan_in_float32_is_an_error():
@@ -475,15 +472,7 @@ def test_memory():
     real = memory.LatentMemory(torch.device("cpu"), 320, 4)
     assert real.fit(128, 128) == 1
     assert memory.vae_tile(torch.device("cpu"), 64, 64, 128, 4) == 0
-    assert memory.vae_tile(torch.device("cpu"), 512, 512, 128, 4) == 64
-
-
-def test_a_vaes_tiles_wait_on_the_device_where_they_fit(monkeypatch):
-    device, need = torch.device("meta"), 4 * 128 * 4 * 4096**2
-    for free, expected in ((need, device), (need - 1, None)):
-        monkeypatch.setattr(memory, "free_bytes", lambda _, free=free: free)
-        assert memory.vae_store(device, 512, 512, 128, 4) == expected
-        assert memory.vae_store(torch.device("cpu"), 512, 512, 128, 4) is None
+    assert memory.vae_tile(torch.device("cpu"), 512, 512, 128, 4) == memory.CPU_TILE
 
 
 SDXL_UNET = {

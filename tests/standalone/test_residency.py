@@ -13,6 +13,7 @@ from accdiff_lib.command.job import prepare
 from accdiff_lib.engine import memory
 from accdiff_lib.engine.host import Conditioning
 from accdiff_lib.parts.attention import AttentionRecorder, map_size
+from accdiff_lib.standalone.flops import weightless_vae
 from accdiff_lib.standalone.host import StandaloneHost
 from accdiff_lib.standalone.loading import load
 from accdiff_lib.standalone.residency import Residency
@@ -144,16 +145,31 @@ def test_the_need_counts_every_weight(models):
     assert max(need.unet, need.vae, need.text) < need.offloaded < need.resident
 
 
-def test_the_need_counts_the_vaes_attention_and_what_waits_for_it():
-    """SDXL's VAE in float32 at 8192x8192: keys and values of 512 channels at a cell, and once more one of them."""
-    def need(side):
-        return memory.need({"text_encoder": 0, "unet": 0, "vae": 0}, unet_width=320, vae_widths=[128, 256, 512, 512],
-                           latent=128**2, canvas=(side // 8) ** 2, itemsize=2, vae_itemsize=4)
+def test_the_need_counts_the_decode(monkeypatch):
+    """SDXL's VAE in float32: on a GPU the maps that it cannot do without and a strip at work, in main memory the
+    picture; on a CPU all of it in main memory, as much as makes it fast."""
+    vae = weightless_vae({"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4,
+                          "down_block_types": ["DownEncoderBlock2D"] * 4,
+                          "up_block_types": ["UpDecoderBlock2D"] * 4}, torch.float32)
 
-    assert need(8192).decode == 3 * 512 * 1024**2 * 4
-    assert need(1024).decode == need(2048).decode  # a tile takes more
-    assert need(8192).main == 2 * 128 * 8192**2 * 4
+    def need(side, device="cuda"):
+        return memory.need({"text_encoder": 0, "unet": 0, "vae": 5}, unet_width=320, vae=vae, latent=128**2,
+                           canvas=(side // 8, side // 8), itemsize=2, device=torch.device(device))
+
+    attention = 2 * 512 * 4  # the map, and its normalised copy as keys and values
+    assert attention * 1024**2 < need(8192).decode < attention * 1024**2 + 2**30
+    assert attention * 512**2 < need(4096).decode < attention * 512**2 + 2**30
+    assert need(8192).main == 4 * 3 * 8192**2 and need(8192).vae == 20
     assert need(8192).canvas == need(4096).canvas > need(2048).canvas
+    monkeypatch.setattr(memory, "free_main_bytes", lambda: 0.0)
+    assert 1 < need(4096, "cpu").main / 2**30 < 2 and 4 < need(8192, "cpu").main / 2**30 < 6
+    monkeypatch.setattr(memory, "free_main_bytes", lambda: 40 * 2**30)
+    assert 8 < need(4096, "cpu").main / 2**30 < 20
+
+
+def test_free_main_memory_is_known():
+    assert 2**26 < memory.free_main_bytes() < 2**45
+    assert set(memory.vae_room(torch.device("cpu"))) == {torch.device("cpu")}
 
 
 @pytest.mark.parametrize(("free", "flag", "expected"), [
