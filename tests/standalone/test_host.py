@@ -415,7 +415,7 @@ def test_out_of_memory_in_the_vae_takes_smaller_tiles(monkeypatch):
     assert now == pytest.approx(before / 2, rel=0.2)  # half of what is free at that time
     with pytest.raises(RuntimeError, match="out of memory"):
         make_host(vae_tile=1000)._runner._run((8, 8), lambda dtype, tile, room: decode(
-            None, None, tile=99, room=room, check=None))
+            None, None, tile=99, room=room, check=None, on_tile=None))
 
 
 def test_nan_in_float32_is_an_error():

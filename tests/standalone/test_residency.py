@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from accdiff_lib.standalone.flops import weightless_vae
 from accdiff_lib.standalone.host import StandaloneHost
 from accdiff_lib.standalone.loading import load
 from accdiff_lib.standalone.residency import Residency
+from tests.silent import SilentProgress
 
 
 class Network(nn.Module):
@@ -70,7 +70,7 @@ def models():
 
 def host(models, **more):
     return StandaloneHost(models, prompt="a red ball", negative="blurry", sampler="Euler", scheduler="Normal", steps=2,
-                          progress=SimpleNamespace(interrupted=False, skipped=False), **more)
+                          progress=SilentProgress(), **more)
 
 
 def test_each_work_asks_for_its_networks(models, monkeypatch):
