@@ -22,11 +22,11 @@ from accdiff_lib.settings import SUGGESTED, values
 from accdiff_lib.webui import arguments
 from accdiff_lib.webui.arguments import Enlargement
 from accdiff_lib.webui.ui import api, panel
+from tests import shots
 from tests.webui_stand_in import stood_in, toy
 
 ROOT = Path(__file__).resolve().parents[2]
 STAND_IN = ROOT / "tests" / "webui_stand_in"
-SHOTS = os.environ.get("ACCDIFF_SHOTS")
 CHROMIUM = os.environ.get("ACCDIFF_CHROMIUM") or shutil.which("chromium")
 # The flags keep chromium from looking for hosts outside.
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -71,8 +71,9 @@ def page(request, tmp_path_factory):
             opened.add_script_tag(path=str(ROOT / "javascript" / "accdiff.js"))
             opened.wait_for_function(
                 f"document.querySelector('#{PREFIX}enabled .accdiff-cost').textContent !== ''")
+            opened.gradio = f"gradio{request.param}"
             opened.shot = lambda name: opened.screenshot(
-                path=Path(SHOTS) / f"gradio{request.param}-{name}.png", full_page=True) if SHOTS else None
+                path=Path(shots.SHOTS) / f"gradio{request.param}-{name}.png", full_page=True) if shots.SHOTS else None
             yield opened
             browser.close()
     finally:
@@ -136,6 +137,12 @@ def test_ids_and_tooltips(page):
             assert page.locator(f"#script_{kind}_accdiffusion_{name}").count() == 1, (kind, name)
     for name, option in OPTIONS.items():
         assert page.get_attribute(f"#{PREFIX}{name}", "title").startswith(option.help)
+
+
+def test_how_it_looks(page):
+    """`make shots` puts the pictures into docs/panel."""
+    wait_for_cost(page, "2048x2048: about")
+    assert shots.look(page, f"#{PREFIX}enabled", page.gradio) == {kind: [] for kind in shots.LOOKS}
 
 
 def test_the_line_follows(page):
