@@ -12,7 +12,7 @@ PROMPT := a red ball and a blue star on snow, night sky
 demo test quality: export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench bench-plan bench-gpu quality fuzz panel-venvs clean
+.PHONY: help demo test lint bench bench-plan bench-gpu quality fuzz shots panel-venvs clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
@@ -41,6 +41,9 @@ quality: $(VENV)/installed ## methods compared on drawn scenes: tables and conta
 
 fuzz: $(VENV)/installed-dev ## tens of thousands of made-up plans, arguments and parameters: how many are not answered
 	$(RUN) -m tests.webui.fuzz
+
+shots: $(VENV)/installed-dev panel-venvs ## pictures of the panel in docs/panel, with the WebUIs' two gradio versions
+	ACCDIFF_SHOTS=docs/panel $(RUN) -m pytest -q -p no:xdist tests/webui/test_panel.py -k how_it_looks
 
 panel-venvs: .venv-gradio3/installed .venv-gradio4/installed ## the WebUIs' two gradio versions, for the panel's tests
 

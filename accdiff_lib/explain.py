@@ -64,7 +64,9 @@ def sheet(picture: np.ndarray, explanation: Explanation,
 
 def _blocks(picture: np.ndarray, explanation: Explanation,
             part: tuple[float, float, float, float]) -> Iterator[Image.Image]:
-    """What stands below each other: each stage, and the words."""
+    """What stands below each other: what one wants to see first, each stage, and the words."""
+    if explanation.words:
+        yield _overview(picture, explanation, part)
     stages = 0
     for stage, said in explanation.stages:
         if isinstance(said, WindowPrompts):
@@ -78,6 +80,48 @@ def _blocks(picture: np.ndarray, explanation: Explanation,
     if not stages:
         yield _titled("Base picture", [_enlarged(picture, PICTURE)])
     yield from _word_blocks(picture, explanation.words, part)
+
+
+# --- at a glance -----------------------------------------------------------------------------------------------
+
+def _overview(picture: np.ndarray, explanation: Explanation, part: tuple[float, float, float, float]) -> Image.Image:
+    """The picture with the words where they were found, and a line for each stage beside it."""
+    image = _enlarged(picture, PICTURE)
+    draw = ImageDraw.Draw(image)
+    for number, (text, corner) in enumerate(labels(explanation.words, part, image.size), 1):
+        _chip(draw, corner, text, font(HEADING), colour(number))
+    body = Image.new("RGB", (PAGE - 2 * MARGIN, image.height), "white")
+    body.paste(image, (0, 0))
+    lines = [f"{stage.name}: {stage.pixels[1]}x{stage.pixels[0]} pixels" + (
+        f", {len(said.windows)} windows" if isinstance(said, WindowPrompts) else "")
+        for stage, said in explanation.stages]
+    draw = ImageDraw.Draw(body)
+    for number, line in enumerate(lines[:image.height // (HEADING + 8)]):
+        draw.text((PICTURE + GAP, number * (HEADING + 8)), line, "black", font(HEADING))
+    return _titled("At a glance: where the words of the prompt are", [body])
+
+
+def labels(words: Sequence[WordMask], part: tuple[float, float, float, float],
+           size: tuple[int, int]) -> list[tuple[str, tuple[int, int]]]:
+    """Words that are somewhere, with the left top corner of each in a picture of `size` = (width, height), the largest
+    first: in the middle of its mask, or below those before it. Those for which there is no room are left out."""
+    found: list[tuple[str, tuple[int, int]]] = []
+    taken: list[Box] = []
+    masks = [(word.word.text, _cut(word.mask, part)) for word in words]
+    for text, mask in sorted(masks, key=lambda each: -each[1].sum()):
+        if not mask.any() or not any(map(str.isalnum, text)):
+            continue
+        rows, columns = np.nonzero(mask)
+        width, height = round(font(HEADING).getlength(text)) + 8, HEADING + 10
+        left = min(max(round(np.median(columns) / mask.shape[1] * size[0]) - width // 2, 0), max(size[0] - width, 0))
+        top = max(round(np.median(rows) / mask.shape[0] * size[1]) - height // 2, 0)
+        while any(left < right and other < left + width and top < bottom and above < top + height
+                  for other, above, right, bottom in taken):
+            top += height
+        if top + height <= size[1]:
+            taken.append((left, top, left + width, top + height))
+            found.append((text, (left, top)))
+    return found
 
 
 # --- a stage: its windows and their prompts --------------------------------------------------------------------

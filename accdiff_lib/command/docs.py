@@ -23,7 +23,7 @@ def tables() -> str:
     """General options, settings, methods and presets, as Markdown."""
     return "\n\n".join([
         "### A generation\n\n" + _options(GENERAL.values()),
-        "### Settings\n\n" + _options(OPTIONS.values()),
+        "### Settings\n\n" + _options(OPTIONS.values(), panel=True),
         "### Methods\n\nA method is a way to predict the large picture; those that share their options differ in "
         "the values of these.\n\n" + _sets(
             {name: method.values for name, method in METHODS.items()}, "Method"),
@@ -38,10 +38,12 @@ def updated(page: str) -> str:
     return f"{before}{BEGIN}\n\n{tables()}\n\n{END}{after}"
 
 
-def _options(options: Iterable[Option]) -> str:
-    rows = [f"| `{_spelled(option)}` | {default(option)} | {allowed(option).replace(' | ', ', ')} | {option.help} |"
-            for option in options]
-    return "\n".join(["| Option | Default | Allowed | |", "| --- | --- | --- | --- |", *rows])
+def _options(options: Iterable[Option], *, panel: bool = False) -> str:
+    """With `panel` there is a column for the options' labels there."""
+    rows = [f"| `{_spelled(option)}` |{f' {option.shown} |' if panel else ''} {default(option)} | "
+            f"{allowed(option).replace(' | ', ', ')} | {option.help} |" for option in options]
+    return "\n".join([f"| Option |{' In the panel |' if panel else ''} Default | Allowed | |",
+                      f"| --- |{' --- |' if panel else ''} --- | --- | --- |", *rows])
 
 
 def _spelled(option: Option) -> str:

@@ -57,6 +57,15 @@ def of(settings: Settings) -> Method:
     return method if settings.first is None else replace(method, first=METHODS[settings.first_method])
 
 
+def without_control(name: str) -> str:
+    """The method that one of this name is where there is no ControlNet: another one that has its other values, or
+    itself."""
+    method = METHODS[name]
+    alike = {**method.values, "controlnet": False}
+    return next((each.name for each in METHODS.values() if each.settings is method.settings and each.values == alike),
+                name)
+
+
 def names(method: str, first: str = SAME) -> list[str]:
     """The options that a method has, and the method of the first stage, in the table's order."""
     own = {name for each in (method, first) if each != SAME for name in table(METHODS[each].settings)}

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from accdiff_lib import __version__
+from accdiff_lib.engine.plan import CELL
 from accdiff_lib.errors import InputError, named, shown
 from accdiff_lib.methods import METHODS, OPTIONS, from_infotext, make, names
 from accdiff_lib.methods import infotext as settings_infotext
@@ -34,6 +35,10 @@ REGIONS_KEY = "AccDiffusion regions"
 
 #: More of that kind, pictures in base64 (webui/guides.py): keys of the dict, and of the generation parameters.
 GUIDES = {"control_image": "AccDiffusion control image", "control_map": "AccDiffusion control map"}
+
+#: More keys of the generation parameters, which say of a picture what became of it and restore nothing: by which
+#: method and to which size it was really made, and (only in the API's answer) what the WebUI says to its user.
+RAN_KEY, COMMENTS_KEY = "AccDiffusion ran", "AccDiffusion comments"
 
 #: All that a dict may have besides POSITIONAL.
 BY_NAME_ONLY = (REGIONS, *GUIDES)
@@ -107,9 +112,14 @@ def parse(args: Sequence[Any], *, overrides: Mapping[str, Any] | None = None,
     values = {**_page(values, defaults or {}), **_overridden(values, overrides)}
     model = EXTRA["controlnet_model"].parse(values.pop("controlnet_model", NONE)).strip() or NONE
     own = names(_method(values), str(OPTIONS["first_method"].parse(values.get("first_method", SAME))))
-    settings = make({name: exact(OPTIONS[name].parse(value)) for name, value in values.items()
+    settings = make({name: _whole(name, exact(OPTIONS[name].parse(value))) for name, value in values.items()
                      if name in OPTIONS and (name in own or name in asked)})
     return Enlargement(settings, model, _regions(given_regions), _guide(settings, model, *guides))
+
+
+def _whole(name: str, value: Any) -> Any:
+    """A side of the result is cut to whole cells, as the WebUI does with its own sizes."""
+    return value // CELL * CELL if name in ("target_width", "target_height") else value
 
 
 def _regions(given: Any) -> tuple[Region, ...]:
@@ -209,7 +219,7 @@ def restored(parameters: Mapping[str, str]) -> Enlargement | None:
 
 def lost(parameters: Mapping[str, str]) -> list[str]:
     """The keys of a picture's generation parameters that `restored` knows nothing of, or that stand for pictures."""
-    known = {CONTROLNET_KEY, *(option.infotext for option in OPTIONS.values())}
+    known = {CONTROLNET_KEY, RAN_KEY, COMMENTS_KEY, *(option.infotext for option in OPTIONS.values())}
     return [named(key) for key in parameters if key.startswith(f"{VERSION_KEY} ") and key not in known]
 
 
@@ -218,7 +228,7 @@ def stamped(parameters: Mapping[str, Any], asked: Enlargement | None) -> dict[st
 
     A cell of an X/Y/Z grid begins with the parameters of the cell before it, in the same dict.
     """
-    ours = {VERSION_KEY, CONTROLNET_KEY, REGIONS_KEY, *GUIDES.values(),
+    ours = {VERSION_KEY, CONTROLNET_KEY, RAN_KEY, COMMENTS_KEY, REGIONS_KEY, *GUIDES.values(),
             *(option.infotext for option in OPTIONS.values())}
     kept = {key: value for key, value in parameters.items() if key not in ours}
     return kept if asked is None else {**kept, **infotext(asked)}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from accdiff_lib.engine.extrapolate import Result
@@ -15,6 +17,9 @@ from accdiff_lib.explain import sheet
 from accdiff_lib.quality import quality_of
 from accdiff_lib.webui.ui import options_page
 
+#: Of two pictures side by side: the longest side of each, and what is between them, in pixels.
+LARGEST, GAP = 2048, 16
+
 
 class Extras:
     """Of one generation `p`."""
@@ -22,7 +27,7 @@ class Extras:
     def __init__(self, p: Any) -> None:
         self._p = p
         self.wants_stages = bool(options_page.value("save_stages"))
-        self._sheets: list[Image.Image] = []
+        self._pages: list[Image.Image] = []
 
     def keep(self, index: int, picture: Picture, plan: Plan) -> None:
         """Saves a finished base or stage picture of the batch's picture `index`, through the WebUI's own naming."""
@@ -58,19 +63,48 @@ class Extras:
         """Keeps the sheet for the gallery, when it is wanted and there is something to explain."""
         if not (options_page.value("explain") and result.explanation):
             return
+        with self._trying("the sheet that explains the run"):
+            self._pages.append(Image.fromarray(sheet(_base(result, host), result.explanation, plan.part, lines)))
+
+    def compare(self, result: Result, host: Host) -> None:
+        """Keeps the base picture and the result side by side for the gallery, when that is wanted and there are two."""
+        last = result.pictures[-1]
+        if not options_page.value("compare") or last is result.explained or last.image is None:
+            return
+        with self._trying("the picture of base picture and result side by side"):
+            self._pages.append(side_by_side(_base(result, host), last.image))
+
+    @contextmanager
+    def _trying(self, what: str) -> Iterator[None]:
+        """Something besides the pictures may fail: no memory for one more decode, say."""
         try:
-            shown = result.explained
-            image = shown.image if shown.image is not None else host.decode(shown.latent, interruptible=False)
-            self._sheets.append(Image.fromarray(sheet(image, result.explanation, plan.part, lines)))
-        except Exception as error:  # no memory for one more decode, say
+            yield
+        except Exception as error:
             said = out_of_memory(error) if is_out_of_memory(error) else error
-            self._p.comment(f"AccDiffusion: the sheet that explains the run could not be made: {said}")
+            self._p.comment(f"AccDiffusion: {what} could not be made: {said}")
 
     def show(self, processed: Any) -> None:
-        """Adds the sheets to the end of the gallery."""
-        for page in self._sheets:
+        """Adds what was kept to the end of the gallery."""
+        for page in self._pages:
             processed.images.append(page)
             processed.infotexts.append(processed.infotexts[0])
+
+
+def side_by_side(base: np.ndarray, result: np.ndarray) -> Image.Image:
+    """Two pictures uint8 [H, W, 3] in one, both in the result's size, or in that which fits into LARGEST."""
+    height, width = result.shape[:2]
+    factor = min(1.0, LARGEST / max(height, width))
+    size = max(1, round(width * factor)), max(1, round(height * factor))
+    page = Image.new("RGB", (2 * size[0] + GAP, size[1]), "white")
+    for image, left in ((base, 0), (result, size[0] + GAP)):
+        page.paste(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS), (left, 0))
+    return page
+
+
+def _base(result: Result, host: Host) -> np.ndarray:
+    """The base picture, or where there is none the result."""
+    shown = result.explained
+    return shown.image if shown.image is not None else host.decode(shown.latent, interruptible=False)
 
 
 def _infotext(p: Any, index: int) -> str:

@@ -26,9 +26,7 @@ from accdiff_lib.parts.dilation_plan import structure
 from accdiff_lib.parts.noise_levels import NoiseLevels, alphas_cumprod
 from accdiff_lib.parts.regions import Region, check_regions
 from accdiff_lib.settings import Settings
-
-#: What one ControlNet evaluation costs, as a part of a UNet evaluation of the same size (SDXL and SD1.5).
-CONTROLNET_COST = 0.4
+from accdiff_lib.webui.effort import CONTROLNET_COST, Effort, by_flops, of_part
 
 #: A plan with regions looks at so many cells of all stages' regions, and at so many pixels of their masks: a second.
 _MOST_CELLS, _MOST_PIXELS = 2 ** 22, 2 ** 26
@@ -130,8 +128,10 @@ class Cost:
 
     plan: Plan
     parts: tuple[Part, ...]
-    #: In base pictures of the same steps and CFG scale.
+    #: In base pictures of the same steps and CFG scale, by FLOPs.
     relative: float
+    #: What it takes, the VAE's part included.
+    effort: Effort
     #: What the methods say of their stages.
     remarks: tuple[str, ...] = ()
 
@@ -152,10 +152,13 @@ def cost(settings: Settings, given: Generation) -> Cost:
     parts = estimate(of(settings), plan, settings, base_solver=solver, stage_solver=stage_solver,
                      timestep=stage_solver.timestep, guidance=given.cfg, has_control=given.has_control,
                      from_image=given.from_image, has_guide=given.has_guide, regions=given.regions)
-    whole = len(solver.trace(solver.sigmas)) * (1 if given.cfg == 1 else 2) * plan.base[0] * plan.base[1]
+    calls = len(solver.trace(solver.sigmas)) * (1 if given.cfg == 1 else 2)
+    base = of_part(Part(None, plan.base, given.steps, calls, (), (Work("picture", calls, *plan.base, guided=False),),
+                        decoded=plan.base[0] * plan.base[1]), given.native)
+    whole, each = sum((of_part(part, given.native) for part in parts), Effort()), by_flops(given.native)
     # SDXL has three levels, SD1.5 and SD2 four: one more than the halvings that make the multiple.
     said = of(settings).said(plan.stages, settings, lambda: structure(max(3, given.multiple.bit_length())))
-    return Cost(plan, tuple(parts), sum(map(cells, parts)) / whole, tuple(said))
+    return Cost(plan, tuple(parts), whole.at(each) / base.at(each), whole, tuple(said))
 
 
 def _check_size(plan: Plan, regions: Sequence[Region]) -> None:
@@ -173,18 +176,6 @@ def cells(part: Part) -> float:
         return work.height * work.width, CONTROLNET_COST * work.height * work.width
 
     return part.priced(price)
-
-
-def line(result: Cost) -> str:
-    """What a user wants to know first: "9 windows + 4 dilated views a step, 237 latents evaluated, ..."."""
-    stages = [part for part in result.parts if part.stage]
-    if not stages:
-        return "the base picture's size, so there is nothing to enlarge"
-    at_once = " + ".join(f"{work.count} {work.name}{'' if work.count == 1 else 's'}" for work in stages[-1].at_most)
-    way = f"{len(stages)} stages, the last with " if len(stages) > 1 else ""
-    relative = f"{result.relative:.1f}" if result.relative < 10 else f"{result.relative:.0f}"
-    return f"{way}{at_once} per step, {result.latents} latents evaluated, about {relative} x a base picture" \
-        + "".join(f"; {remark}" for remark in result.remarks)
 
 
 def as_json(result: Cost, batch: int = 1) -> dict[str, Any]:

@@ -25,12 +25,12 @@ from accdiff_lib.engine.host import Given, GivenImage, GivenLatent, Picture
 from accdiff_lib.engine.method import Work
 from accdiff_lib.engine.plan import make_plan
 from accdiff_lib.errors import InputError, Interrupted, NotFinite, OutOfMemory
-from accdiff_lib.methods import of
+from accdiff_lib.methods import of, without_control
 from accdiff_lib.parts.attention import map_size
 from accdiff_lib.parts.regions import Region, check_regions
 from accdiff_lib.settings import SAME
 from accdiff_lib.webui import controlnets, guides, hires, neighbours, upscalers
-from accdiff_lib.webui.arguments import GUIDES, Enlargement, parse, stamped
+from accdiff_lib.webui.arguments import COMMENTS_KEY, GUIDES, RAN_KEY, Enlargement, parse, stamped
 from accdiff_lib.webui.effort import Effort, of_part, of_work
 from accdiff_lib.webui.extras import Extras
 from accdiff_lib.webui.hosts import webui as webui_host
@@ -71,6 +71,9 @@ def postprocess(_script: Any, p: Any, processed: Any, _args: Sequence[Any]) -> N
         delattr(p, RUN_ATTRIBUTE)
         webui_host.forget_controlnet(p)
         run.extras.show(processed)
+        said = [text for text in p.comments if text.startswith("AccDiffusion: ")]
+        if said:  # the same dict is in the API's answer
+            p.extra_generation_params[COMMENTS_KEY] = " | ".join(said)
 
 
 class Run:
@@ -194,6 +197,7 @@ class Batch:
         try:
             with self._session.attached():
                 self._bar = self._begin()
+                self._stamp([])
                 self._prompts = self._final_prompts(given["prompts"])
                 base = self._base(original)
                 if shared.state.interrupted:  # the WebUI's sampler stops at once
@@ -203,6 +207,7 @@ class Batch:
                         p.comment("AccDiffusion: what another extension does to the cross-attention, it does to the "
                                   "base picture only")
                     results = self._results(len(given["seeds"]), base)
+                self._stamp(results)
         finally:
             p.sampler = None
         self._bar.watch.keep()
@@ -288,6 +293,7 @@ class Batch:
         with host.attached():
             result = Extrapolation(host, settings.window_batch).run(request)
         shared.state.skipped = False  # the next picture of the batch may still be wanted
+        self._extras.compare(result, host)
         self._extras.explain(result, plan, host, self._extras.judge(result))
         return result
 
@@ -296,6 +302,21 @@ class Batch:
         if not p.subseed_strength:
             return int(p.seeds[index])
         return seeds.derive(p.seeds[index], "subseed", p.subseeds[index], p.subseed_strength)
+
+    def _stamp(self, results: Sequence[Result]) -> None:
+        """Puts into the generation parameters what has really run; without `results` it is the base pass so far."""
+        settings = self._settings
+        name = settings.method
+        if not (self._session.has_control and settings.wants_control):
+            name = without_control(name)
+        found = []
+        for result in results:
+            picture, by = result.pictures[-1], name
+            if picture.stage is not None and settings.first is not None:
+                by = settings.first_method if picture.stage.number == 1 else f"{settings.first_method} and {name}"
+            made = "base picture only" if picture.stage is None else f"{by} to {picture.name}"
+            found.append(f"{made} ({result.stopped})" if result.stopped else made)
+        self._p.extra_generation_params[RAN_KEY] = " | ".join(dict.fromkeys(found)) or "base picture only"
 
     # --- bar and pictures -------------------------------------------------------------------------------------
 

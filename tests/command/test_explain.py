@@ -118,6 +118,21 @@ def test_a_word_s_tile_shows_its_mask():
     assert warmth[8 * hottest[0] + 4, 8 * hottest[1] + 4] > warmth[8 * coldest[0] + 4, 8 * coldest[1] + 4]
 
 
+def test_labels_are_where_the_words_are_and_beside_each_other():
+    words = some_words(6)
+    for number, word in enumerate(words):
+        word.mask[:] = False
+        word.mask[:4, :4] = number < 4  # all in the same quarter
+    words[4].mask[6:, 6:] = True
+    words[3] = WordMask(Word(",", (9,), 1.0), words[3].attention, words[3].mask)
+    found = explain.labels(words, (0, 0, 1, 1), (800, 800))
+    assert [text for text, _ in found] == ["word0", "word1", "word2", "word4"]  # no comma, nothing that is nowhere
+    places = dict(found)
+    assert all(left < 400 and top < 400 for left, top in list(places.values())[:3]) and len(set(places.values())) == 4
+    assert places["word4"][0] > 600 < places["word4"][1]
+    assert explain.labels(some_words(80), (0, 0, 1, 1), (60, 60)) != []  # room for one
+
+
 def test_the_part_of_the_base_that_the_canvas_shows():
     grid = np.arange(64).reshape(8, 8)
     assert (explain._cut(grid, (0.25, 0, 0.75, 1))[::8, ::8] == grid[2:6]).all()

@@ -222,9 +222,10 @@ def in_background(work: Callable[[], Any]) -> Future:
 
 
 def stage(now: dict[str, Any]) -> str:
-    """The name of the stage that runs ("2x"), or nothing. The text stays when a job has ended."""
+    """The name of the stage that runs ("2x") or is decoded, or nothing. The text stays when a job has ended."""
     text = now["textinfo"] or ""
-    return text.removeprefix(f"{NAME} ") if now["state"]["job_count"] > 0 and text.startswith(f"{NAME} ") else ""
+    runs = now["state"]["job_count"] > 0 and text.startswith(f"{NAME} ")
+    return text.removeprefix(f"{NAME} ").partition(":")[0] if runs else ""
 
 
 def difference(one: np.ndarray, other: np.ndarray) -> int:

@@ -17,6 +17,7 @@ from PIL import Image
 from accdiff_lib.parts.infotext import parse
 from accdiff_lib.settings import values
 from accdiff_lib.webui import arguments
+from tests import shots
 from tests.live.client import BASE, SOON, URL, WINDOW, Refused, alike, encoded, size, stage
 
 CHROMIUM = os.environ.get("ACCDIFF_CHROMIUM") or shutil.which("chromium")
@@ -135,7 +136,8 @@ def txt2img(browser):
     opened.fill("#txt2img_prompt textarea", "a red ball on snow")
     page.switch(True)
     opened.wait_for_function(f"document.querySelector('{PANEL}enabled .accdiff-cost').textContent !== ''")
-    opened.locator(f"{PANEL}advanced .label-wrap").first.click()
+    for accordion in opened.locator(f"[id^={PANEL[1:]}group_] > .label-wrap").all():
+        accordion.evaluate("button => button.click()")
     for name, value in SMALL.items():
         page.number(f"{PANEL}{name}", value)
     yield page
@@ -154,6 +156,22 @@ def from_text(webui, text: str) -> np.ndarray:
         options, prompt=found.prompt, negative_prompt=found.negative, seed=int(found.values["Seed"]), width=width,
         height=height, steps=int(found.values["Steps"]), cfg_scale=float(found.values["CFG scale"]),
         sampler_name=found.values["Sampler"], scheduler=found.values.get("Schedule type", "Automatic")).picture
+
+
+def test_how_it_looks(txt2img):
+    """As when the page has been opened; ACCDIFF_SHOTS takes pictures of it, called ACCDIFF_WEBUI_NAME."""
+    page = txt2img.page
+    for name in ("window", "stage_steps"):
+        txt2img.number(f"{PANEL}{name}", 0)
+    txt2img.number(f"{PANEL}start", 0.5)
+    for accordion in page.locator(f"[id^={PANEL[1:]}group_] > .label-wrap").all():
+        accordion.evaluate("button => button.click()")
+    for name in ("width", "height"):
+        txt2img.number(f"#txt2img_{name}", 4 * BASE)
+    txt2img.until_cost(f"{8 * BASE}x{8 * BASE}: ")
+    page.wait_for_timeout(1000)
+    found = shots.look(page, f"{PANEL}enabled", os.environ.get("ACCDIFF_WEBUI_NAME", "webui"), txt2img.shots)
+    assert found == {kind: [] for kind in shots.LOOKS}
 
 
 def test_each_methods_panel(txt2img, webui):

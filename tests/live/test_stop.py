@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 import numpy as np
@@ -48,10 +49,11 @@ def test_interrupt_in_the_base_pass(webui, plain):
 
 
 def decodes(now, pictures: int = 1) -> bool:
-    """Whether the first of so many pictures of SLOW_DECODE is decoded."""
+    """Whether the VAE has begun to decode the first of so many pictures of SLOW_DECODE, and is far from its end."""
     state = now["state"]
-    return stage(now) == "4x" and state["job_no"] == (state["job_count"] - 1) // pictures and \
-        state["sampling_step"] >= state["sampling_steps"] > 1
+    tile = re.search(r": decoding, tile (\d+) of (\d+)$", now["textinfo"] or "")
+    return stage(now) == "4x" and state["job_no"] <= (state["job_count"] - 1) // pictures and \
+        tile is not None and int(tile[1]) < 0.7 * int(tile[2])
 
 
 def test_interrupt_in_the_decode_gives_the_picture_before(webui, plain):

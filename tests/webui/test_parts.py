@@ -18,9 +18,9 @@ from accdiff_lib.errors import InputError
 from accdiff_lib.methods import METHODS, OPTIONS, make, names
 from accdiff_lib.parts.noise_levels import NoiseLevels, alphas_cumprod
 from accdiff_lib.standalone.samplers import SAMPLERS, SCHEDULERS, solver
-from accdiff_lib.webui import arguments, controlnets, hires, model, outline
+from accdiff_lib.webui import arguments, controlnets, effort, hires, model, outline
 from accdiff_lib.webui.arguments import EXTRA, POSITIONAL
-from accdiff_lib.webui.ui import api, callbacks, options_page, panel, xyz
+from accdiff_lib.webui.ui import api, callbacks, line, options_page, panel, xyz
 from tests.webui_stand_in import stood_in, webui  # noqa: F401 (a fixture)
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,7 +66,8 @@ def test_plan(client):
         assert answer[name] == 3 * (base[name] + stage[name])
     assert 10 < answer["relative_cost"] < 20 and answer["native"] == 128 and answer["notes"] == []
     assert answer["size"] == "2048x2048"
-    assert answer["text"] == ("9 windows + 4 dilated views per step, 237 latents evaluated, about 15 x a base picture")
+    assert answer["text"] == "about 15 x the base picture's time"
+    assert answer["says"] == ["9 windows + 4 dilated views per step"]
     assert client.post("/accdiffusion/v1/plan").json()["target"] == {"width": 2048, "height": 2048}
     small = client.post("/accdiffusion/v1/plan", json={"width": 512, "height": 512, "from_image": True}).json()
     assert small["native"] == 64 and small["parts"][0]["steps"] == 1
@@ -79,10 +80,58 @@ def planned(client, **body):
 
 
 def test_the_lines_text_reads_well(client):
-    text = planned(client, scale=3)["text"]
-    assert text.startswith("2 stages, the last with 25 windows + 9 dilated views per step, ")
+    assert planned(client, scale=3)["says"][0] == "2 stages, the last with 25 windows + 9 dilated views per step"
     assert "nothing to enlarge" in planned(client, scale=1)["text"]
-    assert planned(client, method="multidiffusion")["text"].startswith("9 windows per step, ")
+    assert planned(client, method="multidiffusion")["says"] == ["9 windows per step"]
+    assert planned(client, preset="balanced")["text"] == "about 4.6 x the base picture's time"
+
+
+def test_the_line_says_what_will_really_run(client):
+    from modules import sd_models
+
+    def said(**body):
+        return planned(client, **body)["says"][1:]  # the first is of the work
+
+    assert said() == ["no ControlNet: accdiffusion-v1"] and said(controlnet_model="canny") == []
+    assert said(method="demofusion") == said(method="accdiffusion-v1") == said(controlnet=False) == []
+    assert said(method="demofusion", controlnet=True) == ["no ControlNet"]
+    assert "2 times in middle" in said(method="scalecrafter")[0]
+    assert said(doubling=True, progressive=False, controlnet=False)[0].startswith("doubling: without progressive")
+
+    canny = {"controlnet_model": "canny"}
+    assert said(width=512, height=512, **canny) == []  # no checkpoint is loaded, so nothing is known of it
+    sd_models.model_data.sd_model = SimpleNamespace(is_sdxl=True)
+    assert said(width=512, height=512, **canny) == ["512x512 is small for this SDXL checkpoint (1024x1024)"]
+    assert said(width=832, height=1216, **canny) == said(width=1536, height=1536, from_image=True, start=0.5,
+                                                           **canny)[1:] == []
+    assert said(width=1536, height=1536, **canny) == [
+        "1536x1536 is large for this SDXL checkpoint (1024x1024): the base picture may have things twice"]
+    sd_models.model_data.sd_model = None
+
+    started = "denoising strength 0.6 starts the stages at 40%"
+    assert said(from_image=True, denoising_strength=0.6, **canny) == [started]
+    assert said(from_image=True, denoising_strength=1, **canny) == []
+    assert said(enable_hr=True, denoising_strength=0.6, **canny) == [
+        "size, steps and start are those of Hires. fix", started]
+    assert said(from_image=True, denoising_strength=0.6, start=0.5, **canny)[0].startswith(
+        'denoising strength counts for nothing, as "Keep to the base picture" is 0.5')
+
+
+def test_the_line_has_the_time_that_the_last_run_took(client, monkeypatch):
+    cost = planned(client)["text"]
+    monkeypatch.setattr(effort, "kept", lambda native: effort.Effort(1e-5, 2e-5) if native == 128 else None)
+    assert planned(client)["text"] == "about 1:19 min" and planned(client, batch=50)["text"] == "about 1:05 h"
+    assert planned(client, native=64)["text"] != planned(client)["text"] != cost
+    assert [line.clock(seconds) for seconds in (0.2, 59.4, 59.6, 130, 3599.7, 3900)] == [
+        "1 s", "59 s", "1:00 min", "2:10 min", "1:00 h", "1:05 h"]
+
+
+def test_sizes_are_cut_to_whole_cells_as_the_webui_samples_them(client):
+    answer = planned(client, width=1001, height=770)
+    assert answer["base"] == {"width": 1000, "height": 768} and answer["size"] == "2000x1536"
+    assert planned(client, target_width=1999, target_height=2051)["size"] == "1992x2048"
+    asked = arguments.parse([{"target_width": 1999, "target_height": 2051}])
+    assert arguments.infotext(asked)["AccDiffusion target width"] == "1992"
 
 
 def test_a_plan_takes_the_panels_values_too(client):
@@ -95,7 +144,7 @@ def test_a_plan_takes_the_panels_values_too(client):
 def test_hires_fix_and_img2img_in_a_plan_are_as_when_generating(client):
     given = {"enable_hr": True, "hr_scale": 3, "hr_second_pass_steps": 12, "denoising_strength": 0.5, "scale": 8}
     answer = planned(client, **given, hr_sampler_name="Heun", tolerance=0)
-    assert answer["size"] == "3072x3072" and "those of Hires. fix" in answer["text"]
+    assert answer["size"] == "3072x3072" and "size, steps and start are those of Hires. fix" in answer["says"]
     assert [(part["steps"], part["calls"]) for part in answer["parts"]] == [(20, 20), (12, 23), (12, 23)]
     same = planned(client, **given, hr_sampler_name="Use same sampler", tolerance=0)
     assert [part["calls"] for part in same["parts"]] == [20, 12, 12]
@@ -185,7 +234,7 @@ def test_what_is_too_large_is_refused_before_it_is_counted(client, monkeypatch):
     ({"args": [{}], "control_map": "x"}, "args: takes a list"), ({"control_map": "x"}, "control_map: it would guide"),
     ({"stage_scheduler": "no such"}, "stage_scheduler: 'no such' is not allowed; it takes Same, Automatic"),
     ({"scale": 9}, "scale: 9 is not allowed; it takes a number from 1"),
-    ({"width": 1001}, "width: 1001 is not allowed; it takes a multiple of 8"), ({"steps": "many"}, "steps: 'many'"),
+    ({"width": 63}, "width: 63 is not allowed; it takes a whole number from 64"), ({"steps": "many"}, "steps: 'many'"),
     ({"target_width": 256, "target_height": 256}, "target: 256x256 is 0.25 times"), ([], "must be a JSON object"),
     ("text", "must be a JSON object")])
 def test_wrong_plans_are_422(client, body, what):
@@ -277,12 +326,14 @@ def test_without_the_grid_there_are_no_axes(webui):  # noqa: F811
 # --- settings page, models, panel ------------------------------------------------------------------------------
 
 def test_settings_page(webui, monkeypatch):  # noqa: F811
-    from modules import shared
+    from modules import options, shared
 
     monkeypatch.setitem(sys.modules, "gradio", SimpleNamespace(Dropdown=object, Slider=object))
     assert options_page.defaults() == {"controlnet_model": "None", "vae_tile": 0}  # before the page is there
     options_page.register()
-    assert {info.section for info in shared.opts.data_labels.values()} == {("accdiffusion", "AccDiffusion")}
+    assert {info.section for info in shared.opts.data_labels.values()} == {
+        ("accdiffusion", "AccDiffusion", "accdiffusion")}
+    assert options.categories.mapping["accdiffusion"] == "AccDiffusion"  # not among the uncategorized
     assert set(shared.opts.data_labels) == {f"accdiffusion_{name}" for name in options_page.DEFAULTS}
     assert shared.opts.data_labels["accdiffusion_controlnet_model"].component_args()["choices"] == ["None"]
     shared.opts.data["accdiffusion_vae_tile"] = 64

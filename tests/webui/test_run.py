@@ -22,7 +22,7 @@ from accdiff_lib import seeds
 from accdiff_lib.errors import InputError, NotFinite, OutOfMemory
 from accdiff_lib.methods import make
 from accdiff_lib.parts.noise_levels import alphas_cumprod
-from accdiff_lib.webui import hires, run
+from accdiff_lib.webui import extras, hires, run
 from accdiff_lib.webui.hosts import webui as webui_host
 from accdiff_lib.webui.hosts.ldm import controlnet as ldm_controlnet
 from accdiff_lib.webui.hosts.windows import WindowHost
@@ -134,6 +134,19 @@ def test_ticked_gives_the_target_size_again_and_again(webui, large):
     state = webui.state
     assert state.job_no == state.job_count and state.sampling_step == 0
     assert np.array_equal(webui.generate(OPTIONS).picture, large)
+
+
+def test_pictures_say_what_really_ran(webui, large, controlnet):
+    def ran(options: dict[str, Any], **changes: Any) -> Any:
+        processed = webui.generate(options, **changes).processed
+        assert all(f"AccDiffusion ran: {processed.extra_generation_params['AccDiffusion ran']}" in text
+                   for text in processed.infotexts)
+        return processed.extra_generation_params["AccDiffusion ran"]
+
+    assert ran(OPTIONS, n_iter=2) == "accdiffusion-v1 to 2x" and ran(CANNY) == "accdiffusion-v2 to 2x"
+    assert ran({**OPTIONS, "scale": 1}) == "base picture only"
+    assert ran({**OPTIONS, "scale": 3, "first_method": "demofusion", "stage_steps": 1}) == (
+        "demofusion and accdiffusion-v1 to 3x")
 
 
 def test_notes_reach_the_user_once(webui, large):
@@ -265,6 +278,19 @@ def test_stages_are_saved_and_explained(webui, large, setting, tmp_path):
     assert len(answer.pictures) == len(answer.processed.infotexts) == 2
     assert answer.pictures[1].shape[2] == 3
     assert "shows something else than the base picture" in answer.comments  # of a random model
+
+
+def test_base_picture_and_result_side_by_side(webui, plain, large, setting, monkeypatch):
+    setting("compare")
+    both = webui.generate(OPTIONS).pictures[1]
+    height, width = large.shape[:2]
+    assert both.shape == (height, 2 * width + extras.GAP, 3)
+    assert np.array_equal(both[:, width + extras.GAP:], large)
+    half = np.asarray(Image.fromarray(both[:, :width]).resize(plain.shape[1::-1], Image.Resampling.BOX)).astype(int)
+    assert np.abs(half - plain).mean() < 4 < np.abs(half[::-1] - plain).mean()  # the base picture, enlarged
+    assert len(webui.generate({**OPTIONS, "scale": 1}).pictures) == 1  # there are no two
+    monkeypatch.setattr(extras, "LARGEST", width // 2)
+    assert webui.generate(OPTIONS).pictures[1].shape == (height // 2, width + extras.GAP, 3)
 
 
 def test_how_much_of_the_subseed_counts():
@@ -427,6 +453,9 @@ def test_no_memory_at_all_gives_the_base_picture(webui, plain):
     with hooked(unet(webui), full):
         answer = webui.generate({**OPTIONS, "window_prompts": False})
     assert same(answer.picture, plain) and "out of memory" in answer.comments
+    # Whoever asks the API can tell: the picture says it, and the answer's "info" has the comments.
+    assert "AccDiffusion ran: base picture only (out of memory" in answer.processed.infotexts[0]
+    assert "out of memory" in answer.processed.extra_generation_params["AccDiffusion comments"]
 
 
 def test_text_that_does_not_fit_is_encoded_in_smaller_batches(webui, large, monkeypatch):

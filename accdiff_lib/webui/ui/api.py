@@ -101,7 +101,9 @@ def plan(body: Mapping[str, Any]) -> dict[str, Any]:
     """Sizes, stages, latents evaluated and relative cost of a generation. Raises InputError."""
     given, asked = _request(body)
     from accdiff_lib.webui import hires, outline  # with torch
+    from accdiff_lib.webui.ui import line
 
+    given.height, given.width = hires.base_size(given, None)
     ticked = given.enable_hr and not given.from_image
     settings = hires.driven(given, asked.settings, ticked=ticked, from_image=given.from_image)
     sampler, scheduler = hires.stage_sampler(given, settings, ticked=ticked)
@@ -111,8 +113,9 @@ def plan(body: Mapping[str, Any]) -> dict[str, Any]:
         (given.height, given.width), given.steps, given.cfg_scale, given.sampler_name, sampler, scheduler, native,
         multiple, has_control=asked.controlnet != NONE, from_image=given.from_image,
         regions=asked.regions, has_guide=asked.guide is not None))
-    text = outline.line(cost) + (" (size, steps and start are those of Hires. fix)" if ticked else "")
-    return {**outline.as_json(cost, given.batch), "native": native, "notes": list(settings.notes), "text": text}
+    return {**outline.as_json(cost, given.batch), "native": native, "notes": list(settings.notes),
+            "text": line.text(cost, native, given.batch),
+            "says": line.says(cost, asked, settings, given, ticked=ticked)}
 
 
 def _request(body: Mapping[str, Any]) -> tuple[SimpleNamespace, Enlargement]:

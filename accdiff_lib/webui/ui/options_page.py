@@ -11,14 +11,16 @@ from accdiff_lib.webui.arguments import NONE
 PREFIX = "accdiffusion_"
 #: The settings and their values where nobody has changed them.
 DEFAULTS: dict[str, Any] = {"controlnet_model": NONE, "vae_tile": OPTIONS["vae_tile"].default, "save_stages": False,
-                            "explain": False}
+                            "compare": False, "explain": False}
+#: The section, and the heading above it among the WebUI's own.
+_NAME, _LABEL = "accdiffusion", "AccDiffusion"
 
 
 def register() -> None:
     """Adds the section; a callback of `on_ui_settings`."""
     import gradio as gr
     from modules import shared
-    from modules.options import OptionInfo, options_section
+    from modules.options import OptionInfo, categories, options_section
 
     tile = OPTIONS["vae_tile"]
     infos = {
@@ -27,15 +29,19 @@ def register() -> None:
             lambda: {"choices": controlnets.names()}, refresh=lambda: None,
             ).info("also for the API where a call names none").needs_reload_ui(),
         "vae_tile": OptionInfo(
-            DEFAULTS["vae_tile"], "VAE tile that the panel begins with", gr.Slider,
+            DEFAULTS["vae_tile"], "Side of a VAE tile that the panel begins with", gr.Slider,
             {"minimum": tile.minimum, "maximum": tile.maximum, "step": tile.step},
-            ).info("in latent cells; 0 chooses by free memory; never changes the picture").needs_reload_ui(),
+            ).info("in latent cells; 0 is auto, by free memory; never changes the picture").needs_reload_ui(),
         "save_stages": OptionInfo(DEFAULTS["save_stages"], "Save the base picture and the pictures of all stages, too"),
+        "compare": OptionInfo(
+            DEFAULTS["compare"], "Add the base picture and the result side by side to the gallery",
+            ).info("the base picture enlarged to the result's size, both at most 2048 pixels wide and high"),
         "explain": OptionInfo(
             DEFAULTS["explain"], "Add a sheet to the gallery that explains the run",
             ).info("windows with their prompts, every word's attention map and mask, or what else the method has"),
     }
-    for name, info in options_section(("accdiffusion", "AccDiffusion"), infos).items():
+    categories.register_category(_NAME, _LABEL)
+    for name, info in options_section((_NAME, _LABEL, _NAME), infos).items():
         shared.opts.add_option(PREFIX + name, info)
 
 

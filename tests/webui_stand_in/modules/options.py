@@ -14,6 +14,17 @@ class OptionInfo:
         return self
 
 
+class OptionsCategories:
+    def __init__(self):
+        self.mapping = {}
+
+    def register_category(self, category_id, label):
+        self.mapping[category_id] = label
+
+
+categories = OptionsCategories()
+
+
 def options_section(section_identifier, options_dict):
     for info in options_dict.values():
         info.section = section_identifier

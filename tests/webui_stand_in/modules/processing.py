@@ -114,6 +114,7 @@ class StableDiffusionProcessingTxt2Img(StableDiffusionProcessing):
 class Processed:
     def __init__(self, p, images_list, seed=-1, info="", subseed=None, all_prompts=None, all_negative_prompts=None,
                  all_seeds=None, all_subseeds=None, index_of_first_image=0, infotexts=None, comments=""):
+        self.extra_generation_params = p.extra_generation_params
         self.images, self.infotexts, self.comments = images_list, infotexts or [info], "\n".join(p.comments)
 
 
