@@ -223,8 +223,16 @@ def in_background(work: Callable[[], Any]) -> Future:
 
 def stage(now: dict[str, Any]) -> str:
     """The name of the stage that runs ("2x"), or nothing. The text stays when a job has ended."""
+    return doing(now)[0]
+
+
+def doing(now: dict[str, Any]) -> tuple[str, str]:
+    """The stage, and what is done there besides sampling: ("2x", "decoding, tile 3 of 16")."""
     text = now["textinfo"] or ""
-    return text.removeprefix(f"{NAME} ") if now["state"]["job_count"] > 0 and text.startswith(f"{NAME} ") else ""
+    if now["state"]["job_count"] <= 0 or not text.startswith(f"{NAME} "):
+        return "", ""
+    name, _, rest = text.removeprefix(f"{NAME} ").partition(": ")
+    return name, rest
 
 
 def difference(one: np.ndarray, other: np.ndarray) -> int:
