@@ -42,7 +42,7 @@ _FAULTS = """panel => {
 
 
 def look(page: Any, panel: str, name: str, folder: str | Path | None = SHOTS) -> dict[str, list[str]]:
-    """The faults of each look of the element `panel`; pictures are NAME-LOOK.png. The window is afterwards as it was."""
+    """The faults of each look of the element `panel`; pictures are NAME-LOOK.png. The window stays as it was."""
     found, before = {}, page.viewport_size
     for kind, (width, dark) in LOOKS.items():
         page.set_viewport_size({"width": width, "height": 1600})

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from tests.live.client import BASE, SOON, WINDOW, alike, difference, image, size, stage
+from tests.live.client import BASE, SOON, WINDOW, alike, difference, doing, image, size, stage
 
 #: Long enough to press a button in.
 LONG = {"window": WINDOW, "stage_steps": 40}
@@ -61,13 +61,14 @@ def test_interrupt_in_the_decode_gives_the_picture_before(webui, plain):
     webui.wait(running, decodes)
     answer, seconds = press(webui, "interrupt", running)
     assert seconds < SOON and difference(answer.picture, plain.picture) <= 1
+    assert np.array_equal(webui.generate().picture, plain.picture)
 
 
 def test_skip_in_the_decode_changes_nothing(webui):
     """Of this picture there is nothing left to skip, and the next is not meant."""
     whole = webui.generate(SLOW_DECODE, batch_size=2)
     running = webui.start(SLOW_DECODE, batch_size=2)
-    webui.wait(running, lambda now: decodes(now, 2))
+    webui.wait(running, decodes)
     answer, _ = press(webui, "skip", running)
     for one, other in zip(answer.pictures, whole.pictures, strict=True):
         assert np.array_equal(one, other)
