@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from tests.live.client import BASE, SOON, WINDOW, alike, difference, doing, image, size, stage
+from tests.live.client import BASE, SOON, WINDOW, alike, difference, image, size, stage
 
 #: Long enough to press a button in.
 LONG = {"window": WINDOW, "stage_steps": 40}
