@@ -34,15 +34,16 @@ _FAULTS = """panel => {
         return "rgb(255, 255, 255)";
     };
     for (const each of [panel.querySelector(".accdiff-cost"), ...panel.querySelectorAll(".accdiff-cost p")]) {
-        const levels = [getComputedStyle(each).color, ground(each)].map(light).sort((one, other) => other - one);
-        if (levels[0] / levels[1] < 4.5) faults.push(`contrast ${levels[0] / levels[1]}: ${each.textContent}`);
+        const [one, other] = [getComputedStyle(each).color, ground(each)].map(light);
+        const contrast = Math.max(one / other, other / one);
+        if (contrast < 4.5) faults.push(`contrast ${contrast}: ${each.textContent}`);
     }
     return faults;
 }"""
 
 
 def look(page: Any, panel: str, name: str, folder: str | Path | None = SHOTS) -> dict[str, list[str]]:
-    """The faults of each look of the element `panel`; pictures are NAME-LOOK.png. The window stays as it was."""
+    """The faults of each look of the element `panel`; pictures are NAME-LOOK.png. The window is as before then."""
     found, before = {}, page.viewport_size
     for kind, (width, dark) in LOOKS.items():
         page.set_viewport_size({"width": width, "height": 1600})

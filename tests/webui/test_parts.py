@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from accdiff_lib.engine.schedule import rehearse
 from accdiff_lib.errors import InputError
@@ -124,6 +125,32 @@ def test_the_line_has_the_time_that_the_last_run_took(client, monkeypatch):
     assert planned(client, native=64)["text"] != planned(client)["text"] != cost
     assert [line.clock(seconds) for seconds in (0.2, 59.4, 59.6, 130, 3599.7, 3900)] == [
         "1 s", "59 s", "1:00 min", "2:10 min", "1:00 h", "1:05 h"]
+
+
+def test_the_line_has_the_memory_besides_the_loaded_checkpoint(client, monkeypatch):
+    from modules import devices, sd_models
+
+    from accdiff_lib.engine import memory
+    from tests.webui_stand_in.model import checkpoint
+
+    monkeypatch.setattr(memory, "free_main_bytes", lambda: 8 * 2.0 ** 30)
+    monkeypatch.setattr(memory, "need", lambda weights, *, canvas, latent, **_: memory.Need(
+        0, 0, 0, 4 * latent, 0, 1000 * canvas[0] * canvas[1], 2 ** 30))
+    assert "memory" not in planned(client)["text"]
+    monkeypatch.setattr(sd_models.model_data, "sd_model", checkpoint())
+    monkeypatch.setattr(devices, "device", torch.device("cpu"))
+    small = {"width": 64, "height": 64}
+    assert planned(client, **small, scale=8)["text"].endswith(", main memory 0.0 GB of 8.0 GB that are free")
+    assert planned(client, scale=8)["text"].endswith(", main memory 1.0 GB of 8.0 GB that are free")
+    monkeypatch.setattr(devices, "device", torch.device("cuda"))
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 2 ** 29)
+    assert planned(client, scale=8)["text"].endswith(
+        ", GPU memory 1.0 GB of 0.5 GB that are free and may not suffice, main memory 1.0 GB of 8.0 GB that are free")
+    monkeypatch.undo()
+    sd_models.model_data.sd_model = checkpoint()  # by the real figures
+    assert ", main memory " in planned(client, **small)["text"]
+    sd_models.model_data.sd_model = SimpleNamespace(is_sdxl=False)  # without a UNet of the kind
+    assert "memory" not in planned(client)["text"]
 
 
 def test_sizes_are_cut_to_whole_cells_as_the_webui_samples_them(client):

@@ -110,6 +110,11 @@ class ForgeBase(WebUI):
         """See WebUI."""
         return sd_model.forge_objects.unet.model.diffusion_model
 
+    def vae(self, sd_model: Any) -> torch.nn.Module:
+        """See WebUI."""
+        found: torch.nn.Module = sd_model.forge_objects.vae.first_stage_model
+        return found
+
     def device(self, sd_model: Any) -> torch.device:
         """See WebUI."""
         return torch.device(sd_model.forge_objects.unet.load_device)

@@ -119,6 +119,11 @@ class WebUI(ABC):
     def controlnet(self, path: Path, sd_model: Any) -> Any:
         """Loads a file's ControlNet for the model. Raises InputError (one line) where it cannot steer it."""
 
+    def vae(self, sd_model: Any) -> torch.nn.Module:
+        """The model's VAE."""
+        found: torch.nn.Module = sd_model.first_stage_model
+        return found
+
     def text(self, sd_model: Any, prompt: str, negatives: Sequence[str],
              size: tuple[int, int]) -> WebUITextEncoder:
         """See WebUITextEncoder."""

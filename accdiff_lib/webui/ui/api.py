@@ -114,7 +114,7 @@ def plan(body: Mapping[str, Any]) -> dict[str, Any]:
         multiple, has_control=asked.controlnet != NONE, from_image=given.from_image,
         regions=asked.regions, has_guide=asked.guide is not None))
     return {**outline.as_json(cost, given.batch), "native": native, "notes": list(settings.notes),
-            "text": line.text(cost, native, given.batch),
+            "text": line.text(cost, native, pictures=given.batch, tile=settings.vae_tile),
             "says": line.says(cost, asked, settings, given, ticked=ticked)}
 
 

@@ -19,15 +19,22 @@ _KINDS = {128: "SDXL", 96: "SD2", 64: "SD1.5"}
 _SMALL, _LARGE = 0.7, 1.5
 
 
-def text(cost: Cost, native: int, pictures: int = 1) -> str:
-    """How long it takes: by this machine's speed in the last run, or before the first one in base pictures."""
+def text(cost: Cost, native: int, *, pictures: int = 1, tile: int = 0) -> str:
+    """How long it takes, by this machine's speed in the last run, or before the first one in base pictures; and the
+    memory, with a VAE tile of `tile` cells."""
     if not cost.plan.stages:
         return "the base picture's size, so there is nothing to enlarge"
     each = effort.kept(native)
-    if each is None:
-        relative = f"{cost.relative:.1f}" if cost.relative < 10 else f"{cost.relative:.0f}"
-        return f"about {relative} x the base picture's time"
-    return f"about {clock(pictures * cost.effort.at(each))}"
+    relative = f"{cost.relative:.1f}" if cost.relative < 10 else f"{cost.relative:.0f}"
+    time = f"{relative} x the base picture's time" if each is None else clock(pictures * cost.effort.at(each))
+    return ", ".join([f"about {time}", *(f"{name} {_size_of(need, free)}"
+                                         for name, need, free in model.memory(cost, tile))])
+
+
+def _size_of(need: float, free: float) -> str:
+    gib = 2 ** 30
+    short = " and may not suffice" if need > free else ""
+    return f"{need / gib:.1f} GB of {free / gib:.1f} GB that are free{short}"
 
 
 def clock(seconds: float) -> str:
