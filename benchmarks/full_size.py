@@ -15,6 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 import accdiff_lib
 from accdiff_lib.engine import memory
 from accdiff_lib.engine.plan import CELL
+from accdiff_lib.parts import vae as vae_parts
 from accdiff_lib.standalone.loading import EMBEDDED, Models, alphas_cumprod, load_tokenizer
 
 CONFIGS = Path(accdiff_lib.__file__).parent / "configs" / "sdxl"
@@ -22,13 +23,15 @@ CONFIGS = Path(accdiff_lib.__file__).parent / "configs" / "sdxl"
 
 def least_memory(side: int, controlnet: bool) -> dict[str, Any]:
     """What a picture of side x side pixels needs at least in float16, with all networks on the device or (`--offload`)
-    those at work; estimated (accdiff_lib.engine.memory)."""
-    unet = _config("unet")
-    need = memory.need(_weights(controlnet), unet_width=unet["block_out_channels"][0],
-                       vae=_networks(controlnet=False)["vae"], latent=unet["sample_size"] ** 2,
+    those at work; and of main memory for the VAE where that has no GPU. Estimated (accdiff_lib.engine.memory)."""
+    unet, vae, cpu = _config("unet"), _networks(controlnet=False)["vae"], torch.device("cpu")
+    need = memory.need(_weights(controlnet), unet=unet, vae=vae, latent=unet["sample_size"] ** 2,
                        canvas=(side // CELL, side // CELL), itemsize=2, device=torch.device("cuda"))
+    passes = ((vae_parts.decoding, side // CELL), (vae_parts.encoding, side))
+    main = max(plan(vae, (size, size), tile=memory.CPU_TILE, room={cpu: memory.LEAST_MAIN}, device=cpu).memory[cpu]
+               for plan, size in passes)
     return {"size": f"{side}x{side}", "controlnet": controlnet, "resident": round(need.resident / 2**30, 1),
-            "offloaded": round(need.offloaded / 2**30, 1), "main": round(need.main / 2**30, 1)}
+            "offloaded": round(need.offloaded / 2**30, 1), "main": round(main / 2**30, 1)}
 
 
 def random_sdxl(device: torch.device, dtype: torch.dtype, *, controlnet: bool = True) -> Models:

@@ -81,7 +81,7 @@ class Job:
         from accdiff_lib.standalone.flops import weightless_vae
 
         seen = [work.height * work.width for part in self.parts for work in part.work]
-        return memory.need(self.model.weights, unet_width=self.model.unet["block_out_channels"][0],
+        return memory.need(self.model.weights, unet=self.model.unet,
                            vae=weightless_vae(self.model.vae, self.model.vae_dtype(self.dtype)),
                            latent=max(seen, default=0),
                            canvas=(self.plan.pixels[0] // CELL, self.plan.pixels[1] // CELL),

@@ -20,8 +20,12 @@ from accdiff_lib.parts import vae as tiled_vae
 T = TypeVar("T")
 U = TypeVar("U")
 
-#: Peak activations of the UNet in numbers per latent cell and channel of the first block, where not yet measured.
+#: Peak activations of the UNet in numbers per latent cell and channel of the first block, where not yet measured: with
+#: room for what a GPU's kernels take besides.
 UNET_NUMBERS = 64
+#: The tensors alone: of UNets whose first block has no attention (SDXL's), what attention there adds (SD1.5's), and a
+#: ControlNet's residuals.
+UNET_TENSORS, ATTENTION_TENSORS, CONTROL_TENSORS = 16, 10, 7
 #: The same of a VAE decode, per pixel and channel of its last block: maps of twice its channels, some in float32.
 VAE_NUMBERS = 10
 #: Of a cell in the dozen float32 tensors of four channels that the canvas consists of.
@@ -159,13 +163,16 @@ class LatentMemory:
 
     def pair_fits(self, height: int, width: int) -> bool:
         """Whether a latent and its unconditional half can be computed together."""
-        return 2 * self._measured.get((height, width), self._per_cell * height * width) <= free_bytes(self._device)
+        return 2 * self.of_one(height, width) <= free_bytes(self._device)
+
+    def of_one(self, height: int, width: int) -> int:
+        """Bytes of a latent of height x width cells without its other half."""
+        return int(self._measured.get((height, width), self._per_cell * height * width))
 
     def fit(self, height: int, width: int) -> int:
         """How many latents of height x width cells fit now, each with its unconditional half; at least 1."""
-        each = self._measured.get((height, width), self._per_cell * height * width)
         most = MOST_LATENTS if self._device.type == "cuda" else MOST_CPU_LATENTS
-        return max(1, min(most, int(free_bytes(self._device) / (2 * each))))
+        return max(1, min(most, int(free_bytes(self._device) / (2 * self.of_one(height, width)))))
 
     @contextmanager
     def measured(self, count: int, height: int, width: int) -> Iterator[None]:
@@ -183,11 +190,12 @@ class LatentMemory:
 
 @dataclass(frozen=True)
 class Need:
-    """The device memory in bytes that a run takes at least, estimated."""
+    """The memory in bytes that a run takes at least, estimated: tensors only, not what a GPU's kernels take besides."""
 
-    #: The networks' weights: text encoders, UNet and ControlNet, VAE.
+    #: The networks' weights: text encoders, UNet, ControlNet, VAE.
     text: int
     unet: int
+    controlnet: int
     vae: int
     #: What one latent in the UNet takes besides, the canvas, and the VAE's decode or encode of all of it.
     latent: int
@@ -199,35 +207,44 @@ class Need:
     @property
     def resident(self) -> int:
         """With all networks on the device."""
-        return self.text + self.unet + self.vae + self.canvas + max(2 * self.latent, self.decode)
+        weights = self.text + self.unet + self.controlnet + self.vae
+        return weights + self.canvas + max(2 * self.latent, self.decode)
 
     @property
     def offloaded(self) -> int:
-        """With only those at work on the device."""
-        return self.canvas + max(self.text, self.unet + self.latent, self.vae + self.decode)
+        """With only the one at work on the device."""
+        networks = max(self.unet, self.controlnet)
+        return self.canvas + max(self.text, networks + self.latent, self.vae + self.decode)
 
 
-def need(weights: Mapping[str, int], *, unet_width: int, vae: nn.Module, latent: int, canvas: tuple[int, int],
+def need(weights: Mapping[str, int], *, unet: Mapping[str, Any], vae: nn.Module, latent: int, canvas: tuple[int, int],
          itemsize: int, device: torch.device, tile: int = 0) -> Need:
-    """What a run needs: `weights` in numbers by network, channels of the UNet's outermost block, the VAE (in its own
+    """What a run needs: `weights` in numbers by network, the UNet's config in diffusers' form, the VAE (in its own
     precision, without weights), cells of the largest `latent` that the UNet sees, height and width of the largest
     `canvas`, bytes of a number in all networks but the VAE, and the VAE's tile (0: chosen).
 
-    On a CPU the VAE's passes are those that would run now; elsewhere those that take least.
+    On a CPU the VAE's passes are those that would run now; elsewhere those that take least of the device.
     """
     vae_itemsize = max(parameter.element_size() for parameter in vae.parameters())
     if device.type == "cpu":
         tile = tile or vae_tile(device, *canvas, tiled_vae.width(vae), vae_itemsize)
         room = vae_room(device)
     else:
-        tile, room = tile or small_tile(device), {device: 0.0}
+        tile, room = tile or small_tile(device), {device: 0.0, **_beside(device, LEAST_MAIN)}
     passes = [tiled_vae.decoding(vae, canvas, tile=tile, room=room, device=device).memory,
               tiled_vae.encoding(vae, [8 * side for side in canvas], tile=tile, room=room, device=device).memory]
-    return Need(itemsize * (weights["text_encoder"] + weights.get("text_encoder_2", 0)),
-                itemsize * (weights["unet"] + weights.get("controlnet", 0)), vae_itemsize * weights["vae"],
-                UNET_NUMBERS * unet_width * itemsize * latent,
+    text, control = weights["text_encoder"] + weights.get("text_encoder_2", 0), weights.get("controlnet", 0)
+    return Need(itemsize * text, itemsize * weights["unet"], itemsize * control, vae_itemsize * weights["vae"],
+                latent * itemsize * _latent_numbers(unet, bool(control)),
                 CANVAS_BYTES * min(canvas[0] * canvas[1], MOST_CANVAS_CELLS),
                 *(int(max(each[place] for each in passes)) for place in (device, torch.device("cpu"))))
+
+
+def _latent_numbers(unet: Mapping[str, Any], control: bool) -> int:
+    """Numbers per cell of a latent at a UNet's peak."""
+    attention = str(unet["down_block_types"][0]).startswith("CrossAttn")
+    numbers = UNET_TENSORS + ATTENTION_TENSORS * attention + CONTROL_TENSORS * control
+    return numbers * int(unet["block_out_channels"][0])
 
 
 def vae_tile(device: torch.device, height: int, width: int, channels: int, itemsize: int) -> int:
@@ -249,5 +266,9 @@ def vae_room(device: torch.device) -> dict[torch.device, float]:
     main = max(LEAST_MAIN, MAIN_SHARE * free_main_bytes())
     if device.type == "cpu":
         return {device: main}
-    room: dict[torch.device, float] = {device: free_bytes(device)}
-    return {**room, torch.device("cpu"): main} if device.type == "cuda" else room
+    return {device: free_bytes(device), **_beside(device, main)}
+
+
+def _beside(device: torch.device, main: float) -> dict[torch.device, float]:
+    """So much main memory for the VAE's maps, where it is another than the device's and copies are quick."""
+    return {torch.device("cpu"): main} if device.type == "cuda" else {}

@@ -122,14 +122,16 @@ class Course:
         return -(-rows // -(-rows // self.rows[i]))
 
     def _planned(self, room: Room) -> tuple[torch.device, Plan]:
-        """Where maps wait, and the plan."""
+        """Where maps wait, and the plan: the cheapest that fits, or of those that do not."""
         work = 0.0 if self.whole else self._working(0, len(self.pieces), True)
         plans = []
         for place, free in room.items():
             here = place == self.device
-            plans.append((place, plan(self._nodes, (free - work * here) / self._size,
-                                      copying=.1 if here else _COPYING * self._itemsize)))
-        return min(plans, key=lambda found: found[1].cost)
+            numbers = (free - work * here) / self._size
+            found = plan(self._nodes, numbers, copying=.1 if here else _COPYING * self._itemsize)
+            plans.append((found.numbers > numbers, found.cost, place, found))
+        *_, place, found = min(plans, key=lambda each: each[:2])
+        return place, found
 
 
 def _edges(height: int, width: int, tile: int) -> list[int]:

@@ -96,6 +96,8 @@ class StandaloneHost:
         self._halves: tuple[str, ...] = GUIDED
         #: Memory ran out for the pair of a latent.
         self._apart = False
+        #: UNet and ControlNet do not fit the device together.
+        self._taking_turns = False
         #: What the networks compute in where that is not what their weights are in.
         self._autocast: torch.dtype | None = None
 
@@ -149,7 +151,13 @@ class StandaloneHost:
         latent = (x.float() / (level**2 + 1) ** 0.5).to(self.dtype)
         if self._takes_more:
             latent = torch.cat([latent, self._filling((x.shape[-2], x.shape[-1])).expand(len(x), -1, -1, -1)], dim=1)
-        self._residency.use(self._unet, self._controlnet if conditioning.steered else None, keep=self._controlnet)
+        control = self._controlnet if conditioning.steered else None
+        self._taking_turns = control is not None and not self._residency.fit(
+            self._unet, control, besides=self._memory.of_one(*latent.shape[-2:]))
+        if self._taking_turns:
+            self._residency.use(self._unet)
+        else:
+            self._residency.use(self._unet, control, keep=self._controlnet)
         output = self._together(latent, level, conditioning, both)
         if output is None:
             output = torch.cat([self._predict(latent, level, conditioning, (half,)) for half in GUIDED])
@@ -215,11 +223,15 @@ class StandaloneHost:
             if conditioning.steered:
                 if self._controlnet is None:
                     raise InputError("The window's structure was given, but no ControlNet is loaded.")
+                if self._taking_turns:
+                    self._residency.use(self._controlnet)
                 with self._hints.ready(conditioning) as hint:
                     down, middle = self._controlnet(
                         latent[:, :self.channels], t, controlnet_cond=hint.repeat(len(halves), 1, 1, 1),
                         guess_mode=False, conditioning_scale=conditioning.strength, return_dict=False, **inputs)
                 inputs.update(down_block_additional_residuals=down, mid_block_additional_residual=middle)
+                if self._taking_turns:
+                    self._residency.use(self._unet)
             return self._unet(latent, t, return_dict=False, **inputs)[0].float()
 
     def _conditioning(self, conditioning: Conditioning, halves: Sequence[str]) -> dict[str, Any]:

@@ -34,5 +34,21 @@ class Residency:
                 network.to(self._device)
 
 
+    def fit(self, *wanted: nn.Module, besides: int) -> bool:
+        """Whether these networks, and no others, fit the device together, with so many bytes for their work."""
+        if not self._offload:
+            return True
+        missing = sum(_size(network) for network in wanted if _place(network) == "cpu")
+        keeping = {id(network) for network in wanted}
+        leaving = sum(_size(network) for network in self._networks
+                      if id(network) not in keeping and _place(network) != "cpu")
+        return not missing or missing + besides <= memory.free_bytes(self._device) + leaving
+
+
+def _size(network: nn.Module) -> int:
+    """Bytes of its weights."""
+    return sum(weight.numel() * weight.element_size() for weight in network.parameters())
+
+
 def _place(network: nn.Module) -> str:
     return next(network.parameters()).device.type

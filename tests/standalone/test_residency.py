@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+from diffusers import ControlNetModel, UNet2DConditionModel
 from torch import nn
 
+import accdiff_lib
 from accdiff_lib.command.job import prepare
 from accdiff_lib.engine import memory
 from accdiff_lib.engine.host import Conditioning
@@ -16,7 +21,14 @@ from accdiff_lib.standalone.flops import weightless_vae
 from accdiff_lib.standalone.host import StandaloneHost
 from accdiff_lib.standalone.loading import load
 from accdiff_lib.standalone.residency import Residency
+from tests.peak import peak
 from tests.silent import SilentProgress
+
+CONFIGS = Path(accdiff_lib.__file__).parent / "configs"
+#: SDXL's and SD1.5's.
+LARGE_VAE = partial(weightless_vae, {
+    "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4,
+    "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}, torch.float32)
 
 
 class Network(nn.Module):
@@ -57,6 +69,18 @@ def test_only_what_works_is_on_the_device(networks):
     assert control.moves == ["meta", "cpu"]
 
 
+def test_networks_fit_or_take_turns(networks, monkeypatch):
+    text, unet, control = networks
+    residency = Residency(networks, torch.device("meta"), offload=True)
+    residency.use(text)
+    for free, expected in ((5, True), (4, True), (3, False)):  # and 4 bytes of the one that leaves
+        monkeypatch.setattr(memory, "free_bytes", lambda _, free=free: free)
+        assert residency.fit(unet, control, besides=0) == expected
+        assert residency.fit(unet, control, besides=4) == (free > 7)
+    residency.use(unet, control)
+    assert residency.fit(unet, control, besides=100)  # they are there
+
+
 @pytest.mark.parametrize(("device", "offload"), [("meta", False), ("cpu", True)])
 def test_otherwise_nothing_moves(networks, device, offload):
     Residency(networks, torch.device(device), offload=offload).use(networks[0])
@@ -82,12 +106,14 @@ def test_each_work_asks_for_its_networks(models, monkeypatch):
     conditioning = Conditioning(text, [(0, 0)], (256, 256), 5.0)
     x, sigma = torch.zeros(1, 4, 32, 32), torch.tensor(1.0)
     one.denoise(x, sigma, conditioning)
-    one.denoise(x, sigma, Conditioning(text, [(0, 0)], (256, 256), 5.0, hints=lambda _: torch.zeros(1, 3, 256, 256),
-                                       strength=0.5))
+    steered = Conditioning(text, [(0, 0)], (256, 256), 5.0, hints=lambda _: torch.zeros(1, 3, 256, 256), strength=0.5)
+    together = one.denoise(x, sigma, steered)
+    monkeypatch.setattr(Residency, "fit", lambda self, *wanted, besides: False)
+    assert torch.equal(one.denoise(x, sigma, steered), together)
     one.decode(x)
     one.encode_image(torch.zeros(256, 256, 3, dtype=torch.uint8).numpy())
-    assert asked == [tuple(models.text_encoders), (models.unet, None), (models.unet, models.controlnet), (models.vae,),
-                     (models.vae,)]
+    assert asked == [tuple(models.text_encoders), (models.unet, None), (models.unet, models.controlnet), (models.unet,),
+                     (models.controlnet,), (models.unet,), (models.vae,), (models.vae,)]
 
 
 def test_the_halves_of_cfg_one_after_the_other_give_the_same(models, monkeypatch):
@@ -140,26 +166,55 @@ def test_the_need_counts_every_weight(models):
     numbers = {id(module): sum(value.numel() for value in module.parameters()) for module in models.modules()}
     assert sum(job.model.weights.values()) == sum(numbers.values())
     need = job.need
-    assert need.unet == 4 * sum(numbers[id(module)] for module in (models.unet, models.controlnet))
-    assert need.text + need.vae + need.unet < need.resident
-    assert max(need.unet, need.vae, need.text) < need.offloaded < need.resident
+    assert (need.unet, need.controlnet) == tuple(4 * numbers[id(module)] for module in (models.unet, models.controlnet))
+    assert need.text + need.vae + need.unet + need.controlnet < need.resident
+    assert max(need.unet, need.controlnet, need.vae, need.text) < need.offloaded < need.resident
+
+
+@pytest.mark.parametrize("control", [False, True])
+@pytest.mark.parametrize("family", ["sdxl", "sd15"])
+def test_a_latent_takes_what_is_planned(family, control):
+    """On a UNet and a ControlNet of the family's structure, smaller."""
+    sdxl, side = family == "sdxl", 32
+    config = json.loads((CONFIGS / family / "unet" / "config.json").read_text()) | {
+        "block_out_channels": [32, 64, 128, 128][:3 + (not sdxl)], "cross_attention_dim": 64, "norm_num_groups": 8,
+        "attention_head_dim": [1, 2, 4, 4][:3 + (not sdxl)]}
+    inputs = {"encoder_hidden_states": torch.zeros(1, 77, 64)}
+    if sdxl:
+        config |= {"projection_class_embeddings_input_dim": 6 * 256 + 64, "transformer_layers_per_block": [1, 1, 2]}
+        inputs["added_cond_kwargs"] = {"text_embeds": torch.zeros(1, 64), "time_ids": torch.zeros(1, 6)}
+    unet = UNet2DConditionModel.from_config(config).eval()
+    controlnet = ControlNetModel.from_unet(unet).eval()
+    controlnet.controlnet_cond_embedding = nn.Identity()
+    latent, t, hint = torch.zeros(1, 4, side, side), torch.ones(1), torch.zeros(1, 32, side, side)
+
+    def once():
+        more = {}
+        if control:
+            down, middle = controlnet(latent, t, controlnet_cond=hint, return_dict=False, **inputs)
+            more = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+        unet(latent, t, return_dict=False, **inputs, **more)
+
+    need = memory.need({"text_encoder": 0, "unet": 0, "vae": 0, "controlnet": control}, unet=config, vae=LARGE_VAE(),
+                       latent=side**2, canvas=(side, side), itemsize=4, device=torch.device("cuda"))
+    with torch.no_grad():
+        assert peak(once) == pytest.approx(need.latent, rel=0.1)
 
 
 def test_the_need_counts_the_decode(monkeypatch):
-    """SDXL's VAE in float32: on a GPU the maps that it cannot do without and a strip at work, in main memory the
-    picture; on a CPU all of it in main memory, as much as makes it fast."""
-    vae = weightless_vae({"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4,
-                          "down_block_types": ["DownEncoderBlock2D"] * 4,
-                          "up_block_types": ["UpDecoderBlock2D"] * 4}, torch.float32)
+    """SDXL's VAE in float32: on a GPU what the attention looks at and a strip at work, and what waits in main memory
+    where it has room there; on a CPU all of it in main memory, as much as makes it fast."""
+    vae, unet = LARGE_VAE(), json.loads((CONFIGS / "sdxl" / "unet" / "config.json").read_text())
 
     def need(side, device="cuda"):
-        return memory.need({"text_encoder": 0, "unet": 0, "vae": 5}, unet_width=320, vae=vae, latent=128**2,
+        return memory.need({"text_encoder": 0, "unet": 0, "vae": 5}, unet=unet, vae=vae, latent=128**2,
                            canvas=(side // 8, side // 8), itemsize=2, device=torch.device(device))
 
-    attention = 2 * 512 * 4  # the map, and its normalised copy as keys and values
-    assert attention * 1024**2 < need(8192).decode < attention * 1024**2 + 2**30
-    assert attention * 512**2 < need(4096).decode < attention * 512**2 + 2**30
-    assert need(8192).main == 4 * 3 * 8192**2 and need(8192).vae == 20
+    attention = 512 * 4  # its keys and values are one
+    assert attention * 512**2 < need(4096).decode < attention * 512**2 + 2**29
+    assert 2 * attention * 1024**2 < need(8192).decode < 2 * attention * 1024**2 + 2**30  # and the map itself
+    assert need(4096).main < 2 * 2**30 and need(8192).main == 4 * 3 * 8192**2
+    assert need(8192).vae == 20  # bytes
     assert need(8192).canvas == need(4096).canvas > need(2048).canvas
     monkeypatch.setattr(memory, "free_main_bytes", lambda: 0.0)
     assert 1 < need(4096, "cpu").main / 2**30 < 2 and 4 < need(8192, "cpu").main / 2**30 < 6
