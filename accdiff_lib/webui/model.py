@@ -48,9 +48,11 @@ def memory(cost: Cost, tile: int) -> Iterator[tuple[str, int, float]]:
         return
     height, width = (side // CELL for side in cost.plan.pixels)
     try:
-        device = webui.device(model)
+        device, unet = webui.device(model), webui.unet(model)
+        attention = "CrossAttn" if len(unet.input_blocks[1]) > 1 else ""  # on the first level
         need = memory.need(
-            dict.fromkeys(("text_encoder", "unet", "vae"), 0), unet_width=int(webui.unet(model).model_channels),
+            dict.fromkeys(("text_encoder", "unet", "vae"), 0),
+            unet={"down_block_types": [attention], "block_out_channels": [int(unet.model_channels)]},
             vae=webui.vae(model), canvas=(height, width), itemsize=webui.dtype(model).itemsize, device=device,
             tile=tile, latent=max((work.height * work.width for part in cost.parts for work in part.work), default=0))
     except (AttributeError, InputError):

@@ -77,7 +77,8 @@ class Touched:
         """A function without a dot before it, which is called next; the WebUI may have given it by any name."""
         kind: Any = type(function)
         if hasattr(function, "__qualname__"):
-            self._note(f"{function.__module__}:{function.__qualname__}", True, call)
+            if getattr(function, "__module__", None) is not None:  # a method of C code has none
+                self._note(f"{function.__module__}:{function.__qualname__}", True, call)
         else:  # torch's networks are called by their `forward`
             self._touch(function, "forward" if hasattr(kind, "forward") else "__call__", False, call)
         return function

@@ -156,7 +156,7 @@ def test_hires_fix_drives(page):
     page.set("txt2img_hr-checkbox", True)
     page.settle()
     page.says("3072x2304: ")
-    page.says("(size, steps and start are those of Hires. fix)")
+    page.says("size, steps and start are those of Hires. fix")
 
 
 def test_it_asks_when_the_values_have_come_to_rest(page):

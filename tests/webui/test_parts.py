@@ -135,7 +135,7 @@ def test_the_line_has_the_memory_besides_the_loaded_checkpoint(client, monkeypat
 
     monkeypatch.setattr(memory, "free_main_bytes", lambda: 8 * 2.0 ** 30)
     monkeypatch.setattr(memory, "need", lambda weights, *, canvas, latent, **_: memory.Need(
-        0, 0, 0, 4 * latent, 0, 1000 * canvas[0] * canvas[1], 2 ** 30))
+        0, 0, 0, 0, 4 * latent, 0, 1000 * canvas[0] * canvas[1], 2 ** 30))
     assert "memory" not in planned(client)["text"]
     monkeypatch.setattr(sd_models.model_data, "sd_model", checkpoint())
     monkeypatch.setattr(devices, "device", torch.device("cpu"))
