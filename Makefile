@@ -12,7 +12,7 @@ PROMPT := a red ball and a blue star on snow, night sky
 demo test quality: export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench bench-plan bench-gpu quality fuzz panel-venvs clean
+.PHONY: help demo test lint bench bench-plan bench-gpu quality fuzz mutants panel-venvs clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
@@ -42,6 +42,9 @@ quality: $(VENV)/installed ## methods compared on drawn scenes: tables and conta
 fuzz: $(VENV)/installed-dev ## tens of thousands of made-up plans, arguments and parameters: how many are not answered
 	$(RUN) -m tests.webui.fuzz
 
+mutants: $(VENV)/installed-mutants ## small mistakes made in the code: how many a test notices (SAMPLE=150 of them, SEED=0)
+	$(RUN) -m tests.mutants --sample $(or $(SAMPLE),150) --seed $(or $(SEED),0)
+
 panel-venvs: .venv-gradio3/installed .venv-gradio4/installed ## the WebUIs' two gradio versions, for the panel's tests
 
 .venv-gradio%/installed: tests/webui_stand_in/gradio%.txt
@@ -50,7 +53,7 @@ panel-venvs: .venv-gradio3/installed .venv-gradio4/installed ## the WebUIs' two 
 	@touch $@
 
 clean: ## forgets the virtual environment and what was made with it
-	rm -rf $(VENV) .venv-gradio* out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-gradio* out .pytest_cache .mypy_cache .ruff_cache .hypothesis .mutants
 
 # A stamp file for each installation, so that a second call has nothing to do. torch comes first and its version is a
 # constraint for all that follows: nothing can bring another one.
@@ -68,4 +71,8 @@ $(VENV)/installed: requirements.txt
 
 $(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
 	$(PIP) --constraint $(VENV)/constraints.txt --requirement requirements-dev.txt
+	@touch $@
+
+$(VENV)/installed-mutants: $(VENV)/installed-dev requirements-mutants.txt
+	$(PIP) --no-deps --requirement requirements-mutants.txt
 	@touch $@
