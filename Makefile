@@ -12,7 +12,7 @@ PROMPT := a red ball and a blue star on snow, night sky
 demo test quality: export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench bench-plan bench-gpu quality fuzz shots panel-venvs clean
+.PHONY: help demo test lint bench bench-plan bench-gpu quality fuzz shots panel-venvs clean mutants
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
@@ -44,6 +44,8 @@ fuzz: $(VENV)/installed-dev ## tens of thousands of made-up plans, arguments and
 
 shots: $(VENV)/installed-dev panel-venvs ## pictures of the panel in docs/panel, with the WebUIs' two gradio versions
 	ACCDIFF_SHOTS=docs/panel $(RUN) -m pytest -q -p no:xdist tests/webui/test_panel.py -k how_it_looks
+mutants: $(VENV)/installed-mutants ## small mistakes made in the code: how many a test notices (SAMPLE=150 of them, SEED=0)
+	$(RUN) -m tests.mutants --sample $(or $(SAMPLE),150) --seed $(or $(SEED),0)
 
 panel-venvs: .venv-gradio3/installed .venv-gradio4/installed ## the WebUIs' two gradio versions, for the panel's tests
 
@@ -53,7 +55,7 @@ panel-venvs: .venv-gradio3/installed .venv-gradio4/installed ## the WebUIs' two 
 	@touch $@
 
 clean: ## forgets the virtual environment and what was made with it
-	rm -rf $(VENV) .venv-gradio* out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-gradio* out .pytest_cache .mypy_cache .ruff_cache .hypothesis .mutants
 
 # A stamp file for each installation, so that a second call has nothing to do. torch comes first and its version is a
 # constraint for all that follows: nothing can bring another one.
@@ -71,4 +73,8 @@ $(VENV)/installed: requirements.txt
 
 $(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
 	$(PIP) --constraint $(VENV)/constraints.txt --requirement requirements-dev.txt
+	@touch $@
+
+$(VENV)/installed-mutants: $(VENV)/installed-dev requirements-mutants.txt
+	$(PIP) --no-deps --requirement requirements-mutants.txt
 	@touch $@

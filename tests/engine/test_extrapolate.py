@@ -55,11 +55,11 @@ def make_host(models, *, sampler="Euler", scheduler="Leading", steps=3, prompt=P
                scheduler=scheduler, steps=steps, device="cpu", dtype=torch.float32)
 
 
-def request(host, values=None, *, seed=5, base=(128, 128), guidance=5.0, prompt=PROMPT, **kwargs) -> Request:
-    # Windows of half the native size make a stage of nine windows from a small, fast base picture.
+def request(host, values=None, *, seed=5, base=(64, 64), guidance=5.0, prompt=PROMPT, **kwargs) -> Request:
+    # Windows of a quarter of the native size make a stage of nine windows from a small, fast base picture.
     values = {"scale": 2, "tolerance": 0, **(values or {})}
     if "window" in names(values.get("method", "accdiffusion-v2")):
-        values = {"window": 16, **values}
+        values = {"window": 8, **values}
     settings = make(values)
     plan = make_plan(base, settings, native=host.native, multiple=host.multiple)
     return Request(prompt, seed, guidance, of(settings), settings, plan, **kwargs)
@@ -123,7 +123,7 @@ def test_out_of_memory_does_not_change_the_picture(models):
 def test_what_is_left_out_by_default_changes_the_picture_by_less_than_a_thousandth(models, sampler):
     """The default tolerance against the full computation, with the paper's 50 steps, on a small canvas."""
     (full, host), (default, saving) = (
-        run(models, {"tolerance": tolerance}, sampler=sampler, steps=50, base=(96, 96))
+        run(models, {"tolerance": tolerance}, sampler=sampler, steps=50)
         for tolerance in (0, OPTIONS["tolerance"].default))
     assert sum(saving.batches) < 0.85 * sum(host.batches)
     assert_same(latent(default), latent(full), 1e-3)
@@ -135,12 +135,12 @@ def test_methods_differ_and_count_what_the_plan_says(models):
     results = {}
     for method in METHODS:
         # Methods without windows do nothing of their own on a canvas of native size.
-        scale = 2 if "windows" in names(method) else 3
+        scale, base = (2, (64, 64)) if "windows" in names(method) else (3, (128, 128))
         values = {"method": method, "scale": scale}
-        result, host = run(models, values)
+        result, host = run(models, values, base=base)
         assert result.stopped == "" and torch.isfinite(latent(result)).all()
-        assert result.pictures[-1].image.shape == (128 * scale, 128 * scale, 3)
-        estimated = estimate(request(host, values), host)
+        assert result.pictures[-1].image.shape == (base[0] * scale, base[1] * scale, 3)
+        estimated = estimate(request(host, values, base=base), host)
         assert sum(part.latents for part in estimated) == sum(host.batches) == host.progress.latents
         assert [part.latents for part in estimated] == [picture.latents for picture in result.pictures]
         results[method] = latent(result)
@@ -228,14 +228,14 @@ def test_every_schedule_drives_the_canvas(models, scheduler):
 
 
 @pytest.mark.parametrize(("base", "values", "size"), [
-    ((128, 192), {"scale": 2}, (256, 384)),
+    ((64, 96), {"scale": 2}, (128, 192)),
     ((160, 96), {"scale": 2.5}, (400, 240)),
-    ((128, 128), {"target_width": 200, "target_height": 344}, (344, 200)),
-    ((256, 64), {"scale": 3}, (768, 192)),
-    ((128, 128), {"scale": 1}, (128, 128)),
-    ((128, 128), {"scale": 1.1}, (144, 144)),
-    ((128, 128), {"scale": 2, "window": 24, "stride": 8}, (256, 256)),
-    ((128, 128), {"scale": 2, "window": 0}, (256, 256)),
+    ((64, 64), {"target_width": 104, "target_height": 168}, (168, 104)),
+    ((192, 64), {"scale": 3}, (576, 192)),
+    ((64, 64), {"scale": 1}, (64, 64)),
+    ((64, 64), {"scale": 1.1}, (72, 72)),
+    ((64, 64), {"scale": 2, "window": 16, "stride": 4}, (128, 128)),
+    ((64, 64), {"scale": 2, "window": 0}, (128, 128)),
 ])
 def test_any_shape_and_scale(models, base, values, size):
     result, _ = run(models, values, base=base, steps=2)
@@ -260,8 +260,8 @@ def test_guidance_of_each_pass_is_its_own(models):
 
 
 def test_sd15_runs_too(models):
-    result, _ = run(tiny.sd15(sample_size=32), {"scale": 2}, base=(256, 256), steps=2)
-    assert result.pictures[-1].image.shape == (512, 512, 3)
+    result, _ = run(tiny.sd15(sample_size=32), {"scale": 2, "window": 16}, base=(128, 128), steps=2)
+    assert result.pictures[-1].image.shape == (256, 256, 3)
     assert result.explanation.words
     assert torch.isfinite(latent(result)).all()
 
@@ -337,7 +337,7 @@ def test_interrupt_returns_the_last_finished_picture_and_leaves_the_model_as_it_
     result, host = stopped_run(models, 6, "interrupted", {"scale": 3})
     assert result.stopped == "interrupted" and host.calls == 6
     assert [picture.name for picture in result.pictures] == ["base"]
-    assert result.pictures[0].image.shape == (128, 128, 3)
+    assert result.pictures[0].image.shape == (64, 64, 3)
     assert all(torch.equal(value, before[name]) for name, value in state(models).items())
     assert hooks(models) == 0
     later, _ = run(models)
@@ -357,7 +357,7 @@ def test_a_finished_stage_that_nobody_decoded_is_decoded_when_it_is_the_last(mod
     wanted = request(host, {"window_batch": 4, "scale": 3, "controlnet": False})
     result = Extrapolation(host, wanted.settings.window_batch).run(wanted)
     assert [picture.name for picture in result.pictures] == ["base", "2x"]
-    assert result.pictures[-1].image.shape == (256, 256, 3)
+    assert result.pictures[-1].image.shape == (128, 128, 3)
     assert host.progress.comments
 
 
@@ -365,7 +365,7 @@ def test_skip_decodes_what_there_is(models):
     result, _ = stopped_run(models, 3 + 4 + 2, "skipped", {"scale": 3})
     assert result.stopped == "skipped"
     assert [picture.name for picture in result.pictures] == ["base", "2x"]
-    assert result.pictures[-1].image.shape == (256, 256, 3)
+    assert result.pictures[-1].image.shape == (128, 128, 3)
 
 
 def test_skip_before_there_is_anything_new_returns_what_is_finished(models):
@@ -426,7 +426,7 @@ def test_other_failures_rise_and_leave_no_hooks(models):
 
 
 def test_a_late_start_does_not_apply_to_pure_noise(models):
-    values = {"method": "multidiffusion", "window": 16}
+    values = {"method": "multidiffusion"}
     whole, host = run(models, values)
     late, late_host = run(models, {**values, "start": 0.5})
     assert host.calls == late_host.calls

@@ -1,0 +1,125 @@
+"""How much fits on a GPU, counted without one: `torch.cuda`'s own numbers are given."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from accdiff_lib.engine import memory
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+GB = 2 ** 30
+
+
+class Card:
+    """What torch says of a device: free bytes, those that torch has reserved, those that are in use."""
+
+    def __init__(self, monkeypatch, free=10 * GB, reserved=3 * GB, allocated=GB):
+        self.free, self.reserved, self.allocated, self.most, self.resets = free, reserved, allocated, allocated, 0
+        for name, answer in {"mem_get_info": lambda _: (self.free, 80 * GB), "memory_reserved": lambda _: self.reserved,
+                             "memory_allocated": lambda _: self.allocated,
+                             "max_memory_allocated": lambda _: self.most,
+                             "reset_peak_memory_stats": self.reset}.items():
+            monkeypatch.setattr(torch.cuda, name, answer)
+
+    def reset(self, _):
+        self.most, self.resets = self.allocated, self.resets + 1
+
+    def use(self, number):
+        """So many bytes at once, and then no more."""
+        self.most = max(self.most, self.allocated + number)
+
+
+def test_what_torch_keeps_for_itself_is_free(monkeypatch):
+    Card(monkeypatch)
+    assert memory.free_bytes(GPU) == int(0.8 * 12 * GB)
+    assert memory.free_bytes(CPU) == memory.CPU_BUDGET
+
+
+def test_latents_are_measured_and_the_largest_counts(monkeypatch):
+    card = Card(monkeypatch)
+    budget, found = 0.8 * 12 * GB, memory.LatentMemory(GPU, 320, 2)
+    assert found.fit(128, 128) == int(budget / (2 * 64 * 320 * 2 * 128 * 128))  # estimated
+    for used, each in ((4 * GB, GB), (2 * GB, GB), (6 * GB, 1.5 * GB)):
+        with found.measured(4, 128, 128):
+            card.use(used)
+        assert found.fit(128, 128) == int(budget / (2 * each))
+    assert found.fit(64, 64) == int(budget / (2 * 64 * 320 * 2 * 64 * 64))  # another size is another
+    assert card.resets == 3 and found.peak == 7 * GB
+
+
+def test_how_many_latents_are_enough(monkeypatch):
+    card = Card(monkeypatch)
+    assert memory.LatentMemory(GPU, 32, 2).fit(8, 8) == memory.MOST_LATENTS
+    assert memory.LatentMemory(CPU, 32, 2).fit(8, 8) == memory.MOST_CPU_LATENTS
+    card.free = card.reserved = card.allocated = 0
+    assert memory.LatentMemory(GPU, 320, 2).fit(128, 128) == 1
+    assert memory.LatentMemory(CPU, 320, 4).peak == 0
+
+
+def test_both_halves_of_a_latent_fit_or_not(monkeypatch):
+    card = Card(monkeypatch, free=0, reserved=0, allocated=0)
+    found = memory.LatentMemory(GPU, 320, 2)
+    with found.measured(1, 128, 128):
+        card.use(GB)
+    for free, fits in ((2.6 * GB, True), (2.4 * GB, False)):
+        card.free = free
+        assert found.pair_fits(128, 128) is fits
+    card.free = 2 * 64 * 320 * 2 * 64 * 64 / 0.79
+    assert found.pair_fits(64, 64) and not found.pair_fits(64, 72)
+
+
+def test_a_vae_is_tiled_and_its_tiles_wait_where_there_is_room(monkeypatch):
+    """At 1024 x 1024 pixels: ten numbers of 128 channels for each at work, four waiting."""
+    card = Card(monkeypatch, reserved=0, allocated=0)
+    whole, waiting = (count * 128 * 2 * 1024 * 1024 / 0.8 for count in (10, 4))
+    for free, tile, store in ((whole + 99, 0, GPU), (whole - 99, memory.TILE, GPU), (waiting + 99, memory.TILE, GPU),
+                              (waiting - 99, memory.TILE, None)):
+        card.free = free
+        assert memory.vae_tile(GPU, 128, 128, 128, 2) == tile
+        assert memory.vae_store(GPU, 128, 128, 128, 2) == store
+
+
+def test_what_a_run_needs():
+    weights = {"text_encoder": 100, "text_encoder_2": 20, "unet": 1000, "controlnet": 300, "vae": 50}
+    found = memory.need(weights, unet_width=320, vae_widths=[128, 256, 512], latent=64 * 64, canvas=128 * 128,
+                        itemsize=2, vae_itemsize=4)
+    latent, canvas, tile = 64 * 320 * 2 * 64 * 64, 192 * 128 * 128, 10 * 128 * 4 * 64 * 64 * 64
+    assert found == memory.Need(240, 2600, 200, latent, canvas, tile, 2 * 128 * 64 * 128 * 128 * 4)
+    assert found.resident == 240 + 2600 + 200 + canvas + tile
+    assert found.offloaded == canvas + 200 + tile
+    few = memory.need({"text_encoder": 10 ** 9, "unet": 1, "vae": 1}, unet_width=320, vae_widths=[1], latent=64 * 64,
+                      canvas=1024 * 1024, itemsize=2, vae_itemsize=4)
+    assert (few.text, few.unet, few.canvas) == (2 * 10 ** 9, 2, 192 * 512 * 512)
+    assert few.decode == 3 * 1024 * 1024 * 4  # the attention to the whole
+    assert few.resident == few.text + few.unet + few.vae + few.canvas + 2 * few.latent
+    assert few.offloaded == few.canvas + few.text
+
+
+def test_batches_are_halved_where_memory_runs_out():
+    asked: list[int] = []
+
+    def run(items):
+        asked.append(len(items))
+        if len(items) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return [2 * item for item in items]
+
+    assert memory.in_batches(range(9), 7, run) == list(range(0, 18, 2))
+    assert asked == [7, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1]
+    assert memory.in_batches([], 4, run) == []
+    with pytest.raises(ZeroDivisionError):
+        memory.in_batches([1], 4, lambda items: 1 / 0)
+
+
+def test_the_last_try_raises():
+    calls: list[str] = []
+
+    def full(name):
+        calls.append(name)
+        raise MemoryError
+
+    assert memory.attempt(full, "first") is None
+    with pytest.raises(MemoryError):
+        memory.attempt(full, "second", last=True)
+    assert calls == ["first", "second"] and memory.attempt(len, "four") == 4
