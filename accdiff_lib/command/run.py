@@ -90,9 +90,9 @@ def dry_run(job: Job, told: dict[str, Any]) -> int:
     print(report.table(job.parts, costs, job.general["batch"]))
     for note in [*_notes(job), *_remarks(job)]:
         print(f"note: {note}")
-    print("\nUNet and ControlNet: evaluations, with the unconditional ones. TFLOP: those and the VAE's decodes.")
+    print("\nUNet and ControlNet: evaluations, with the unconditional ones. TFLOP: those and the VAE's passes.")
     print(f"Device memory, estimated: at least {_gib(job.need.resident)}, with --offload on "
-          f"{_gib(job.need.offloaded)}; main memory for the decode {_gib(job.need.main)}.")
+          f"{_gib(job.need.offloaded)}; main memory for the VAE {_gib(job.need.main)}.")
     return DONE
 
 
@@ -113,7 +113,7 @@ def _gib(size: int) -> str:
 
 
 def _teraflop(job: Job, part: Part) -> float:
-    """UNet, ControlNet and the VAE's decode of a part."""
+    """UNet, ControlNet and VAE of a part."""
     from accdiff_lib.standalone import flops
 
     def count(height: int, width: int) -> flops.Flops:
@@ -123,7 +123,8 @@ def _teraflop(job: Job, part: Part) -> float:
         cost = count(work.height, work.width)
         return cost.unet, cost.controlnet
 
-    return part.priced(price) + count(part.pixels[0] // CELL, part.pixels[1] // CELL).vae
+    whole = count(part.pixels[0] // CELL, part.pixels[1] // CELL)
+    return part.priced(price) + whole.vae * bool(part.decoded) + whole.encode * bool(part.encoded)
 
 
 # --- the run ---------------------------------------------------------------------------------------------------

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from accdiff_lib.engine.plan import CELL
+from accdiff_lib.parts import vae as tiled_vae
 from accdiff_lib.parts.prompts import CONTEXT
 
 Config = Mapping[str, Any]
@@ -21,8 +23,9 @@ class Flops(NamedTuple):
 
     unet: float
     controlnet: float
-    #: Decode of the whole latent.
+    #: Decode of the whole latent, and the encode that gives it.
     vae: float
+    encode: float
     #: One context of 77 tokens through all text encoders.
     text: float
 
@@ -32,7 +35,7 @@ def count(height: int, width: int, *, unet: Config, vae: Config, controlnet: Con
     """The cost for latents of height x width cells; configs are those of diffusers and transformers."""
     size = (height, width)
     return Flops(_unet(_key(unet), *size), _controlnet(_key(controlnet), *size) if controlnet else 0.0,
-                 _vae(_key(vae), *size), sum(_text(_key(config)) for config in text_encoders))
+                 *_vae(_key(vae), *size), sum(_text(_key(config)) for config in text_encoders))
 
 
 def _key(config: Config) -> str:
@@ -87,16 +90,11 @@ def weightless_vae(config: Config, dtype: torch.dtype) -> nn.Module:
 
 
 @lru_cache(maxsize=64)
-def _vae(key: str, height: int, width: int) -> float:
-    from diffusers import AutoencoderKL
-
-    config = json.loads(key)
-    with torch.device("meta"):
-        network = AutoencoderKL.from_config(config)
-        # Not decode(), which cuts large latents into tiles.
-        latent = torch.empty(1, config.get("latent_channels", 4), height, width)
-        post = network.post_quant_conv
-        return (_teraflops(post, latent) if post is not None else 0.0) + _teraflops(network.decoder, latent)
+def _vae(key: str, height: int, width: int) -> tuple[float, float]:
+    network = weightless_vae(json.loads(key), torch.float32)
+    passes = (tiled_vae.decoding(network, (height, width), tile=0),
+              tiled_vae.encoding(network, (CELL * height, CELL * width), tile=0))
+    return passes[0].flops / 1e12, passes[1].flops / 1e12
 
 
 @lru_cache(maxsize=64)
