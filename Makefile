@@ -44,6 +44,7 @@ fuzz: $(VENV)/installed-dev ## tens of thousands of made-up plans, arguments and
 
 shots: $(VENV)/installed-dev panel-venvs ## pictures of the panel in docs/panel, with the WebUIs' two gradio versions
 	ACCDIFF_SHOTS=docs/panel $(RUN) -m pytest -q -p no:xdist tests/webui/test_panel.py -k how_it_looks
+
 mutants: $(VENV)/installed-mutants ## small mistakes made in the code: how many a test notices (SAMPLE=150 of them, SEED=0)
 	$(RUN) -m tests.mutants --sample $(or $(SAMPLE),150) --seed $(or $(SEED),0)
 
