@@ -249,6 +249,16 @@ def test_the_skip_residual_rewrites_the_samplers_own_x():
     assert torch.allclose(kept, 3 * (1 - c1) + c1 * scene.trajectory(script.calls[0].sigma), atol=1e-5)
 
 
+def test_without_answers_the_unconditional_prediction_is_the_prediction():
+    """Before the structure is held, which is the picture's affair."""
+    got: list[torch.Tensor] = []
+    canvas, _, _, script = made_canvas(Toy(), settings=make({"tolerance": 0, "structure_guidance": 1}))
+    x = torch.randn(1, 4, 96, 80, generator=torch.Generator().manual_seed(0))
+    held = canvas(x.clone(), script.sigmas[:1], unconditional=got.append)
+    free, _, _, _ = made_canvas(Toy(), settings=make({"tolerance": 0, "structure_guidance": 0}))
+    assert torch.equal(got[0], free(x.clone(), script.sigmas[:1])) and not torch.equal(got[0], held)
+
+
 def test_a_sampler_off_its_script_is_stopped():
     canvas, _, _, script = made_canvas(Toy())
     with pytest.raises(RuntimeError, match="left its script"):

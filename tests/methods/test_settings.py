@@ -151,6 +151,17 @@ def test_stages_may_have_values_of_their_own():
     assert make().at(3) is not None and make().at(3) == make()
 
 
+@pytest.mark.parametrize("method", ["accdiffusion-v2", "scalecrafter"])
+def test_without_attention_no_stage_records_any(method):
+    settings = make({"method": method, "first_method": "accdiffusion-v1"})
+    without = settings.without_attention()
+    assert settings.first.records_attention and settings.wants_attention
+    assert without.first == replace(settings.first, window_prompts=False) and not without.wants_attention
+    assert without == replace(settings, first=without.first, **(
+        {"window_prompts": False} if method == "accdiffusion-v2" else {}))
+    assert make().without_attention().first is None
+
+
 @pytest.mark.parametrize("wrong", [
     "start", "start=", "=0.5", "start=0.5//0.4", "start=2", "colour=1", "scale=2/3", "window=32", "tolerance=0.01",
     "skip_residual=on", "start=0.5 = 0.4", "patch_size=3"])
