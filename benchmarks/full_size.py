@@ -23,15 +23,20 @@ CONFIGS = Path(accdiff_lib.__file__).parent / "configs" / "sdxl"
 
 def least_memory(side: int, controlnet: bool) -> dict[str, Any]:
     """What a picture of side x side pixels needs at least in float16, with all networks on the device or (`--offload`)
-    those at work; and of main memory for the VAE where that has no GPU. Estimated (accdiff_lib.engine.memory)."""
+    the one at work; and of main memory for the VAE where that has no GPU, which then takes so many times the work.
+    Estimated (accdiff_lib.engine.memory)."""
     unet, vae, cpu = _config("unet"), _networks(controlnet=False)["vae"], torch.device("cpu")
     need = memory.need(_weights(controlnet), unet=unet, vae=vae, latent=unet["sample_size"] ** 2,
                        canvas=(side // CELL, side // CELL), itemsize=2, device=torch.device("cuda"))
     passes = ((vae_parts.decoding, side // CELL), (vae_parts.encoding, side))
-    main = max(plan(vae, (size, size), tile=memory.CPU_TILE, room={cpu: memory.LEAST_MAIN}, device=cpu).memory[cpu]
-               for plan, size in passes)
-    return {"size": f"{side}x{side}", "controlnet": controlnet, "resident": round(need.resident / 2**30, 1),
-            "offloaded": round(need.offloaded / 2**30, 1), "main": round(main / 2**30, 1)}
+    courses = [plan(vae, (size, size), tile=memory.CPU_TILE, room={cpu: memory.LEAST_MAIN}, device=cpu)
+               for plan, size in passes]
+    wholes = [plan(vae, (size, size), tile=0, device=cpu) for plan, size in passes]
+    work = max(course.flops / whole.flops for course, whole in zip(courses, wholes, strict=True))
+    found = {"resident": need.resident, "offloaded": need.offloaded,
+             "main": max(course.memory[cpu] for course in courses)}
+    return {"size": f"{side}x{side}", "controlnet": controlnet, "vae_work_x": round(work, 1),
+            **{name: round(size / 2**30, 1) for name, size in found.items()}}
 
 
 def random_sdxl(device: torch.device, dtype: torch.dtype, *, controlnet: bool = True) -> Models:

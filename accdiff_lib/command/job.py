@@ -129,19 +129,20 @@ def prepare(argv: Sequence[str] | None) -> Job:
     """Reads and checks everything but the weights. Raises InputError."""
     namespace, general, chosen = arguments.read(argv)
     settings = _in_flags(make, chosen)
-    # From here on with torch and PIL.
-    from accdiff_lib.command.files import read_image
-    from accdiff_lib.command.prompts import look_up, read
-    from accdiff_lib.standalone.loading import describe, examine
-    from accdiff_lib.standalone.samplers import counted_steps
-
     image = None
     remarks: list[str] = []
     if namespace.image is not None:
         fit = general["height"], general["width"]
         if bool(fit[0]) != bool(fit[1]):
             raise InputError("--width, --height: with --image give both, or neither to take the picture's own size")
+        from accdiff_lib.command.files import read_image
+
         image = read_image(namespace.image, fit if fit[0] else None, remarks=remarks)
+    # From here on with torch.
+    from accdiff_lib.command.prompts import look_up, read
+    from accdiff_lib.standalone.loading import describe, examine
+    from accdiff_lib.standalone.samplers import counted_steps
+
     general["sampler"], general["scheduler"] = _sampler(general["sampler"], general["scheduler"])
     settings = _stage_names(settings)
     device, dtype = _device(general["device"]), _dtype(general["dtype"], general["device"])

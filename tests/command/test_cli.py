@@ -193,6 +193,16 @@ def test_only_given_options_are_set_so_that_methods_fill_the_rest():
     assert not make(chosen).window_prompts
 
 
+@pytest.mark.parametrize("given", [["--help"], ["a", "--scale", "99"], ["a", "--image", "nowhere.png"], []])
+def test_help_and_bad_input_do_not_wait_for_torch(given):
+    """Which takes seconds to import."""
+    code = ("import sys\nfrom accdiff_lib.command.run import main\ntry:\n    main(sys.argv[1:])\n"
+            "finally:\n    print(sorted({'torch', 'diffusers'} & set(sys.modules)), file=sys.stderr)")
+    told = subprocess.run([sys.executable, "-c", code, *given], cwd=ROOT, capture_output=True, text=True,
+                          check=False).stderr
+    assert "[]" in told.splitlines()
+
+
 def test_help(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit) as caught:
