@@ -704,6 +704,8 @@ def test_an_inpainting_checkpoint_is_filled_as_in_txt2img(webui, large, controln
     with hooked(unet(webui), lambda _, args: seen.append(args[0][:, 4:])):
         assert not same(webui.generate(CANNY).picture, large)
     assert all(filling.shape[1] == 5 and bool((filling[:, 0] == 1).all()) for filling in seen)
+    alone = {"method": "elasticdiffusion", "scale": 2, "stage_steps": 2, "resampling_steps": 1}
+    webui.generate(alone)  # it evaluates at CFG scale 1
     windows = torch.cat(seen[STEPS:])  # the WebUI's own filling has noise of no seed
     assert torch.equal(windows, windows[:1].expand_as(windows))
 

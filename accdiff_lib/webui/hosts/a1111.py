@@ -137,6 +137,8 @@ class A1111Session(Session):
 class A1111Host(WindowHost):
     """See WindowHost."""
 
+    leaves_out_filled = False  # it leaves them out of the latents alone
+
     def __init__(self, session: A1111Session, *, prompt: str, negatives: Sequence[str], size: tuple[int, int],
                  solver: Solver, progress: Progress, vae_tile: int) -> None:
         """See Session.host."""

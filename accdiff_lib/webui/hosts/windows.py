@@ -129,6 +129,8 @@ class WindowHost(ABC):
 
     #: The WebUI samples the base picture.
     base_solver: Solver | None = None
+    #: The WebUI can leave out the unconditional halves of an inpainting model.
+    leaves_out_filled = True
 
     def __init__(self, session: Session, *, prompt: str, negatives: Sequence[str], size: tuple[int, int],
                  solver: Solver, progress: Progress) -> None:
@@ -223,7 +225,8 @@ class WindowHost(ABC):
         self._halves.repeats = [len(parts) for parts in conds]
         denoiser = self._denoiser
         # At scale 1 the unconditional halves count for nothing; odd steps below this sigma leave them out.
-        denoiser.step, no_uncond = 1, float("inf") if guidance == 1 else 0.0
+        alone = guidance == 1 and (self.leaves_out_filled or self._unet.in_channels == self.channels)
+        denoiser.step, no_uncond = 1, float("inf") if alone else 0.0
         preview, step = shared.state.current_latent, shared.state.sampling_step
         # The WebUI's own autocast, within, takes over the precision of one around it.
         computing = torch.autocast(self.device.type, self._autocast) if self._autocast else nullcontext()

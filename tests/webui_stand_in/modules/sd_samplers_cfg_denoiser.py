@@ -37,7 +37,7 @@ class CFGDenoiser(torch.nn.Module):
         skips = bool(self.step % 2 and s_min_uncond > 0 and sigma[0] < s_min_uncond)
         count = len(images) - len(x) * skips
         given = texts if skips else _joined(texts, uncond)
-        given = {**given, "c_concat": [params.image_cond[:count]]}
+        given = {**given, "c_concat": [params.image_cond]}  # all of it, whether it skips or not
         x_out = self.inner_model(params.x[:count], params.sigma[:count], cond=given)
         if skips:
             x_out = torch.cat([x_out, x_out[[conds[0][0] for conds in conds_list]]])
