@@ -76,6 +76,8 @@ class Touched:
     def called(self, function: Any, call: str) -> Any:
         """A function without a dot before it, which is called next; the WebUI may have given it by any name."""
         kind: Any = type(function)
+        if kind is type(str.join):  # a method of a class in C, such as Tensor.to
+            return function
         if hasattr(function, "__qualname__"):
             if getattr(function, "__module__", None) is not None:  # a method of C code has none
                 self._note(f"{function.__module__}:{function.__qualname__}", True, call)
