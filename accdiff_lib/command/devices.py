@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from accdiff_lib.errors import InputError
 
@@ -38,18 +39,11 @@ class Place:
     count: int
     #: Its number among those of its machine.
     local: int
-    #: Where the ranks meet on this machine; 0 where torchrun says where.
-    port: int = 0
-
-    def store(self) -> dist.Store:
-        """A new connection to where the ranks meet."""
-        import torch.distributed as dist
-
-        if self.port:
-            return dist.TCPStore("127.0.0.1", self.port, is_master=False, wait_for_workers=False)
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
-                              wait_for_workers=False)
-        return dist.PrefixStore(f"accdiff {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+    #: Where the ranks meet.
+    host: str
+    port: int
+    #: How often torchrun has started them anew.
+    attempt: int = 0
 
     def meet(self, gone: Callable[[int], str] = lambda rank: "") -> Ranks:
         """Joins the other ranks."""
@@ -57,18 +51,31 @@ class Place:
 
         from accdiff_lib.engine.ranks import Ranks
 
-        ranks = Ranks(self.store(), self.rank, self.count, torch.device("cpu"), gone=gone)
+        ranks = Ranks(self._store(), self.rank, self.count, torch.device("cpu"), gone=gone)
         if self.count > 1:
-            ranks.begin(self.store())
+            ranks.begin(self._store())
         return ranks
+
+    def _store(self) -> dist.Store:
+        import torch.distributed as dist
+
+        store = dist.TCPStore(self.host, self.port, is_master=False, wait_for_workers=False)
+        return dist.PrefixStore(f"accdiff {self.attempt}", store)
+
+    def environment(self) -> dict[str, str]:
+        """What tells a process its place, as torchrun does."""
+        return {"TORCHELASTIC_RUN_ID": "accdiff", "TORCHELASTIC_RESTART_COUNT": str(self.attempt),
+                "RANK": str(self.rank), "WORLD_SIZE": str(self.count), "LOCAL_RANK": str(self.local),
+                "MASTER_ADDR": self.host, "MASTER_PORT": str(self.port)}
 
 
 def of_torchrun() -> Place | None:
-    """What torchrun has made of this process; None where it did not start it."""
+    """What torchrun, or another rank in its way, has made of this process; None where it was started alone."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
-    rank, count, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    return Place(rank, count, local)
+    rank, count, local, port, attempt = (int(os.environ[name]) for name in (
+        "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT"))
+    return Place(rank, count, local, os.environ["MASTER_ADDR"], port, attempt)
 
 
 def read(text: str, find: Callable[[str], torch.device]) -> list[torch.device]:
@@ -128,43 +135,43 @@ class Others:
     """The processes of the other ranks on this machine, which end with this one; a context manager."""
 
     def __init__(self, argv: Sequence[str], devices: Sequence[torch.device]) -> None:
-        self._argv, self._devices = list(argv), devices
-        self._processes: list[Any] = []
+        self._argv, self._devices = argv, devices
+        self._processes: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> Others:
         import torch.distributed as dist
-        from torch.multiprocessing import get_context
-
-        from accdiff_lib.command.follow import started
 
         if sys.platform in _LOOPBACK:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", _LOOPBACK[sys.platform])
-        listening = socket.create_server(("127.0.0.1", 0))
-        port = listening.getsockname()[1]
-        self._store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False,
-                                    master_listen_fd=listening.detach())
-        count = len(self._devices)
-        self.place = Place(0, count, 0, port)
         self._threads = _share_cores(self._devices)
-        for rank in range(1, count):
-            process = get_context("spawn").Process(target=started, args=(self._argv, Place(rank, count, rank, port)),
-                                                   name=f"accdiff rank {rank}", daemon=True)
-            process.start()
-            self._processes.append(process)
+        listening = socket.create_server(("127.0.0.1", 0))
+        host, port = listening.getsockname()
+        self._store = dist.TCPStore(host, port, is_master=True, wait_for_workers=False,
+                                    master_listen_fd=listening.detach())
+        self.place = Place(0, len(self._devices), 0, host, port)
+        self._processes = [self._start(replace(self.place, rank=rank, local=rank))
+                           for rank in range(1, self.place.count)]
         return self
+
+    def _start(self, place: Place) -> subprocess.Popen[bytes]:
+        # A session of its own: whoever stops this process stops the others by that.
+        return subprocess.Popen([sys.executable, "-m", "accdiff_lib", *self._argv], stdin=subprocess.DEVNULL,
+                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+                                env={**os.environ, **place.environment(), "PYTHONPATH": os.pathsep.join(sys.path)})
 
     def __exit__(self, kind: object, *_: object) -> None:
         import torch
 
         for process in self._processes:
-            if kind is None:
-                process.join(PARTING)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(PARTING if kind is None else 0)
             process.kill()
+            process.wait()
         torch.set_num_threads(self._threads)
 
     def gone(self, rank: int) -> str:
         """Why the process of a rank has ended; empty while it runs."""
-        code = self._processes[rank - 1].exitcode if rank else None
+        code = self._processes[rank - 1].poll() if rank else None
         if code is None:
             return ""
         return f"killed by {signal.Signals(-code).name}" if code < 0 else f"it ended with exit code {code}"

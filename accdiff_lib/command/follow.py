@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Sequence
 from contextlib import ExitStack
 
@@ -22,14 +21,6 @@ from accdiff_lib.engine.resume import Kept
 from accdiff_lib.engine.together import SharedStore
 from accdiff_lib.errors import InputError
 from accdiff_lib.standalone.lora import merged
-
-
-def started(argv: Sequence[str], place: Place) -> None:
-    """The process that rank 0 starts. Whoever stops that one stops all."""
-    for name in ("SIGINT", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    follow(argv, place, Stop())
 
 
 def follow(argv: Sequence[str], place: Place, stop: Stop) -> int:
