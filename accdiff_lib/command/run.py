@@ -174,7 +174,7 @@ def run(job: Job, told: dict[str, Any], stop: Stop, ranks: Ranks | None) -> int:
                 with merged(job.prompts.loras, models.networks):
                     if ranks is not None:
                         devices.ready(ranks, job.dtype)
-                        told["devices"] = list(ranks.names.values())
+                        told["devices"] = list(ranks.names.values())  # all, of which some may be on other machines
                     code = Pictures(job, terminal, host, Output(claim, given.spare, terminal), ranks).make(
                         told["images"], stop)
         finally:
@@ -406,6 +406,7 @@ def _described(job: Job) -> dict[str, Any]:
     general, given = job.general, job.arguments
     (base_height, base_width), (height, width) = (tuple(CELL * side for side in job.plan.base), job.plan.pixels)
     return {"version": __version__, "prompt": given.prompt, **general, "device": str(job.device),
+            "devices": list(map(str, job.devices)),
             "dtype": str(job.dtype).removeprefix("torch."), "model": job.model.name, "family": job.model.family,
             "seeds": list(range(general["seed"], general["seed"] + general["batch"])),
             "base": {"width": base_width, "height": base_height}, "target": {"width": width, "height": height},

@@ -78,6 +78,8 @@ class Ranks:
         #: By what carries tensors: those that are there.
         self._groups: dict[str, Any] = {}
         self._number = 0
+        #: Errors of other ranks.
+        self._heard: list[Exception] = []
         #: When each rank gave which sign of life, by this process's clock.
         self._signs: dict[int, tuple[bytes, float]] = {}
         self._pulse: _Pulse | None = None
@@ -144,7 +146,8 @@ class Ranks:
     def _exchange(self, at: str, told: Any, error: Exception | None) -> dict[int, dict[str, Any]]:
         self._number += 1
         here, progress = f"{self._number}", self.progress
-        said = {"at": at, "told": told, "error": None if error is None else _described(error),
+        said = {"at": at, "told": told, "error": None if error is None else {
+                    **_described(error), "heard": any(error is each for each in self._heard)},
                 "interrupted": progress is not None and progress.interrupted,
                 "skipped": progress is not None and progress.skipped}
         read = f"{self._number - 2}" + ("" if self.leads else f"/{self.rank}")
@@ -206,11 +209,11 @@ class Ranks:
 
     def _error(self, rank: int, told: Mapping[str, Any]) -> Exception:
         """An error of another rank."""
-        for kind in _SHARED:
-            if told["kind"] == kind.__name__:
-                shared = told["text"] and f"{self.name(rank)}: {told['text']}"
-                return kind(shared) if shared else kind()
-        return RankFailed(told["text"] if told["kind"] == "RankFailed" else f"{self.name(rank)}: {told['text']}")
+        kind = next((kind for kind in _SHARED if told["kind"] == kind.__name__), RankFailed)
+        text = told["text"] if told["heard"] or not told["text"] else f"{self.name(rank)}: {told['text']}"
+        error = kind(text) if text else kind()
+        self._heard.append(error)
+        return error
 
     # --- work --------------------------------------------------------------------------------------------------
 
@@ -318,7 +321,7 @@ class _Waiting:
         return True
 
 
-def _described(error: Exception) -> dict[str, str]:
+def _described(error: Exception) -> dict[str, Any]:
     """An error as JSON."""
     for kind in (*_SHARED, RankFailed):
         if isinstance(error, kind):
@@ -332,10 +335,11 @@ def _described(error: Exception) -> dict[str, str]:
 
 
 def _gravest(heard: Mapping[int, Mapping[str, Any]]) -> int | None:
-    """The rank whose error counts: one of its own before one that it has heard of, and of several the gravest."""
-    order = ["", *(kind.__name__ for kind in _SHARED), "RankFailed"]
-    failed = [(order.index(each["error"]["kind"]), rank) for rank, each in heard.items() if each["error"]]
-    return min(failed)[1] if failed else None
+    """The rank whose error counts: of those of its own before those it has heard of, the gravest."""
+    order = ["", RankFailed.__name__, *(kind.__name__ for kind in _SHARED)]
+    failed = [(each["error"]["heard"], order.index(each["error"]["kind"]), rank) for rank, each in heard.items()
+              if each["error"]]
+    return min(failed)[-1] if failed else None
 
 
 def _packed(made: Any) -> bytes:
