@@ -15,6 +15,7 @@ from accdiff_lib.command.process import Stop
 from accdiff_lib.command.run import host_of, models_of, request_of
 from accdiff_lib.engine.extrapolate import Extrapolation
 from accdiff_lib.engine.host import Picture
+from accdiff_lib.engine.method import Work
 from accdiff_lib.engine.plan import Stage
 from accdiff_lib.engine.ranks import RankLost, Ranks
 from accdiff_lib.engine.resume import Kept
@@ -82,9 +83,11 @@ class Following:
     def interrupted(self) -> bool:
         return self._stop.asked
 
-    def begin(self, stage: Stage | None, latents: int) -> None: ...
+    def begin(self, stage: Stage | None, calls: Sequence[Sequence[Work]]) -> None: ...
 
     def advance(self, latents: int) -> None: ...
+
+    def tile(self, doing: str, cells: int, done: int, total: int) -> None: ...
 
     def preview(self, denoised: Tensor) -> None: ...
 
