@@ -32,6 +32,8 @@ GENERAL: dict[str, Option] = {row.name: row for row in (
     Option("height", "height", "The same for its height.", 0, "picture", 0, 8192),
     Option("batch", "batch", "So many pictures, with the seeds SEED, SEED+1, ...", 1, "picture", 1, 1000),
     Option("device", "device", "Where the model runs: auto, cpu, cuda, cuda:1, mps, ...", "auto", "model"),
+    Option("devices", "devices", "Share the work on a picture among several devices, a process each: all (GPUs), or "
+           "names like 0,1 or cpu,cpu. The picture does not depend on how many they are.", "", "model"),
     Option("dtype", "precision", "Precision of the model; auto is float16 on CUDA and float32 elsewhere.", "auto",
            "model", choices=("auto", "float32", "float16", "bfloat16")),
     Option("offload", "offload", "Keep networks in main memory while they have nothing to do; auto does where the "

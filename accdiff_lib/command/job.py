@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # torch takes seconds to import; --help and typing mistakes a
     import numpy as np
     import torch
 
+    from accdiff_lib.command.devices import Place
     from accdiff_lib.command.folder import Folder
     from accdiff_lib.command.prompts import Prompts
     from accdiff_lib.engine.cost import Part
@@ -53,6 +54,8 @@ class Job:
     drawn: bool = False
     #: What is to say of the picture files.
     remarks: tuple[str, ...] = ()
+    #: What shares the work on this machine, `device` among them; none where `device` alone does it.
+    devices: tuple[torch.device, ...] = ()
 
     @property
     def stage_solver(self) -> tuple[str, str, int]:
@@ -125,8 +128,9 @@ class Job:
         return f"-{seed}" if self.general["batch"] > 1 else ""
 
 
-def prepare(argv: Sequence[str] | None) -> Job:
-    """Reads and checks everything but the weights. Raises InputError."""
+def prepare(argv: Sequence[str] | None, place: Place | None = None) -> Job:
+    """Reads and checks everything but the weights, on the device of this process's `place`, the first unless given.
+    Raises InputError."""
     namespace, general, chosen = arguments.read(argv)
     settings = _in_flags(make, chosen)
     image = None
@@ -145,7 +149,9 @@ def prepare(argv: Sequence[str] | None) -> Job:
 
     general["sampler"], general["scheduler"] = _sampler(general["sampler"], general["scheduler"])
     settings = _stage_names(settings)
-    device, dtype = _device(general["device"]), _dtype(general["dtype"], general["device"])
+    devices = _devices(general)
+    device = devices[place.local % len(devices) if place else 0] if devices else _device(general["device"])
+    dtype = _dtype(general["dtype"], devices[0] if devices else device)
     named = look_up(namespace.prompt, namespace.lora_dir, namespace.embedding_dir)
     model = (examine if namespace.dry_run or named else describe)(
         namespace.model, vae=namespace.vae, controlnet=namespace.controlnet, config=namespace.config,
@@ -166,8 +172,8 @@ def prepare(argv: Sequence[str] | None) -> Job:
     if drawn:
         general["seed"] = random.SystemRandom().randrange(2**32 - general["batch"])
     job = Job(namespace, general, settings, model, plan, parts, device, dtype, image, prompts, stated, regions, guide,
-              drawn, tuple(remarks))
-    if not namespace.dry_run:
+              drawn, tuple(remarks), devices)
+    if not namespace.dry_run and (place is None or place.rank == 0):
         _check_output(job)
     return job
 
@@ -244,7 +250,15 @@ def _stage_solver(general: dict[str, Any], settings: Settings) -> tuple[str, str
     return sampler, scheduler, settings.stage_steps or general["steps"]
 
 
-def _device(name: str) -> torch.device:
+def _devices(general: dict[str, Any]) -> tuple[torch.device, ...]:
+    from accdiff_lib.command.devices import read
+
+    if general["devices"] and general["device"] != "auto":
+        raise InputError(f"--devices: {general['devices']!r} and --device exclude each other; give one of them")
+    return tuple(read(general["devices"], lambda name: _device(name, "--devices")))
+
+
+def _device(name: str, flag: str = "--device") -> torch.device:
     import torch
 
     there = ["cpu"] + [f"cuda:{number}" for number in range(torch.cuda.device_count())]
@@ -257,15 +271,15 @@ def _device(name: str) -> torch.device:
     except RuntimeError:
         device = None
     if device is None or (str(device) not in there and not (str(device) == "cuda" and "cuda:0" in there)):
-        raise InputError(f"--device: {name!r} is not allowed; here are auto, {', '.join(there)}")
+        raise InputError(f"{flag}: {name!r} is not allowed; here are auto, {', '.join(there)}")
     return device
 
 
-def _dtype(name: str, device: str) -> torch.dtype:
+def _dtype(name: str, device: torch.device) -> torch.dtype:
     import torch
 
     if name == "auto":
-        name = "float16" if _device(device).type == "cuda" else "float32"
+        name = "float16" if device.type == "cuda" else "float32"
     return getattr(torch, name)
 
 

@@ -24,7 +24,7 @@ from accdiff_lib.standalone.loading import EMBEDDED
 
 #: Arguments and general options that do not decide the pictures.
 _APART = {"out", "spare", "overwrite", "fresh", "explain", "json", "dry_run", "keep_every", "offload", "lora_dir",
-          "embedding_dir"}
+          "embedding_dir", "device", "devices"}
 #: Arguments that name pictures, which count by their pixels.
 _PICTURES = {"image", "control_image"}
 #: Packages that compute them.
@@ -45,6 +45,7 @@ def key(job: Job) -> str:
     decides = {"arguments": _named(given), "embedded": _named(EMBEDDED) if job.arguments.model is None else "",
                "pictures": [None if each is None else [each.shape, _hash(each.tobytes())] for each in pictures],
                "general": general, "settings": values(job.settings), "dtype": str(job.dtype), "device": device,
+               "divided": bool(job.devices),
                "predicts": [job.model.prediction, *job.model.alphas_cumprod[[0, -1]].tolist()],
                "prompts": _named([Path(each["file"]) for kind in job.prompts.files.values() for each in kind]),
                "program": _program()}

@@ -11,13 +11,13 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from accdiff_lib import __version__
-from accdiff_lib.command import arguments
+from accdiff_lib.command import arguments, devices
 from accdiff_lib.command.job import Job, prepare
 from accdiff_lib.command.process import Stop, lasting_streams
 from accdiff_lib.engine.plan import CELL
@@ -33,24 +33,37 @@ if TYPE_CHECKING:  # torch takes seconds to import; --help and typing mistakes a
     from accdiff_lib.command.output import Output
     from accdiff_lib.command.report import Terminal
     from accdiff_lib.engine.cost import Part
-    from accdiff_lib.engine.extrapolate import Result
-    from accdiff_lib.engine.host import Picture
+    from accdiff_lib.engine.extrapolate import Request, Result
+    from accdiff_lib.engine.host import Picture, Progress
     from accdiff_lib.engine.method import Work
+    from accdiff_lib.engine.ranks import Ranks
+    from accdiff_lib.engine.resume import Kept
     from accdiff_lib.quality import Quality
     from accdiff_lib.standalone.host import StandaloneHost
     from accdiff_lib.standalone.loading import Models
 
 DONE, LESS, BAD_INPUT = 0, 1, 2
 
+T = TypeVar("T")
+
 
 def main(argv: Sequence[str] | None = None, stop: Stop | None = None) -> int:
     """Runs the command; returns its exit code. A `stop` that is given has been entered."""
     #: The JSON object, filled while there is more to tell, and printed whatever happens.
     told: dict[str, Any] = {}
+    argv = sys.argv[1:] if argv is None else argv
+    place = devices.of_torchrun()
     with lasting_streams(), nullcontext(stop) if stop else Stop() as stop:
+        if place is not None and place.rank:
+            from accdiff_lib.command.follow import follow
+
+            return follow(argv, place, stop)
         try:
-            job = prepare(argv)
-            return dry_run(job, told) if job.arguments.dry_run else run(job, told, stop)
+            job = prepare(argv, place)
+            if job.arguments.dry_run:
+                return dry_run(job, told)
+            with devices.ranks_of(job, argv) as ranks:
+                return run(job, told, stop, ranks)
         except InputError as error:
             told["error"] = " ".join(str(error).splitlines())
             print(f"accdiff: {told['error']}", file=sys.stderr)
@@ -66,7 +79,7 @@ def main(argv: Sequence[str] | None = None, stop: Stop | None = None) -> int:
             print(f"accdiff: {told['error']}", file=sys.stderr)
             return LESS
         finally:
-            if told and "--json" in (sys.argv if argv is None else argv):
+            if told and "--json" in argv:
                 print(json.dumps(told, indent=2))  # ASCII: safe in every terminal's and pipe's encoding
 
 
@@ -129,20 +142,18 @@ def _teraflop(job: Job, part: Part) -> float:
 
 # --- the run ---------------------------------------------------------------------------------------------------
 
-def run(job: Job, told: dict[str, Any], stop: Stop) -> int:
+def run(job: Job, told: dict[str, Any], stop: Stop, ranks: Ranks | None) -> int:
     """Makes and writes the pictures, and tells of them."""
     from accdiff_lib.command import resume
     from accdiff_lib.command.folder import size_text
     from accdiff_lib.command.output import Output
     from accdiff_lib.command.report import Terminal
-    from accdiff_lib.standalone.loading import load
     from accdiff_lib.standalone.lora import merged
 
     begin = time.perf_counter()
     given = job.arguments
     offload = job.offloads
-    models = load(given.model, vae=given.vae, controlnet=given.controlnet, config=given.config,
-                  prediction=job.general["prediction"], device="cpu" if offload else job.device, dtype=job.dtype)
+    models = models_of(job, offload)
     with stop.working():
         claim = job.folder.claim(resume.key(job), overwrite=given.overwrite, fresh=given.fresh)
         try:
@@ -156,12 +167,15 @@ def run(job: Job, told: dict[str, Any], stop: Stop) -> int:
                     terminal.say("going on from where the same command was stopped (--fresh begins anew)")
                 for note in _notes(job):
                     terminal.comment(note)
-                host = _host(job, models, terminal, offload)
+                host = host_of(job, models, terminal, offload)
                 if job.settings.wants_control and job.plan.stages and not host.has_control:
                     terminal.comment("no ControlNet is loaded, so edges do not guide the windows (give --controlnet "
                                      "PATH, or --no-use-controlnet)")
                 with merged(job.prompts.loras, models.networks):
-                    code = Pictures(job, terminal, host, Output(claim, given.spare, terminal)).make(
+                    if ranks is not None:
+                        devices.ready(ranks, job.dtype)
+                        told["devices"] = list(ranks.names.values())  # all, of which some may be on other machines
+                    code = Pictures(job, terminal, host, Output(claim, given.spare, terminal), ranks).make(
                         told["images"], stop)
         finally:
             left = claim.release()
@@ -172,13 +186,23 @@ def run(job: Job, told: dict[str, Any], stop: Stop) -> int:
     return code
 
 
-def _host(job: Job, models: Models, terminal: Terminal, offload: bool) -> StandaloneHost:
+def models_of(job: Job, offload: bool) -> Models:
+    """Loads the model."""
+    from accdiff_lib.standalone import loading
+
+    given = job.arguments
+    return loading.load(given.model, vae=given.vae, controlnet=given.controlnet, config=given.config,
+                        prediction=job.general["prediction"], device="cpu" if offload else job.device, dtype=job.dtype)
+
+
+def host_of(job: Job, models: Models, progress: Progress, offload: bool) -> StandaloneHost:
+    """The host for a run's pictures."""
     from accdiff_lib.standalone.host import StandaloneHost
 
     general = job.general
     sampler, scheduler, steps = job.stage_solver
     return StandaloneHost(
-        models, prompt=job.prompts.prompt, negative=job.prompts.negative, progress=terminal,
+        models, prompt=job.prompts.prompt, negative=job.prompts.negative, progress=progress,
         regions=[text for region in job.regions for text in (region.prompt, region.negative or "")],
         embeddings=job.prompts.embeddings,
         sampler=general["sampler"], scheduler=general["scheduler"], steps=general["steps"],
@@ -186,19 +210,35 @@ def _host(job: Job, models: Models, terminal: Terminal, offload: bool) -> Standa
         device=job.device, dtype=job.dtype, offload=offload)
 
 
+def request_of(job: Job, host: StandaloneHost, seed: int, kept: Kept) -> Request:
+    """What the engine is asked for a picture."""
+    from accdiff_lib.engine.extrapolate import Request
+    from accdiff_lib.engine.host import GivenImage
+
+    return Request(host.prompt, seed, job.general["cfg"], of(job.settings), job.settings, job.plan,
+                   intermediate=job.arguments.intermediate,
+                   given=None if job.image is None else GivenImage(job.image), regions=job.regions, guide=job.guide,
+                   kept=kept, base_texts=host.base_texts, seen_in_base=host.seen_in_base)
+
+
 class Pictures:
     """The pictures of a run, one after the other."""
 
-    def __init__(self, job: Job, terminal: Terminal, host: StandaloneHost, output: Output) -> None:
+    def __init__(self, job: Job, terminal: Terminal, host: StandaloneHost, output: Output,
+                 ranks: Ranks | None) -> None:
         from accdiff_lib.command.resume import Disk
         from accdiff_lib.engine.extrapolate import Extrapolation
 
-        self.job, self.terminal, self.host, self.output = job, terminal, host, output
-        self.extrapolation = Extrapolation(host, job.settings.window_batch)
+        self.job, self.terminal, self.host, self.output, self.ranks = job, terminal, host, output, ranks
+        self.extrapolation = Extrapolation(host, job.settings.window_batch, ranks)
         self._batches = Disk(output.claim.hidden, "", job.room, terminal.comment)
-        kept = self._batches.load("batches")
+        kept = self._shared(lambda: self._batches.load("batches"))
         if kept:
             self.extrapolation.batches.restore(kept)
+
+    def _shared(self, work: Callable[[], T]) -> T:
+        """What is found by `work()`, which the other ranks get too."""
+        return work() if self.ranks is None else self.ranks.alone(work)
 
     def make(self, images: list[dict[str, Any]], stop: Stop) -> int:
         """Makes all, tells of each in `images`; the exit code."""
@@ -226,9 +266,8 @@ class Pictures:
     def _one(self, seed: int, record: dict[str, Any]) -> None:
         """Makes one picture, and tells of it."""
         from accdiff_lib.command.resume import Disk
-        from accdiff_lib.engine.extrapolate import Request
-        from accdiff_lib.engine.host import GivenImage
         from accdiff_lib.engine.resume import Kept
+        from accdiff_lib.engine.together import SharedStore
 
         job, terminal = self.job, self.terminal
         files = Files(job, seed, self.output)
@@ -237,12 +276,9 @@ class Pictures:
         if job.general["batch"] > 1:
             terminal.say(f"seed {seed}")
         disk = Disk(self.output.claim.hidden, f"{seed}-", job.room, terminal.comment)
-        kept = Kept(disk, job.general["keep_every"], terminal.advance)
-        request = Request(self.host.prompt, seed, job.general["cfg"], of(job.settings), job.settings, job.plan,
-                          intermediate=job.arguments.intermediate,
-                          given=None if job.image is None else GivenImage(job.image), regions=job.regions,
-                          guide=job.guide, kept=kept, base_texts=self.host.base_texts,
-                          seen_in_base=self.host.seen_in_base)
+        kept = Kept(disk if self.ranks is None else SharedStore(self.ranks, disk), job.general["keep_every"],
+                    terminal.advance)
+        request = request_of(job, self.host, self._shared(lambda: seed), kept)
         record |= {"files": files.written, "parts": terminal.done}
         try:
             result = self.extrapolation.run(request)
@@ -370,6 +406,7 @@ def _described(job: Job) -> dict[str, Any]:
     general, given = job.general, job.arguments
     (base_height, base_width), (height, width) = (tuple(CELL * side for side in job.plan.base), job.plan.pixels)
     return {"version": __version__, "prompt": given.prompt, **general, "device": str(job.device),
+            "devices": list(map(str, job.devices)),
             "dtype": str(job.dtype).removeprefix("torch."), "model": job.model.name, "family": job.model.family,
             "seeds": list(range(general["seed"], general["seed"] + general["batch"])),
             "base": {"width": base_width, "height": base_height}, "target": {"width": width, "height": height},

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import cv2
 import torch
@@ -22,7 +22,8 @@ from accdiff_lib.engine.method import Method
 from accdiff_lib.engine.plan import CELL, Plan, Stage
 from accdiff_lib.engine.resume import Kept, Part, Resumable
 from accdiff_lib.engine.schedule import make_script, rehearse
-from accdiff_lib.engine.spread import Batcher, check_stop
+from accdiff_lib.engine.spread import Batcher, Divided, check_stop
+from accdiff_lib.engine.together import SharedHost
 from accdiff_lib.engine.unconditional import Answers
 from accdiff_lib.errors import Interrupted, NotFinite, OutOfMemory, Skipped, is_out_of_memory, out_of_memory
 from accdiff_lib.parts import reference
@@ -33,6 +34,9 @@ from accdiff_lib.parts.regions import Region
 from accdiff_lib.parts.structure import Guide
 from accdiff_lib.parts.window_prompts import WordMask
 from accdiff_lib.settings import Settings
+
+if TYPE_CHECKING:  # with torch.distributed, which not every torch has
+    from accdiff_lib.engine.ranks import Ranks
 
 #: Noise level (share of the training timesteps) at which an existing picture's attention is recorded.
 RECORDING_NOISE = 0.3
@@ -101,12 +105,14 @@ class Request:
 class Extrapolation:
     """One generation in a host: makes images from requests, with the encoded texts shared between them."""
 
-    def __init__(self, host: Host, window_batch: int = 0):
-        """`window_batch` latents are evaluated at once; 0 asks the host what fits."""
-        self.host = host
+    def __init__(self, host: Host, window_batch: int = 0, ranks: Ranks | None = None):
+        """`window_batch` latents are evaluated at once; 0 asks the host what fits. With `ranks` every one of them makes
+        the same requests, and a share of the work."""
+        self.host = host if ranks is None else cast(Host, SharedHost(host, ranks))
+        self._ranks = ranks
         self._texts: dict[str, Text] = {}
-        self._batcher = Batcher(host, window_batch)
-        self._finite = Finite(host, self._batcher)
+        self._batcher = Batcher(host, window_batch) if ranks is None else Divided(self.host, window_batch, ranks)
+        self._finite = Finite(self.host, self._batcher)
 
     @property
     def batches(self) -> Batcher:
@@ -127,11 +133,14 @@ class Extrapolation:
                 self._run(request, result)
             return result
         except Exception as error:
-            reason = _why_stopped(error)
+            failure = error if self._ranks is None else self._ranks.settle(error)
+            reason = _why_stopped(failure)
             if reason is None or not result.pictures:
-                if is_out_of_memory(error):
-                    raise OutOfMemory(out_of_memory(error, "before anything was finished")) from error
-                raise
+                if is_out_of_memory(failure):
+                    raise OutOfMemory(out_of_memory(failure, "before anything was finished")) from error
+                if failure is error:
+                    raise
+                raise failure from error
         # Here, where the exception that keeps the stage's tensors alive is gone: the decode may need their memory.
         self._give_up(result, reason)
         return result
@@ -156,7 +165,7 @@ class Extrapolation:
         base = maps = None
         own = dict(zip(plan.stages, self._by_stage(request), strict=True))
         if request.given is not None or settings.base_pass or not plan.stages:
-            base, maps = self._base(request, result)
+            base, maps = self._base_for_all(request, result)
             self._finish(request, result, base, decode=wants_all or bool(result.stopped) or not plan.stages)
         words = {each.settings: self.locate(each, maps) for each in own.values()
                  if maps is not None and each.settings.records_attention}
@@ -211,6 +220,13 @@ class Extrapolation:
             self.host.progress.comment(f"{reason}; the picture is the {best.name} one")
 
     # --- the base picture --------------------------------------------------------------------------------------
+
+    def _base_for_all(self, request: Request, result: Result) -> tuple[Picture, Tensor | None]:
+        """The same on all ranks: a single latent at a time is no work for several."""
+        if self._ranks is None:
+            return self._base(request, result)
+        picture, maps, result.stopped = self._ranks.alone(lambda: (*self._base(request, result), result.stopped))
+        return picture, maps
 
     def _base(self, request: Request, result: Result) -> tuple[Picture, Tensor | None]:
         """The base picture, cropped to the target's shape, and its attention maps [rows, columns, tokens]."""

@@ -18,7 +18,7 @@ from accdiff_lib.engine.canvas import StageInputs, match_statistics
 from accdiff_lib.engine.host import Conditioning, Hints, Host, Text
 from accdiff_lib.engine.method import Call
 from accdiff_lib.engine.plan import CELL
-from accdiff_lib.engine.spread import Batcher
+from accdiff_lib.engine.spread import Batcher, Latents, Predictions
 from accdiff_lib.methods.fused import FusedSettings, Grid, grid_of, regions_of
 from accdiff_lib.parts.regions import bootstrapped, bootstraps, fusion_weights
 from accdiff_lib.parts.regions import window_weights as window_weights_of
@@ -26,6 +26,9 @@ from accdiff_lib.parts.resampling import COLOURS, constant_colours
 from accdiff_lib.parts.views import gaussian_filter, join_views, split_views
 from accdiff_lib.parts.window_prompts import WindowPrompts, window_prompts
 from accdiff_lib.parts.windows import Window
+
+#: What a pass evaluates, and what it makes of the predictions: [1, C, h, w].
+Pass = tuple[Latents, Callable[[Predictions], Tensor]]
 
 
 class FusedPredictor:
@@ -55,9 +58,11 @@ class FusedPredictor:
     def __call__(self, x: Tensor, sigma: Tensor, call: Call) -> Tensor:
         """See engine.canvas.Predictor."""
         passes = call.method
-        if passes.local and passes.dilated:
-            return self.local_pass(x, sigma, call).lerp(self.dilated_pass(x, sigma, call), passes.c2)
-        return self.local_pass(x, sigma, call) if passes.local else self.dilated_pass(x, sigma, call)
+        wanted = [made(x, sigma, call) for made, on in ((self.local_pass, passes.local),
+                                                        (self.dilated_pass, passes.dilated)) if on]
+        predictions = self.batcher.run_all(*(latents for latents, _ in wanted))
+        found = [finish(each) for (_, finish), each in zip(wanted, predictions, strict=True)]
+        return found[0] if len(found) == 1 else found[0].lerp(found[1], passes.c2)
 
     def _denoise(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """Of a part of the canvas, which may be elsewhere than the model."""
@@ -86,13 +91,13 @@ class FusedPredictor:
             return None
         return seeds.integers(self.inputs.seed, "windows", self.inputs.stage.number, *step)
 
-    def local_pass(self, x: Tensor, sigma: Tensor, call: Call) -> Tensor:
+    def local_pass(self, x: Tensor, sigma: Tensor, call: Call) -> Pass:
         """The mean of the overlapping windows' predictions (MultiDiffusion with window prompts)."""
         windows, texts = self.windows(call.step), self.texts(call.step)
         if self.regions is not None:
             windows, texts = self.regions.windows(windows), self.regions.texts(texts)
         padded = self._pad(x, windows)
-        value, count = torch.zeros_like(padded), torch.zeros_like(padded[:, :1])
+        guidance = call.scale(self.settings.local_guidance, self.inputs.guidance)
         background = None if self.regions is None else self.regions.background(call, self._pad, windows)
 
         def evaluate(part: slice) -> Tensor:
@@ -102,22 +107,27 @@ class FusedPredictor:
                 seen = [self.regions.bootstrapped(number, window, each, float(sigma), background)
                         for number, window, each in zip(range(len(windows))[part], these, seen, strict=True)]
             return self._denoise(torch.cat(seen), sigma, Conditioning(
-                texts[part], [(CELL * w.top, CELL * w.left) for w in these], self.inputs.plan.pixels,
-                call.scale(self.settings.local_guidance, self.inputs.guidance), self.settings.guidance_rescale,
+                texts[part], [(CELL * w.top, CELL * w.left) for w in these], self.inputs.plan.pixels, guidance,
+                self.settings.guidance_rescale,
                 hints=self._hints(these) if call.control else None,
                 hint_names=[(self, w) for w in these] if self.fixed else (),
                 strength=self.settings.control_strength))
 
         size = windows[0].height, windows[0].width
         weight = window_weights(*size, x) if self.settings.window_weights == "cosine" else 1
-        for part, denoised in self.batcher.run(len(windows), *size, evaluate):
-            for number, window, prediction in zip(range(len(windows))[part], windows[part], denoised, strict=True):
-                counts = weight if self.regions is None else weight * self.regions.weight(number, window).to(x)
-                value[..., window.rows, window.columns] += counts * prediction
-                count[..., window.rows, window.columns] += counts
-        edge, (height, width) = self.grid.padding, x.shape[-2:]
-        inside = (..., slice(edge, edge + height), slice(edge, edge + width))
-        return self.mean(value[inside], count[inside], x, call)
+
+        def finish(predictions: Predictions) -> Tensor:
+            value, count = torch.zeros_like(padded), torch.zeros_like(padded[:, :1])
+            for part, denoised in predictions:
+                for number, window, prediction in zip(range(len(windows))[part], windows[part], denoised, strict=True):
+                    counts = weight if self.regions is None else weight * self.regions.weight(number, window).to(x)
+                    value[..., window.rows, window.columns] += counts * prediction
+                    count[..., window.rows, window.columns] += counts
+            edge, (height, width) = self.grid.padding, x.shape[-2:]
+            inside = (..., slice(edge, edge + height), slice(edge, edge + width))
+            return self.mean(value[inside], count[inside], x, call)
+
+        return Latents(len(windows), *size, evaluate, ("window", guidance != 1, call.control)), finish
 
     def mean(self, value: Tensor, count: Tensor, x: Tensor, call: Call) -> Tensor:
         """The windows' weighted sum [1, C, h, w] over their weights [1, 1, h, w]; the grid leaves no cell without."""
@@ -169,7 +179,7 @@ class FusedPredictor:
 
     # --- the dilated pass --------------------------------------------------------------------------------------
 
-    def dilated_pass(self, x: Tensor, sigma: Tensor, call: Call) -> Tensor:
+    def dilated_pass(self, x: Tensor, sigma: Tensor, call: Call) -> Pass:
         """Dilated sampling with window interaction: every view sees the whole picture, coarsely."""
         dilation, (above, left) = self.grid.dilation, self.grid.dilated_padding
         padded = self._bordered(x, (left, 0, above, 0))
@@ -179,21 +189,25 @@ class FusedPredictor:
         views = split_views(filtered, dilation)
         shuffle = self.interaction(call, views) if self.settings.interaction and dilation > 1 else None
         seen = views if shuffle is None else views.gather(0, shuffle)
-        predicted = torch.empty_like(views)
+        guidance = call.scale(self.settings.dilated_guidance, self.inputs.guidance)
 
         def evaluate(part: slice) -> Tensor:
             count = part.stop - part.start
             return self._denoise(seen[part], sigma, Conditioning(
-                [self.text] * count, [(0, 0)] * count, self.inputs.plan.pixels,
-                call.scale(self.settings.dilated_guidance, self.inputs.guidance), self.settings.guidance_rescale))
+                [self.text] * count, [(0, 0)] * count, self.inputs.plan.pixels, guidance,
+                self.settings.guidance_rescale))
+
+        def finish(predictions: Predictions) -> Tensor:
+            predicted = torch.empty_like(views)
+            for part, denoised in predictions:
+                predicted[part] = denoised
+            if shuffle is not None:
+                predicted = torch.empty_like(views).scatter_(0, shuffle, predicted)
+            # The noise predicted for the filtered canvas is removed from the canvas itself: x0 = x - (filtered - x0').
+            return (padded - filtered + join_views(predicted, dilation))[..., above:, left:]
 
         height, width = views.shape[-2:]
-        for part, denoised in self.batcher.run(len(views), height, width, evaluate):
-            predicted[part] = denoised
-        if shuffle is not None:
-            predicted = torch.empty_like(views).scatter_(0, shuffle, predicted)
-        # The noise predicted for the filtered canvas is removed from the canvas itself: x0 = x - (filtered - x0').
-        return (padded - filtered + join_views(predicted, dilation))[..., above:, left:]
+        return Latents(len(views), height, width, evaluate, ("view", guidance != 1)), finish
 
     def interaction(self, call: Call, views: Tensor) -> Tensor:
         """A random permutation of the views for every channel and position: indices [views, C, h, w]."""

@@ -15,7 +15,7 @@ from accdiff_lib.engine.canvas import StageInputs
 from accdiff_lib.engine.host import Conditioning, Host, Text
 from accdiff_lib.engine.method import Call
 from accdiff_lib.engine.plan import CELL
-from accdiff_lib.engine.spread import Batcher
+from accdiff_lib.engine.spread import Batcher, Latents
 from accdiff_lib.methods.scalecrafter import ScaleCrafterSettings, dilation_of, padded_size
 from accdiff_lib.parts.dilation import redilated
 from accdiff_lib.parts.dilation_plan import Convolution, DilationPlan
@@ -75,26 +75,33 @@ class ScaleCrafterPredictor:
         """See engine.canvas.Predictor."""
         height, width = x.shape[-2:]
         padded = _mirrored(x, 1, self.size)
-        predicted = self._damped(padded, sigma, call) if call.method else self._plain(padded, sigma, call)
+        apart = call.method or (self.batcher.divides and self._guidance(call) != 1)
+        predicted = self._apart(padded, sigma, call) if apart else self._plain(padded, sigma, call)
         return predicted[..., :height, :width]
+
+    def _guidance(self, call: Call) -> float:
+        return call.scale(self.settings.canvas_guidance, self.inputs.guidance)
 
     def _plain(self, x: Tensor, sigma: Tensor, call: Call) -> Tensor:
         """Guided by the host, whose own features count."""
-        guidance = call.scale(self.settings.canvas_guidance, self.inputs.guidance)
         with redilated(self.convolutions, self.plan.strong_at(call.timestep), lowpass=self.plan.lowpass,
                        dispersed=self.plan.dispersed_at(call.timestep)):
-            return self._once(lambda: self._denoise(x, sigma, call, self.text, guidance,
-                                                    self.settings.guidance_rescale))
+            (_, found), = self.batcher.run(1, *self.size, lambda _: self._denoise(
+                x, sigma, call, self.text, self._guidance(call), self.settings.guidance_rescale))
+            return found
 
-    def _damped(self, x: Tensor, sigma: Tensor, call: Call) -> Tensor:
-        """Noise-damped guidance: three evaluations, one after the other, as the canvas may be all that fits."""
+    def _apart(self, x: Tensor, sigma: Tensor, call: Call) -> Tensor:
+        """Noise-damped guidance, and what several devices share: each half by itself, as the canvas may be all that
+        fits."""
         texts = dict(zip(("cond", "uncond"), self.host.apart(self.text), strict=True))
 
         def predict(x: Tensor, sigma: Tensor, halves: Halves) -> Tensor:
-            return self._once(lambda: torch.cat([self._denoise(x, sigma, call, texts[half]) for half in halves]))
+            found, = self.batcher.run_all(Latents(len(halves), *self.size, lambda part: torch.cat(
+                [self._denoise(x, sigma, call, texts[half]) for half in halves[part]]), halves=True))
+            return torch.cat([prediction for _, prediction in found])
 
         base, uncond, cond = self.evaluate(x, sigma, call.timestep, predict)
-        found = guided(base, uncond, cond, call.scale(self.settings.canvas_guidance, self.inputs.guidance))
+        found = guided(base, uncond, cond, self._guidance(call))
         if not self.settings.guidance_rescale:
             return found
         # In terms of the noise, which is x - x0 but for a factor that is the same in both.
@@ -103,11 +110,6 @@ class ScaleCrafterPredictor:
     def evaluate(self, x: Tensor, sigma: Tensor, timestep: float, predict: Predict) -> tuple[Tensor, Tensor, Tensor]:
         """See the function of this name."""
         return evaluate(x, sigma, timestep, self.plan, self.convolutions, predict)
-
-    def _once(self, evaluate: Callable[[], Tensor]) -> Tensor:
-        """A batch of one canvas: counted, stoppable, and an OutOfMemory where it does not fit."""
-        (_, found), = self.batcher.run(1, *self.size, lambda _: evaluate())
-        return found
 
     def _denoise(self, x: Tensor, sigma: Tensor, call: Call, text: Text, guidance: float = 1.0,
                  rescale: float = 0.0) -> Tensor:

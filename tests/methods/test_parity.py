@@ -14,10 +14,10 @@ from accdiff_lib.engine.canvas import Canvas, StageInputs, match_statistics
 from accdiff_lib.engine.host import Conditioning, Text
 from accdiff_lib.engine.plan import CELL, Plan, Stage, make_plan
 from accdiff_lib.engine.schedule import Call, make_script
-from accdiff_lib.engine.spread import Batcher
+from accdiff_lib.engine.spread import Batcher, Predictions
 from accdiff_lib.methods import of
 from accdiff_lib.methods.fused import FusedSettings, Grid, grid_of
-from accdiff_lib.methods.fused_canvas import FusedPredictor
+from accdiff_lib.methods.fused_canvas import FusedPredictor, Pass
 from accdiff_lib.parts.attention import AttentionRecorder, map_size
 from accdiff_lib.parts.prompts import Word
 from accdiff_lib.parts.structure import hint
@@ -85,15 +85,21 @@ class RecordedPredictor(FusedPredictor):
     def texts(self, step: int) -> Sequence[Text]:
         return self._texts or [self.text] * len(self._recorded[step])
 
-    def local_pass(self, x: Tensor, sigma: Tensor, call: Call) -> Tensor:
-        denoised = super().local_pass(x, sigma, call)
-        self.log[-1]["local"] = stepped(x, denoised, self.sigmas, call.step)
-        return denoised
+    def local_pass(self, x: Tensor, sigma: Tensor, call: Call) -> Pass:
+        return self._logged("local", super().local_pass(x, sigma, call), x, call)
 
-    def dilated_pass(self, x: Tensor, sigma: Tensor, call: Call) -> Tensor:
-        denoised = super().dilated_pass(x, sigma, call)
-        self.log[-1]["global"] = stepped(x, denoised, self.sigmas, call.step)
-        return denoised
+    def dilated_pass(self, x: Tensor, sigma: Tensor, call: Call) -> Pass:
+        return self._logged("global", super().dilated_pass(x, sigma, call), x, call)
+
+    def _logged(self, name: str, made: Pass, x: Tensor, call: Call) -> Pass:
+        latents, finish = made
+
+        def finished(predictions: Predictions) -> Tensor:
+            denoised = finish(predictions)
+            self.log[-1][name] = stepped(x, denoised, self.sigmas, call.step)
+            return denoised
+
+        return latents, finished
 
     def interaction(self, call: Call, views: Tensor) -> Tensor:
         """The recorded permutations; those of later mini-batches refer to the batch's own views."""
