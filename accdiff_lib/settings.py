@@ -127,8 +127,8 @@ def option(default: Any, label: str, help: str, *, group: str, minimum: float | 
     return field(default=default, metadata=row)
 
 
-#: Stages that begin late and hold on to the enlarged picture by its low band, without 3x on the way to 4x.
-_HELD = {"start": 0.5, "doubling": True, "skip_residual": False, "structure_guidance": 1.0, "reference": "mixed"}
+#: Stages that begin late and hold on to the enlarged picture by its low band, so that 4x needs none on its way.
+_HELD = {"start": 0.5, "stage_factor": 4, "skip_residual": False, "structure_guidance": 1.0, "reference": "mixed"}
 
 #: A preset is a starting point between quality and time. A method that lacks one of the options leaves it out.
 #: The paper's is the default of the table, so that pictures of the past mean what they meant.
@@ -179,6 +179,10 @@ class Settings:
     doubling: bool = option(
         False, "doubling", "When progressive, go through 2x, 4x, 8x: fewer stages on the way to 4x and more.",
         group="stages", title="Double at each step")
+    stage_factor: int = option(
+        0, "stage factor", "When progressive, how many times larger than the one before a stage may be, in as few even "
+        "stages as that takes; auto goes through 2x, 3x, ...", group="stages", minimum=0, maximum=8, step=1,
+        title="Largest factor of a step", auto=True)
     stage_steps: int = option(
         0, "stage steps", "Sampling steps of each stage; auto takes those of the base pass.", group="stages",
         minimum=0, maximum=1000, step=1, title="Sampling steps of each stage", auto=True)
@@ -316,14 +320,19 @@ class Settings:
         for name in ("target_width", "target_height"):
             if getattr(self, name) % 8:
                 raise InputError(f"{name}: {getattr(self, name)} is not allowed; it takes a multiple of 8")
+        if self.stage_factor == 1:
+            raise InputError("stage_factor: 1 is not allowed; it takes 0 or a whole number from 2 to 8")
         for name in ("skip_residual", "structure_guidance"):
             if getattr(self, name) and not self.base_pass:
                 raise InputError(f"{name}: needs a base picture, but base_pass is off")
 
     def remarks(self) -> Iterator[str]:
         """What the user should know of these values, a sentence each."""
-        if self.doubling and not self.progressive:
-            yield "doubling: without progressive there is but one stage, so it changes nothing"
+        for name in ("doubling", "stage_factor"):
+            if getattr(self, name) and not self.progressive:
+                yield f"{name}: without progressive there is but one stage, so it changes nothing"
+        if self.doubling and self.stage_factor:
+            yield "doubling: with a stage_factor it changes nothing"
 
 
 def stage_values(text: str, options: Mapping[str, Option], *, strict: bool = False) -> dict[str, list[Any]]:

@@ -133,17 +133,20 @@ class Extrapolation:
                 self._run(request, result)
             return result
         except Exception as error:
-            failure = error if self._ranks is None else self._ranks.settle(error)
-            reason = _why_stopped(failure)
-            if reason is None or not result.pictures:
-                if is_out_of_memory(failure):
-                    raise OutOfMemory(out_of_memory(failure, "before anything was finished")) from error
-                if failure is error:
-                    raise
-                raise failure from error
+            reason = self._agreed_reason(error, result)
         # Here, where the exception that keeps the stage's tensors alive is gone: the decode may need their memory.
         self._give_up(result, reason)
         return result
+
+    def _agreed_reason(self, error: Exception, result: Result) -> str:
+        """Why the run ended early, as all ranks see it; raises where nothing was finished, or it is another error."""
+        failure = error if self._ranks is None else self._ranks.settle(error)
+        reason = _why_stopped(failure)
+        if reason is None or not result.pictures:
+            if is_out_of_memory(failure):
+                raise OutOfMemory(out_of_memory(failure, "before anything was finished")) from error
+            raise failure from (None if failure is error else error)
+        return reason
 
     def texts(self, prompts: Sequence[str]) -> list[Text]:
         """Encoded prompts; each distinct one is encoded once."""

@@ -78,15 +78,15 @@ class Plan:
                 (crop.left + crop.width) / width)
 
 
-def scales(target: float, progressive: bool, doubling: bool = False) -> list[float]:
+def scales(target: float, progressive: bool, doubling: bool = False, factor: int = 0) -> list[float]:
     """The scale of every stage on the way to `target`: whole numbers for a whole target, evenly spaced otherwise.
 
-    With `doubling` each is about twice the one before.
+    With `doubling` each is about twice the one before, with a `factor` at most so many times.
     """
     if target <= 1 + _EPS:
         return []
-    if progressive and doubling:
-        count = max(1, round(math.log2(target)))
+    if progressive and (doubling or factor):
+        count = max(1, math.ceil(math.log(target, factor) - _EPS) if factor else round(math.log2(target)))
         return [target ** ((k + 1) / count) for k in range(count)]
     count = max(1, math.floor(target - 0.5 + _EPS)) if progressive else 1
     return [1 + (target - 1) * (k + 1) / count for k in range(count)]
@@ -133,7 +133,8 @@ def make_plan(base: tuple[int, int], settings: Settings, *, native: int, multipl
 
     stages = []
     largest = max(ratios)
-    for number, scale in enumerate(scales(largest, settings.progressive, settings.doubling), 1):
+    for number, scale in enumerate(scales(
+            largest, settings.progressive, settings.doubling, settings.stage_factor), 1):
         last = abs(scale - largest) < _EPS
         height = target[0] // CELL if last else round(crop.height * scale)
         width = target[1] // CELL if last else round(crop.width * scale)

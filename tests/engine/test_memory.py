@@ -69,31 +69,21 @@ def test_both_halves_of_a_latent_fit_or_not(monkeypatch):
     assert found.pair_fits(64, 64) and not found.pair_fits(64, 72)
 
 
-def test_a_vae_is_tiled_and_its_tiles_wait_where_there_is_room(monkeypatch):
-    """At 1024 x 1024 pixels: ten numbers of 128 channels for each at work, four waiting."""
+def test_a_vae_is_tiled_where_the_whole_does_not_fit(monkeypatch):
     card = Card(monkeypatch, reserved=0, allocated=0)
-    whole, waiting = (count * 128 * 2 * 1024 * 1024 / 0.8 for count in (10, 4))
-    for free, tile, store in ((whole + 99, 0, GPU), (whole - 99, memory.TILE, GPU), (waiting + 99, memory.TILE, GPU),
-                              (waiting - 99, memory.TILE, None)):
+    whole = memory.VAE_NUMBERS * 128 * 2 * 1024 * 1024 / 0.8
+    for free, tile in ((whole + 99, 0), (whole - 99, memory.TILE)):
         card.free = free
         assert memory.vae_tile(GPU, 128, 128, 128, 2) == tile
-        assert memory.vae_store(GPU, 128, 128, 128, 2) == store
 
 
-def test_what_a_run_needs():
-    weights = {"text_encoder": 100, "text_encoder_2": 20, "unet": 1000, "controlnet": 300, "vae": 50}
-    found = memory.need(weights, unet_width=320, vae_widths=[128, 256, 512], latent=64 * 64, canvas=128 * 128,
-                        itemsize=2, vae_itemsize=4)
-    latent, canvas, tile = 64 * 320 * 2 * 64 * 64, 192 * 128 * 128, 10 * 128 * 4 * 64 * 64 * 64
-    assert found == memory.Need(240, 2600, 200, latent, canvas, tile, 2 * 128 * 64 * 128 * 128 * 4)
-    assert found.resident == 240 + 2600 + 200 + canvas + tile
-    assert found.offloaded == canvas + 200 + tile
-    few = memory.need({"text_encoder": 10 ** 9, "unet": 1, "vae": 1}, unet_width=320, vae_widths=[1], latent=64 * 64,
-                      canvas=1024 * 1024, itemsize=2, vae_itemsize=4)
-    assert (few.text, few.unet, few.canvas) == (2 * 10 ** 9, 2, 192 * 512 * 512)
-    assert few.decode == 3 * 1024 * 1024 * 4  # the attention to the whole
-    assert few.resident == few.text + few.unet + few.vae + few.canvas + 2 * few.latent
-    assert few.offloaded == few.canvas + few.text
+def test_what_a_run_needs_at_a_time():
+    pair = memory.Need(text=100, unet=2000, controlnet=700, vae=50, latent=40, canvas=5, decode=60, main=1)
+    assert pair.resident == 100 + 2000 + 700 + 50 + 5 + 2 * 40  # the networks' peak, not the VAE's
+    assert pair.offloaded == 5 + 2000 + 40
+    tall = memory.Need(text=1000, unet=200, controlnet=700, vae=50, latent=40, canvas=5, decode=600, main=1)
+    assert tall.resident == 1000 + 200 + 700 + 50 + 5 + 600 and tall.offloaded == 5 + 1000
+    assert memory.Need(100, 200, 300, 50, 40, 5, 600, 1).offloaded == 5 + 50 + 600
 
 
 def test_batches_are_halved_where_memory_runs_out():

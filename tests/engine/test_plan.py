@@ -68,6 +68,14 @@ def test_doubling(target, expected):
     assert scales(target, False, doubling=True) == pytest.approx(expected[-1:])
 
 
+@pytest.mark.parametrize(("target", "factor", "expected"), [
+    (4, 4, [4]), (2, 4, [2]), (1, 4, []), (8, 4, [8 ** 0.5, 8]), (8, 2, [2, 4, 8]), (3, 2, [3 ** 0.5, 3]), (8, 8, [8])])
+def test_a_stage_is_at_most_so_many_times_larger(target, factor, expected):
+    assert scales(target, True, factor=factor) == pytest.approx(expected)
+    assert scales(target, True, doubling=True, factor=factor) == pytest.approx(expected)
+    assert scales(target, False, factor=factor) == pytest.approx(expected[-1:])
+
+
 def test_an_overlap_is_a_stride():
     def windows(**values):
         plan = make_plan((1024, 1024), make({"scale": 4, **values}), native=128)

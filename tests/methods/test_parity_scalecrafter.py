@@ -14,6 +14,7 @@ from accdiff_lib.parts import vae as tiled
 from accdiff_lib.parts.dilation_plan import DilationPlan, step_timestep
 from accdiff_lib.parts.noise_levels import NoiseLevels
 from accdiff_lib.parts.prediction import denoised
+from accdiff_lib.parts.vae_maps import Strip
 from accdiff_lib.standalone.convolutions import structure_of_diffusers
 from accdiff_lib.standalone.loading import Models
 from accdiff_lib.standalone.samplers import find_sampler
@@ -164,7 +165,7 @@ def test_their_group_norm_over_tiles(case: Case):
                    for s, part in zip(share, grouped, strict=True))
     moments = tiled.Moments()
     for tile in tiles:
-        moments.add(tile)
+        moments.add(Strip(0, tile))
     scale, shift = moments.affine(norm, torch.device("cpu"))
     joined = torch.cat([tile.flatten(2) for tile in tiles], dim=2)
     exact = norm(joined).split([tile[0, 0].numel() for tile in tiles], dim=2)

@@ -130,7 +130,7 @@ def test_bad_values_name_option_value_and_what_is_allowed(name, value):
     ({"control_start": 0.6, "control_end": 0.4}, "control_start"),
     ({"target_width": 512}, "target_width, target_height"),
     ({"target_width": 513, "target_height": 512}, "target_width"),
-    ({"window": 7}, "window"),
+    ({"window": 7}, "window"), ({"stage_factor": 1}, "stage_factor"),
     ({"base_pass": False}, "skip_residual"),
     ({"control_end": 0.5, "by_stage": "control_start=0.2/0.6"}, "control_start"),
     ({"color": 3}, "color")])
