@@ -55,6 +55,6 @@ def test_the_first_stage_may_be_another_methods():
     settings = replace(make({"start": 0.1}), first=make({"start": 0.4}))
     stages = [replace(STAGE, number=number) for number in (1, 2, 3)]
     assert method.said(stages, settings, lambda: [1, 2]) == ["first 1 0.4 2", "rest 2 0.1 2", "rest 3 0.1 2"]
-    assert replace(method, first=None).said(stages[:1], settings, lambda: []) == ["rest 1 0.1 0"]
-    assert method.said(stages[:1], replace(settings, first=None), lambda: []) == ["rest 1 0.1 0"]
-    assert replace(method, remarks=None).said(stages, settings, lambda: []) == ["first 1 0.4 0"]
+    assert replace(method, first=None).said(stages[:1], settings, list) == ["rest 1 0.1 0"]
+    assert method.said(stages[:1], replace(settings, first=None), list) == ["rest 1 0.1 0"]
+    assert replace(method, remarks=None).said(stages, settings, list) == ["first 1 0.4 0"]
