@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 
@@ -113,3 +115,38 @@ def test_the_last_try_raises():
     with pytest.raises(MemoryError):
         memory.attempt(full, "second", last=True)
     assert calls == ["first", "second"] and memory.attempt(len, "four") == 4
+
+
+@pytest.mark.parametrize("there", ["cuda", "mps", ""])
+def test_what_is_given_back(monkeypatch, there):
+    """The device first finishes; what it tells then is told again by the next call. Main memory is trimmed where
+    pictures are made in it."""
+    done: list[str] = []
+
+    def fails(name):
+        done.append(f"{name} waits")
+        raise RuntimeError("CUDA error: an earlier failure")
+
+    for name, backend, module in (("cuda", torch.cuda, torch.cuda), ("mps", torch.mps, torch.backends.mps)):
+        monkeypatch.setattr(module, "is_available", lambda name=name: name == there)
+        monkeypatch.setattr(backend, "synchronize", lambda name=name: fails(name))
+        monkeypatch.setattr(backend, "empty_cache", lambda name=name: done.append(f"{name} is emptied"))
+    monkeypatch.setattr(memory, "_trim", lambda: done.append("trimmed"))
+    monkeypatch.setattr(memory.gc, "collect", lambda: done.append("collected"))
+    memory.release()
+    of_device = [f"{there} waits", f"{there} is emptied"] if there else []
+    assert done == ["collected", *of_device, *([] if there == "cuda" else ["trimmed"])]
+
+
+def test_memory_is_released_when_nothing_holds_what_failed(monkeypatch):
+    class Large:
+        pass
+
+    def fill():
+        large = Large()
+        alive.append(weakref.ref(large))
+        raise MemoryError
+
+    alive: list[weakref.ref] = []
+    monkeypatch.setattr(memory, "release", lambda: alive.append(alive[0]()))
+    assert memory.attempt(fill) is None and alive[1] is None
