@@ -29,8 +29,21 @@ NEIGHBOURS: dict[str, dict[str, Any]] = {
 #: What changes the cross-attention, with a prompt that makes it do so.
 CROSS_ATTENTION = {"NegPiP": "a red ball on snow, (sky:-1.2)", "Regional Prompter": "a red ball BREAK a blue box"}
 
+#: What mixes a batch, or remembers the last call.
+MIXING = ["StyleAlign Integrated", "HyperTile Integrated", '"APG\'s now your CFG" and Guidance Limiter for reForge']
+
 #: Scripts of img2img's dropdown alone.
 OF_IMG2IMG = ["SD upscale", "Loopback", "Outpainting mk2", "Poor man's outpainting", "Ultimate SD upscale"]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Of these, what this host has."""
+    for name, names, img2img in (("neighbour", NEIGHBOURS, False), ("hooking", CROSS_ATTENTION, False),
+                                 ("mixing", MIXING, False), ("redrawing", OF_IMG2IMG, True)):
+        if name in metafunc.fixturenames:
+            webui = WebUI(URL) if URL else None
+            metafunc.parametrize(name, [pytest.param("", marks=pytest.mark.skip(MISSING))] if webui is None else
+                                 [each for each in names if webui.script(each, img2img=img2img)])
 
 
 class Few(WebUI):
@@ -89,9 +102,8 @@ def selected(webui, name: str, *, img2img: bool = False, **values: Any) -> dict[
 
 # --- scripts that act on every generation ----------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", NEIGHBOURS)
-def test_a_neighbour(webui, options, plain, large, name):
-    given = beside(webui, name, **NEIGHBOURS[name])
+def test_a_neighbour(webui, options, plain, large, neighbour):
+    given = beside(webui, neighbour, **NEIGHBOURS[neighbour])
     base = webui.generate(**given)
     answer = webui.generate(options, **given)
     assert answer.picture.shape == size(2 * BASE) and alike(answer.picture, base.picture)
@@ -99,20 +111,18 @@ def test_a_neighbour(webui, options, plain, large, name):
         assert difference(answer.picture, large.picture) > 1
 
 
-@pytest.mark.parametrize("name", CROSS_ATTENTION)
-def test_what_changes_the_cross_attention_is_for_the_base_pass(webui, options, name):
-    given = {**beside(webui, name), "prompt": CROSS_ATTENTION[name]}
-    base, without = webui.generate(**given), webui.generate(prompt=CROSS_ATTENTION[name])
+def test_what_changes_the_cross_attention_is_for_the_base_pass(webui, options, hooking):
+    given = {**beside(webui, hooking), "prompt": CROSS_ATTENTION[hooking]}
+    base, without = webui.generate(**given), webui.generate(prompt=CROSS_ATTENTION[hooking])
     assert difference(base.picture, without.picture) > 1
     pictures = [webui.generate({**options, "window_batch": count}, **given).picture for count in (1, 4)]
     assert pictures[0].shape == size(2 * BASE) and alike(pictures[0], base.picture)
     assert difference(*pictures) <= 1
 
 
-@pytest.mark.parametrize("name", ["StyleAlign Integrated", '"APG\'s now your CFG" and Guidance Limiter for reForge'])
-def test_what_mixes_or_remembers_calls_is_for_the_base_pass(webui, options, name):
+def test_what_mixes_or_remembers_calls_is_for_the_base_pass(webui, options, mixing):
     """So the picture does not depend on how many windows are evaluated at once."""
-    given = beside(webui, name)
+    given = beside(webui, mixing)
     pictures = [webui.generate({**options, "window_batch": count}, **given).picture for count in (1, 4)]
     assert difference(*pictures) <= 1
 
@@ -201,16 +211,15 @@ def test_forge_couples_regions(webui, options):
 
 # --- scripts of the dropdown -----------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", OF_IMG2IMG)
-def test_scripts_of_img2img_are_refused(webui, options, plain, refusal, name):
-    given = selected(webui, name, img2img=True)
-    if name == "Ultimate SD upscale":  # its page sends the numbers of choices
-        listed = webui.script(name, img2img=True)["args"]
+def test_scripts_of_img2img_are_refused(webui, options, plain, refusal, redrawing):
+    given = selected(webui, redrawing, img2img=True)
+    if redrawing == "Ultimate SD upscale":  # its page sends the numbers of choices
+        listed = webui.script(redrawing, img2img=True)["args"]
         given["script_args"] = [arg["choices"].index(value) if arg.get("choices") and value in arg["choices"] else value
                                 for arg, value in zip(listed, given["script_args"], strict=True)]
     more = {"kind": "img2img", "init_images": [encoded(plain.picture)], "denoising_strength": 0.3, **given}
     said = refusal(options, **more)
-    assert name in said and "makes pictures of its own of the given one" in said
+    assert redrawing in said and "makes pictures of its own of the given one" in said
 
 
 def test_sd_upscale_is_itself_without_us(webui, options, plain):
