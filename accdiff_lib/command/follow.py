@@ -11,8 +11,8 @@ from torch import Tensor
 from accdiff_lib.command import devices
 from accdiff_lib.command.devices import Place
 from accdiff_lib.command.job import prepare
+from accdiff_lib.command.making import host_of, models_of, request_of
 from accdiff_lib.command.process import Stop
-from accdiff_lib.command.run import host_of, models_of, request_of
 from accdiff_lib.engine.extrapolate import Extrapolation
 from accdiff_lib.engine.host import Picture
 from accdiff_lib.engine.method import Work
