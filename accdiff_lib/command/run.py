@@ -172,7 +172,7 @@ def run(job: Job, told: dict[str, Any], stop: Stop, ranks: Ranks | None) -> int:
                                      "PATH, or --no-use-controlnet)")
                 with merged(job.prompts.loras, models.networks):
                     if ranks is not None:
-                        devices.ready(ranks, job.dtype)
+                        devices.ready(ranks, job.dtype, terminal)
                         told["devices"] = list(ranks.names.values())  # all, of which some may be on other machines
                     code = Pictures(job, terminal, host, Output(claim, given.spare, terminal), ranks).make(
                         told["images"], stop)
@@ -263,7 +263,7 @@ class Pictures:
             record["quality"] = None if quality is None else quality.values
             record |= {"width": result.pictures[-1].latent.shape[3] * CELL,
                        "height": result.pictures[-1].latent.shape[2] * CELL}
-        if isinstance(self.extrapolation.batches, Divided) and self.ranks is not None:
+        if self.ranks is not None and self.ranks.count > 1 and isinstance(self.extrapolation.batches, Divided):
             record["speed_up"] = round(self.extrapolation.batches.gain(time.perf_counter() - begin), 2)
             terminal.say(f"{len(self.ranks.members)} devices, {record['speed_up']:.1f}x")
         record["resumed"] = kept.resumed
