@@ -12,7 +12,7 @@ PROMPT := a red ball and a blue star on snow, night sky
 demo test quality: export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench bench-plan bench-gpu quality fuzz shots panel-venvs clean mutants
+.PHONY: help demo test lint bench bench-plan bench-gpu bench-devices quality fuzz shots panel-venvs clean mutants
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
@@ -35,6 +35,9 @@ bench-plan: $(VENV)/installed ## what SDXL takes at 4096x4096, counted in second
 
 bench-gpu: $(VENV)/installed ## full-size SDXL on a GPU in two minutes (SECONDS=120); goes on where it was cut off
 	$(RUN) -m benchmarks.gpu --seconds $(or $(SECONDS),120)
+
+bench-devices: $(VENV)/installed ## what several devices gain: measured here, foreseen for SDXL
+	$(RUN) -m benchmarks.devices
 
 quality: $(VENV)/installed ## methods compared on drawn scenes: tables and contact sheets in out/quality
 	$(RUN) -m testbed.quality

@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # torch takes seconds to import; --help and typing mistakes a
     import torch.distributed as dist
 
     from accdiff_lib.command.job import Job
+    from accdiff_lib.engine.host import Progress
     from accdiff_lib.engine.ranks import Ranks
 
 #: Seconds that the other processes get to end by themselves.
@@ -111,15 +112,27 @@ def ranks_of(job: Job, argv: Sequence[str]) -> Iterator[Ranks | None]:
         else:
             others = stack.enter_context(Others(argv, job.devices))
             ranks = others.place.meet(others.gone)
-        ranks.device = job.device
         stack.callback(ranks.close)
+        settle(ranks, job.device)
         yield ranks
         with suppress(Exception):
             ranks.alone(lambda: None)  # there is nothing more to do
 
 
-def ready(ranks: Ranks, dtype: torch.dtype) -> None:
+def settle(ranks: Ranks, device: torch.device) -> None:
+    """This rank computes on a device."""
+    import torch
+
+    ranks.device = device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # what names none takes memory on none but this
+
+
+def ready(ranks: Ranks, dtype: torch.dtype, progress: Progress) -> None:
     """Every rank has loaded the model; they learn each other's names. Raises what one met while loading."""
+    import torch.distributed as dist
+
+    ranks.progress = progress
     machine, device = socket.gethostname(), ranks.device
     heard = ranks.exchange("ready", {"machine": machine, "device": str(device), "dtype": str(dtype)})
     if len({told["dtype"] for told in heard.values()}) > 1:
@@ -128,7 +141,8 @@ def ready(ranks: Ranks, dtype: torch.dtype) -> None:
     ranks.names = {rank: f"{told['machine']} {told['device']}" if several else told["device"]
                    for rank, told in heard.items()}
     own = {(told["machine"], told["device"]) for told in heard.values()}
-    ranks.own_gpus = len(own) == len(heard) and all(device.startswith("cuda") for _, device in own)
+    ranks.own_gpus = dist.is_nccl_available() and len(own) == len(heard) and all(
+        device.startswith("cuda") for _, device in own)
 
 
 class Others:

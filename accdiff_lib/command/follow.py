@@ -11,8 +11,8 @@ from torch import Tensor
 from accdiff_lib.command import devices
 from accdiff_lib.command.devices import Place
 from accdiff_lib.command.job import prepare
+from accdiff_lib.command.making import host_of, models_of, request_of
 from accdiff_lib.command.process import Stop
-from accdiff_lib.command.run import host_of, models_of, request_of
 from accdiff_lib.engine.extrapolate import Extrapolation
 from accdiff_lib.engine.host import Picture
 from accdiff_lib.engine.method import Work
@@ -38,19 +38,20 @@ def follow(argv: Sequence[str], place: Place, stop: Stop) -> int:
 
 
 def _follow(ranks: Ranks, argv: Sequence[str], place: Place, stop: Stop) -> None:
+    progress = Following(stop)
     with ExitStack() as stack:
         try:
             job = prepare(argv, place)
-            ranks.device = job.device
+            devices.settle(ranks, job.device)
             offload = job.offloads
             models = models_of(job, offload)
             stack.enter_context(stop.working())
-            host = host_of(job, models, Following(stop), offload)
+            host = host_of(job, models, progress, offload)
             stack.enter_context(merged(job.prompts.loras, models.networks))
         except Exception as error:
             ranks.exchange("ready", error=error)
             raise
-        devices.ready(ranks, job.dtype)
+        devices.ready(ranks, job.dtype, progress)
         extrapolation = Extrapolation(host, job.settings.window_batch, ranks)
         kept = ranks.alone(dict[str, Tensor])
         if kept:

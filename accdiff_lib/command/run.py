@@ -33,14 +33,12 @@ if TYPE_CHECKING:  # torch takes seconds to import; --help and typing mistakes a
     from accdiff_lib.command.output import Output
     from accdiff_lib.command.report import Terminal
     from accdiff_lib.engine.cost import Part
-    from accdiff_lib.engine.extrapolate import Request, Result
-    from accdiff_lib.engine.host import Picture, Progress
+    from accdiff_lib.engine.extrapolate import Result
+    from accdiff_lib.engine.host import Picture
     from accdiff_lib.engine.method import Work
     from accdiff_lib.engine.ranks import Ranks
-    from accdiff_lib.engine.resume import Kept
     from accdiff_lib.quality import Quality
     from accdiff_lib.standalone.host import StandaloneHost
-    from accdiff_lib.standalone.loading import Models
 
 DONE, LESS, BAD_INPUT = 0, 1, 2
 
@@ -146,6 +144,7 @@ def run(job: Job, told: dict[str, Any], stop: Stop, ranks: Ranks | None) -> int:
     """Makes and writes the pictures, and tells of them."""
     from accdiff_lib.command import resume
     from accdiff_lib.command.folder import size_text
+    from accdiff_lib.command.making import host_of, models_of
     from accdiff_lib.command.output import Output
     from accdiff_lib.command.report import Terminal
     from accdiff_lib.standalone.lora import merged
@@ -173,7 +172,7 @@ def run(job: Job, told: dict[str, Any], stop: Stop, ranks: Ranks | None) -> int:
                                      "PATH, or --no-use-controlnet)")
                 with merged(job.prompts.loras, models.networks):
                     if ranks is not None:
-                        devices.ready(ranks, job.dtype)
+                        devices.ready(ranks, job.dtype, terminal)
                         told["devices"] = list(ranks.names.values())  # all, of which some may be on other machines
                     code = Pictures(job, terminal, host, Output(claim, given.spare, terminal), ranks).make(
                         told["images"], stop)
@@ -184,41 +183,6 @@ def run(job: Job, told: dict[str, Any], stop: Stop, ranks: Ranks | None) -> int:
                       f"in {claim.hidden}", file=sys.stderr)
         told["seconds"] = round(time.perf_counter() - begin, 3)
     return code
-
-
-def models_of(job: Job, offload: bool) -> Models:
-    """Loads the model."""
-    from accdiff_lib.standalone import loading
-
-    given = job.arguments
-    return loading.load(given.model, vae=given.vae, controlnet=given.controlnet, config=given.config,
-                        prediction=job.general["prediction"], device="cpu" if offload else job.device, dtype=job.dtype)
-
-
-def host_of(job: Job, models: Models, progress: Progress, offload: bool) -> StandaloneHost:
-    """The host for a run's pictures."""
-    from accdiff_lib.standalone.host import StandaloneHost
-
-    general = job.general
-    sampler, scheduler, steps = job.stage_solver
-    return StandaloneHost(
-        models, prompt=job.prompts.prompt, negative=job.prompts.negative, progress=progress,
-        regions=[text for region in job.regions for text in (region.prompt, region.negative or "")],
-        embeddings=job.prompts.embeddings,
-        sampler=general["sampler"], scheduler=general["scheduler"], steps=general["steps"],
-        stage_sampler=sampler, stage_scheduler=scheduler, stage_steps=steps, vae_tile=job.settings.vae_tile,
-        device=job.device, dtype=job.dtype, offload=offload)
-
-
-def request_of(job: Job, host: StandaloneHost, seed: int, kept: Kept) -> Request:
-    """What the engine is asked for a picture."""
-    from accdiff_lib.engine.extrapolate import Request
-    from accdiff_lib.engine.host import GivenImage
-
-    return Request(host.prompt, seed, job.general["cfg"], of(job.settings), job.settings, job.plan,
-                   intermediate=job.arguments.intermediate,
-                   given=None if job.image is None else GivenImage(job.image), regions=job.regions, guide=job.guide,
-                   kept=kept, base_texts=host.base_texts, seen_in_base=host.seen_in_base)
 
 
 class Pictures:
@@ -265,8 +229,10 @@ class Pictures:
 
     def _one(self, seed: int, record: dict[str, Any]) -> None:
         """Makes one picture, and tells of it."""
+        from accdiff_lib.command.making import request_of
         from accdiff_lib.command.resume import Disk
         from accdiff_lib.engine.resume import Kept
+        from accdiff_lib.engine.spread import Divided
         from accdiff_lib.engine.together import SharedStore
 
         job, terminal = self.job, self.terminal
@@ -280,6 +246,7 @@ class Pictures:
                     terminal.advance)
         request = request_of(job, self.host, self._shared(lambda: seed), kept)
         record |= {"files": files.written, "parts": terminal.done}
+        begin = time.perf_counter()
         try:
             result = self.extrapolation.run(request)
         except (Interrupted, OutOfMemory, NotFinite) as error:
@@ -296,6 +263,9 @@ class Pictures:
             record["quality"] = None if quality is None else quality.values
             record |= {"width": result.pictures[-1].latent.shape[3] * CELL,
                        "height": result.pictures[-1].latent.shape[2] * CELL}
+        if self.ranks is not None and self.ranks.count > 1 and isinstance(self.extrapolation.batches, Divided):
+            record["speed_up"] = round(self.extrapolation.batches.gain(time.perf_counter() - begin), 2)
+            terminal.say(f"{len(self.ranks.members)} devices, {record['speed_up']:.1f}x")
         record["resumed"] = kept.resumed
         if not record["stopped"]:
             disk.clear()

@@ -243,7 +243,8 @@ class Ranks:
         return made if self.leads else _unpacked(buffer, self.device)
 
     def gather(self, mine: Tensor, sizes: Sequence[int]) -> list[Tensor] | None:
-        """Flat tensors of the ranks that are there, of so many numbers each; None where one was lost meanwhile."""
+        """Flat tensors of the ranks that are there, of so many numbers each; None where it is to be tried anew, as one
+        was lost meanwhile."""
         if len(self.members) == 1:
             return [mine]
         kind = "nccl" if self.own_gpus and mine.is_cuda else "gloo"
@@ -255,7 +256,7 @@ class Ranks:
         return [part[:size].to(mine.device) for part, size in zip(parts, sizes, strict=True)]
 
     def _carried(self, carry: Callable[[], Any]) -> bool:
-        """Whether tensors were carried to all; if not, fewer are there now."""
+        """Whether tensors were carried to all; if not, fewer are there now, or something else carries them."""
         before, error = self.members, None
         try:
             if len(before) > 1:
@@ -265,6 +266,9 @@ class Ranks:
             self._groups.clear()
         carried = all(self.exchange("carried", error is None).values())
         if self.members == before and not carried:
+            if self.own_gpus:  # then by gloo
+                self.own_gpus = False
+                return False
             raise RankFailed(f"the devices cannot reach each other{'' if error is None else f' ({error})'}")
         return self.members == before
 

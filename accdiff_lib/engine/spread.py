@@ -142,7 +142,7 @@ class Divided(Batcher):
         self._ranks = ranks
         #: Seconds that a latent of a kind takes each rank.
         self._seconds: dict[Hashable, dict[int, float]] = {}
-        #: Seconds that all ranks together have evaluated, and that they took for it.
+        #: Seconds that all ranks together have evaluated, and that they took for it, since `gain` was last asked.
         self.busy = self.took = 0.0
 
     def run_all(self, *latents: Latents) -> Sequence[Predictions]:
@@ -164,6 +164,12 @@ class Divided(Batcher):
         predicted = list(zip(units, found, strict=True))
         return [iter([(unit.part, tensor) for unit, tensor in predicted if unit.latents == number])
                 for number in range(len(latents))]
+
+    def gain(self, seconds: float) -> float:
+        """How many times as long all would have taken one device, where it took `seconds`; the count begins anew."""
+        alone = seconds - self.took + self.busy
+        self.busy = self.took = 0.0
+        return alone / seconds
 
     def _divided(self, latents: Sequence[Latents], units: Sequence[_Unit],
                  done: dict[int, Tensor]) -> list[Tensor] | None:

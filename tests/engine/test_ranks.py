@@ -15,7 +15,7 @@ from accdiff_lib.command.resume import Disk
 from accdiff_lib.engine import memory
 from accdiff_lib.engine import ranks as ranks_module
 from accdiff_lib.engine.extrapolate import Extrapolation
-from accdiff_lib.engine.ranks import RankFailed, RankLost
+from accdiff_lib.engine.ranks import RankFailed, RankLost, Ranks
 from accdiff_lib.engine.resume import Kept
 from accdiff_lib.engine.spread import Divided, Latents
 from accdiff_lib.engine.together import SharedHost, SharedStore
@@ -189,6 +189,26 @@ def test_the_others_go_on_without_a_rank_that_is_lost(lost, at):
     assert len(comments) == 3 - len(left) and all("is lost (it ended); the picture" in each for each in comments)
 
 
+def test_where_gpus_do_not_reach_each_other_gloo_carries(monkeypatch):
+    def work(ranks):
+        ranks.own_gpus = True
+        return Toy(ranks).run(), ranks.own_gpus
+
+    carried, tried = Ranks._carried, []
+
+    def carry(self, work):
+        tried.append(self.rank)
+        return carried(self, broken if tried.count(self.rank) == 3 else work)
+
+    def broken():
+        raise RuntimeError("NCCL error")
+
+    monkeypatch.setattr(Ranks, "_carried", carry)
+    for found, own in on_ranks(2, work):
+        assert torch.equal(found, EXPECTED) and not own
+    assert sorted(tried) == 4 * [0] + 4 * [1]  # two sizes, what failed, and that again
+
+
 def test_without_rank_0_the_others_end():
     def befalls(toy, part):
         if toy.ranks.rank == 0:
@@ -272,6 +292,7 @@ def test_a_run_that_was_stopped_goes_on_with_any_number_of_devices(tmp_path):
 
     (stopped, _), (other, _) = on_ranks(2, work(20))
     assert stopped.stopped == other.stopped == "interrupted" and same(stopped, other)
+    whole = picture(None, run)
     for found, resumed in on_ranks(3, work(0)):
-        assert same(found, picture(None, run)) and resumed.startswith("after call ")
+        assert same(found, whole) and resumed.startswith("after call ")
     assert os.listdir(tmp_path)

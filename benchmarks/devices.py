@@ -1,0 +1,202 @@
+"""What several devices gain: `python -m benchmarks.devices`, or `make bench-devices`.
+
+First, measured: a picture of the built-in model by two processes of one thread each on this machine. Then, foreseen:
+SDXL at 2x to 8x on 1 to 64 GPUs, over PCIe and networks of 10 and 1 Gbit/s, by the division that the engine makes of
+what the plan has every call evaluate, with the time of an evaluation and of a decode as they were measured on an H100.
+The same is foreseen of the measured run, to see how far it can be believed. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+
+from accdiff_lib.engine.extrapolate import Extrapolation, Request
+from accdiff_lib.engine.method import Work
+from accdiff_lib.engine.plan import CELL, make_plan
+from accdiff_lib.engine.ranks import Ranks
+from accdiff_lib.engine.schedule import rehearsal
+from accdiff_lib.engine.spread import Divided, Latents
+from accdiff_lib.methods import make
+from accdiff_lib.settings import SAME
+from accdiff_lib.standalone import flops
+from accdiff_lib.standalone.loading import load
+from accdiff_lib.webui.outline import Outline
+from benchmarks.full_size import configs
+from benchmarks.measure import (
+    GUIDANCE,
+    NEGATIVE,
+    PROMPT,
+    SAMPLER,
+    SCHEDULER,
+    SEED,
+    STEPS,
+    WAYS,
+    Bar,
+    make_host,
+    method_of,
+)
+from benchmarks.plan import NATIVE, parts
+
+#: TFLOP/s of SDXL's UNet and ControlNet, and seconds of a decode of 2048x2048, on an H100 (docs/performance.md).
+RATE, DECODE = 363.0, 0.53
+#: The measured run: a base picture of 128x128 pixels, enlarged three times, by windows of one latent at a time.
+MEASURED = {"scale": 3.0, "window": 16, "window_batch": 1}
+
+
+@dataclass(frozen=True)
+class Network:
+    """What carries messages and tensors between devices."""
+
+    #: Seconds until a message is there.
+    latency: float
+    #: Bytes a second.
+    bandwidth: float
+
+
+NETWORKS = {"PCIe": Network(2e-5, 16e9), "10 GbE": Network(5e-5, 1.1e9), "1 GbE": Network(1e-4, 0.11e9)}
+#: Seconds that rank 0 takes for each other rank's message: measured, with the store of torch.distributed.
+MESSAGE = 1e-4
+
+
+def call_seconds(work: Sequence[Work], price: Mapping[tuple[str, bool, bool], float], count: int,
+                 network: Network) -> float:
+    """How long a call of the canvas takes `count` devices, of which an evaluation takes each the same."""
+    ranks = cast(Ranks, SimpleNamespace(members=list(range(count)), rank=0))
+    batcher = Divided(cast(Any, None), 1, ranks)
+    latents: list[Latents] = []
+    units: list[Any] = []
+    for each in work:
+        kind = each.name, each.guided, each.control
+        batcher._seconds[kind] = dict.fromkeys(ranks.members, price[kind])
+        units += [SimpleNamespace(latents=len(latents), part=slice(i, i + 1)) for i in range(each.count)]
+        latents.append(Latents(each.count, each.height, each.width, cast(Any, None), kind))
+    costs = [price[latents[unit.latents].kind] for unit in units]
+    longest = max(sum(costs[i] for i in share) for share in batcher._shares(latents, cast(Any, units)).values())
+    if count == 1:
+        return longest
+    tensors = 16 * sum(each.count * each.height * each.width for each in work)
+    talk = 2 * (2 * network.latency + (count - 1) * MESSAGE)
+    return longest + talk + 2 * network.latency * (count - 1) + tensors * (count - 1) / count / network.bandwidth
+
+
+@cache
+def profile(way: str, scale: float) -> tuple[float, list[tuple[tuple[Work, ...], dict, int]], float, int]:
+    """Of SDXL at so many times its size on one GPU: seconds of the base pass; of all calls what they evaluate, seconds
+    of each evaluation and how many calls are so; seconds of the VAE; bytes of the pictures."""
+    found, settings = configs(), make({"scale": scale, **WAYS[way]})
+
+    @cache
+    def teraflop(height: int, width: int) -> flops.Flops:
+        return flops.count(height, width, unet=found["unet"], vae=found["vae"], controlnet=found["controlnet"])
+
+    def seconds(work: Work) -> float:
+        cost = teraflop(work.height, work.width)
+        return (1 + work.guided) * (cost.unet + work.control * cost.controlnet) / RATE
+
+    planned, calls = parts(way, scale), []
+    sampler, scheduler = (given if own == SAME else own for own, given in (
+        (settings.stage_sampler, SAMPLER), (settings.stage_scheduler, SCHEDULER)))
+    solver = Outline(sampler, scheduler, min(settings.stage_steps or STEPS, STEPS))
+    plan = make_plan((CELL * NATIVE, CELL * NATIVE), settings, native=NATIVE)
+    for stage in plan.stages:
+        method, own = method_of(way, settings).of_stage(stage, settings)
+        tally = rehearsal(solver, own, solver.timestep, plan.stages[0], guidance=GUIDANCE, has_control=True,
+                          stages=len(plan.stages)).tally(method, stage)
+        calls += [(work, {(each.name, each.guided, each.control): seconds(each) for each in work}, times)
+                  for work, times in tally.items()]
+    once = teraflop(NATIVE, NATIVE)
+    per_cell = DECODE / (2 * NATIVE)**2
+    vae = per_cell * sum(part.decoded + part.encoded * once.encode / once.vae for part in planned)
+    return (sum(work.count * seconds(work) for work in planned[0].work), calls, vae,
+            sum(3 * CELL**2 * part.decoded for part in planned))
+
+
+def foreseen(way: str, scale: float, count: int, network: Network) -> tuple[float, float]:
+    """Seconds of sampling, and of the VAE, for SDXL at so many times its size on so many devices."""
+    base, calls, vae, pictures = profile(way, scale)
+    sampling = base + sum(times * call_seconds(work, price, count, network) for work, price, times in calls)
+    return sampling, vae + (pictures / network.bandwidth if count > 1 else 0.0)
+
+
+def table(ways: Sequence[str], scales: Sequence[float], counts: Sequence[int]) -> list[dict[str, Any]]:
+    """Speed-ups over one device: of the sampling, and of the whole with the VAE, which rank 0 has to itself."""
+    found = []
+    for way in ways:
+        for scale in scales:
+            alone = foreseen(way, scale, 1, NETWORKS["PCIe"])
+            for name, network in NETWORKS.items():
+                several = {count: foreseen(way, scale, count, network) for count in counts}
+                found.append({"way": way, "scale": scale, "network": name, "seconds": round(sum(alone), 1),
+                              "sampling": {n: round(alone[0] / each[0], 2) for n, each in several.items()},
+                              "whole": {n: round(sum(alone) / sum(each), 2) for n, each in several.items()}})
+    return found
+
+
+# --- measured --------------------------------------------------------------------------------------------------
+
+def measured(steps: int) -> dict[str, Any]:
+    """The built-in model's speed-up with two processes here, and what is foreseen of it."""
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    settings = make(MEASURED)
+    models = load(None)
+    host = make_host(models, settings, torch.device("cpu"), torch.float32, steps=steps, progress=Bar("one process"))
+    extrapolation = Extrapolation(host, 1, Ranks(dist.HashStore(), 0, 1, host.device))
+    plan = make_plan((128, 128), settings, native=host.native)
+    extrapolation.run(Request(PROMPT, SEED, GUIDANCE, method_of("paper", settings), settings, plan))
+    price = cast(Divided, extrapolation.batches)._seconds
+    alone = together = 0.0
+    for stage in plan.stages:
+        tally = rehearsal(host.stage_solver, settings, host.timestep, plan.stages[0], guidance=GUIDANCE,
+                          has_control=True, stages=len(plan.stages)).tally(method_of("paper", settings), stage)
+        for work, calls in tally.items():
+            prices = {(each.name, each.guided, each.control): price[
+                ("window", each.guided, each.control) if each.name == "window" else ("view", each.guided)][0]
+                for each in work}
+            alone += calls * call_seconds(work, prices, 1, NETWORKS["PCIe"])
+            together += calls * call_seconds(work, prices, 2, NETWORKS["PCIe"])
+    with tempfile.TemporaryDirectory() as out:
+        command = [sys.executable, "-m", "accdiff_lib", PROMPT, "--negative", NEGATIVE, "--cfg", f"{GUIDANCE}",
+                   "--steps", f"{steps}", "--width", "128", "--height", "128", "--json", "--no-explain", "--out", out]
+        options = [f"--{name.replace('_', '-')}={value}" for name, value in MEASURED.items()]
+        told = {count: json.loads(subprocess.run([*command, *options, "--devices", ",".join(["cpu"] * count)],
+                                                 check=True, stdout=subprocess.PIPE).stdout) for count in (1, 2)}
+    seconds = {count: sum(part["seconds"] for part in each["images"][0]["parts"][1:]) for count, each in told.items()}
+    return {"steps": steps, "load": os.getloadavg()[0], "clock": round(seconds[1] / seconds[2], 2),
+            "at_work": told[2]["images"][0]["speed_up"], "foreseen": round(alone / together, 2)}
+
+
+def main() -> None:
+    """Prints the tables and the JSON object."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.devices", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=8, help="of the measured run; 0 leaves it out (default: 8)")
+    parser.add_argument("--ways", nargs="+", default=["paper", "balanced"], choices=["literal", "paper", "balanced",
+                                                                                     "fast", "few-step"])
+    given = parser.parse_args()
+    result: dict[str, Any] = {"measured": measured(given.steps) if given.steps else None}
+    counts = (2, 4, 8, 16, 32, 64)
+    result["foreseen"] = table(given.ways, (2, 3, 4, 6, 8), counts)
+    print("| way | scale | network | 1 GPU |" + "".join(f" {count} |" for count in counts))
+    print("| --- " * (4 + len(counts)) + "|")
+    for row in result["foreseen"]:
+        cells = [f"{row['sampling'][count]:.1f} ({row['whole'][count]:.1f})" for count in counts]
+        print(f"| {row['way']} | {row['scale']}x | {row['network']} | {row['seconds']} s | {' | '.join(cells)} |")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
