@@ -12,7 +12,7 @@ PROMPT := a red ball and a blue star on snow, night sky
 demo test quality: export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench bench-plan bench-gpu bench-devices quality fuzz shots panel-venvs clean mutants
+.PHONY: help demo test lint bench bench-plan bench-gpu bench-devices quality fuzz shots panel-venvs clean mutants cluster-test
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
@@ -41,6 +41,10 @@ bench-devices: $(VENV)/installed ## what several devices gain: measured here, fo
 
 quality: $(VENV)/installed ## methods compared on drawn scenes: tables and contact sheets in out/quality
 	$(RUN) -m testbed.quality
+
+cluster-test: $(VENV)/installed-dev ## many pictures on a Ray of this machine, which it installs (260 MB)
+	$(PIP) --constraint $(VENV)/constraints.txt --requirement requirements-cluster.txt
+	$(RUN) -m pytest -q tests/many/test_cluster.py
 
 fuzz: $(VENV)/installed-dev ## tens of thousands of made-up plans, arguments and parameters: how many are not answered
 	$(RUN) -m tests.webui.fuzz

@@ -1,4 +1,4 @@
-"""python -m accdiff_lib PROMPT [options]"""
+"""python -m accdiff_lib PROMPT [options], and python -m accdiff_lib batch JOBS [options]"""
 
 import os
 import sys
@@ -13,8 +13,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 def program() -> int:
     """The command as a process of its own; returns its exit code."""
     prepare_streams()
-    with Stop(program=True) as stop:
-        from accdiff_lib.command.run import main  # takes a while, in which Ctrl-C is heard already
+    with Stop(program=True) as stop:  # imports take a while, in which Ctrl-C is heard already
+        if sys.argv[1:2] == ["batch"]:
+            from accdiff_lib.many.run import main as many
+
+            return many(sys.argv[2:], stop)
+        from accdiff_lib.command.run import main
 
         return main(stop=stop)
 

@@ -17,15 +17,17 @@ OF_HOSTS = {*OF_WEBUIS, "diffusers", "transformers", "accelerate", "k_diffusion"
 
 #: The rooms, from the bottom up: a file imports only from its own room and those before it.
 ROOMS = [("errors", "seeds", "settings", "__init__"), ("parts",), ("engine",), ("methods",),
-         ("explain", "explain_elastic", "quality"), ("standalone",), ("webui",), ("command", "__main__")]
-#: The last three stand beside each other, but for the command, which is standalone's user.
-APART = {("webui", "standalone"), ("command", "webui")}
+         ("explain", "explain_elastic", "quality"), ("standalone",), ("webui",), ("command",),
+         ("many", "__main__")]
+#: The last ones stand beside the WebUIs' side; the command is standalone's user.
+APART = {("webui", "standalone"), ("command", "webui"), ("many", "webui")}
 
 #: No tensors are loaded by what answers --help and typing mistakes, and by what says what a method is.
 WITHOUT_TENSORS = ("errors", "settings", "engine/plan", "engine/method", "methods/__init__", "methods/fused",
                    "methods/elastic", "parts/local_views", "parts/prompts", "parts/infotext", "parts/windows",
                    "command/arguments", "command/files", "command/folder", "command/process",
-                   "webui/arguments")
+                   "webui/arguments", "many/arguments", "many/jobs", "many/tasks", "many/ledger", "many/local",
+                   "many/worker", "many/run")
 
 
 def imports(file: Path) -> set[str]:

@@ -57,6 +57,8 @@ examples:
   {PROGRAM} "a portrait" --model sdxl.safetensors --preset fast --image portrait.png --scale 3
   {PROGRAM} "a castle" --method demofusion --scale 2.5 --batch 4 --out castles
   {PROGRAM} "a castle" --model sdxl.safetensors --scale 4 --dry-run
+
+many pictures: {PROGRAM} batch --help
 """
 
 
@@ -78,9 +80,12 @@ def in_flags(message: str) -> str:
 class Parser(argparse.ArgumentParser):
     """Reports a mistake as an InputError of one line instead of a usage text."""
 
+    def __init__(self, program: str = PROGRAM, **kwargs: Any) -> None:
+        super().__init__(prog=program, formatter_class=_Formatter, allow_abbrev=False, **kwargs)
+
     def error(self, message: str) -> NoReturn:
         message = re.sub(r"^argument ((?:--?[\w-]+/?)+|\w+): ", r"\1: ", message)
-        raise InputError(f"{message} (see {PROGRAM} --help)")
+        raise InputError(f"{message} (see {self.prog} --help)")
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
@@ -90,13 +95,18 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
 def parser() -> Parser:
     """The command line. Values stay text until `values` reads them; only what the user gave is in the namespace."""
-    result = Parser(prog=PROGRAM, usage=f"{PROGRAM} PROMPT [options]", formatter_class=_Formatter, allow_abbrev=False,
+    result = Parser(usage=f"{PROGRAM} PROMPT [options]",
                     description="Makes a picture larger than the model was trained for, with AccDiffusion v2.",
                     epilog=_EXAMPLES, argument_default=argparse.SUPPRESS)
     result.add_argument("prompt", metavar="PROMPT", nargs="?", default="",
                         help="What the picture shows, in the WebUI's grammar: (word:1.3), BREAK, [from:to:0.5], "
                         "[one|other], AND, <lora:NAME:0.8>.")
+    add_options(result)
+    return result
 
+
+def add_options(result: argparse.ArgumentParser) -> None:
+    """Adds all that a generation takes besides its prompt."""
     picture = result.add_argument_group("picture")
     _add(picture, (row for row in GENERAL.values() if row.group == "picture"), prefix="general")
     picture.add_argument("--image", metavar="FILE", help="Start from this picture instead of a base pass; its size "
@@ -145,7 +155,6 @@ def parser() -> Parser:
     for group in dict.fromkeys(option.group for option in OPTIONS.values()):
         _add(result.add_argument_group(f"settings: {group}"), (o for o in OPTIONS.values() if o.group == group),
              prefix="option")
-    return result
 
 
 def _add(group: Any, options: Iterable[Option], *, prefix: str) -> None:
@@ -213,7 +222,11 @@ def _size(text: str) -> tuple[int, int]:
 
 def read(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, dict[str, Any], dict[str, Any]]:
     """Reads the command line: the plain arguments, the general options, the given settings. Raises InputError."""
-    namespace = parser().parse_args(argv)
+    return checked(parser().parse_args(argv))
+
+
+def checked(namespace: argparse.Namespace) -> tuple[argparse.Namespace, dict[str, Any], dict[str, Any]]:
+    """The same of a command line that is read; the plain arguments get their types in place. Raises InputError."""
     if not namespace.prompt.strip():
         raise InputError(f"PROMPT: {namespace.prompt!r} is not allowed; it takes some text (see {PROGRAM} --help)")
     general, chosen = values(namespace)

@@ -131,7 +131,18 @@ class Job:
 def prepare(argv: Sequence[str] | None, place: Place | None = None) -> Job:
     """Reads and checks everything but the weights, on the device of this process's `place`, the first unless given.
     Raises InputError."""
-    namespace, general, chosen = arguments.read(argv)
+    job = check(*arguments.read(argv), place)
+    if not job.arguments.dry_run and (place is None or place.rank == 0):
+        _check_output(job)
+    return job
+
+
+def check(namespace: argparse.Namespace, general: dict[str, Any], chosen: dict[str, Any], place: Place | None = None,
+          shapes: dict[Any, ModelShape] | None = None) -> Job:
+    """The job of arguments that are read, all but where its pictures go.
+
+    `shapes` remembers the models of other jobs. Raises InputError.
+    """
     settings = _in_flags(make, chosen)
     image = None
     remarks: list[str] = []
@@ -144,18 +155,15 @@ def prepare(argv: Sequence[str] | None, place: Place | None = None) -> Job:
         image = read_image(namespace.image, fit if fit[0] else None, remarks=remarks)
     # From here on with torch.
     from accdiff_lib.command.prompts import look_up, read
-    from accdiff_lib.standalone.loading import describe, examine
     from accdiff_lib.standalone.samplers import counted_steps
 
     general["sampler"], general["scheduler"] = _sampler(general["sampler"], general["scheduler"])
     settings = _stage_names(settings)
     devices = _devices(general)
-    device = devices[place.local % len(devices) if place else 0] if devices else _device(general["device"])
+    device = devices[place.local % len(devices) if place else 0] if devices else device_named(general["device"])
     dtype = _dtype(general["dtype"], devices[0] if devices else device)
     named = look_up(namespace.prompt, namespace.lora_dir, namespace.embedding_dir)
-    model = (examine if namespace.dry_run or named else describe)(
-        namespace.model, vae=namespace.vae, controlnet=namespace.controlnet, config=namespace.config,
-        prediction=general["prediction"])
+    model = _shape(namespace, general["prediction"], namespace.dry_run or bool(named), {} if shapes is None else shapes)
     prompts = read(named, general["negative"], [prompt for prompt, _ in getattr(namespace, "region", [])],
                    steps=counted_steps(general["sampler"], general["steps"]), model=model)
     stated = settings
@@ -171,11 +179,18 @@ def prepare(argv: Sequence[str] | None, place: Place | None = None) -> Job:
     drawn = general["seed"] == -1
     if drawn:
         general["seed"] = random.SystemRandom().randrange(2**32 - general["batch"])
-    job = Job(namespace, general, settings, model, plan, parts, device, dtype, image, prompts, stated, regions, guide,
-              drawn, tuple(remarks), devices)
-    if not namespace.dry_run and (place is None or place.rank == 0):
-        _check_output(job)
-    return job
+    return Job(namespace, general, settings, model, plan, parts, device, dtype, image, prompts, stated, regions, guide,
+               drawn, tuple(remarks), devices)
+
+
+def _shape(given: argparse.Namespace, prediction: str, with_networks: bool, known: dict[Any, ModelShape]) -> ModelShape:
+    from accdiff_lib.standalone.loading import describe, examine
+
+    files = {"vae": given.vae, "controlnet": given.controlnet, "config": given.config, "prediction": prediction}
+    key = given.model, *files.values(), with_networks
+    if key not in known:
+        known[key] = (examine if with_networks else describe)(given.model, **files)
+    return known[key]
 
 
 def _in_flags(function: Any, *args: Any, **kwargs: Any) -> Any:
@@ -255,10 +270,11 @@ def _devices(general: dict[str, Any]) -> tuple[torch.device, ...]:
 
     if general["devices"] and general["device"] != "auto":
         raise InputError(f"--devices: {general['devices']!r} and --device exclude each other; give one of them")
-    return tuple(read(general["devices"], lambda name: _device(name, "--devices")))
+    return tuple(read(general["devices"], lambda name: device_named(name, "--devices")))
 
 
-def _device(name: str, flag: str = "--device") -> torch.device:
+def device_named(name: str, flag: str = "--device") -> torch.device:
+    """The device that `flag` names. Raises InputError where it is not there."""
     import torch
 
     there = ["cpu"] + [f"cuda:{number}" for number in range(torch.cuda.device_count())]

@@ -10,6 +10,7 @@ from accdiff_lib.methods import of
 from accdiff_lib.standalone import loading
 from accdiff_lib.standalone.host import StandaloneHost
 from accdiff_lib.standalone.loading import Models
+from accdiff_lib.standalone.text import Encoded
 
 
 def models_of(job: Job, offload: bool) -> Models:
@@ -19,14 +20,15 @@ def models_of(job: Job, offload: bool) -> Models:
                         prediction=job.general["prediction"], device="cpu" if offload else job.device, dtype=job.dtype)
 
 
-def host_of(job: Job, models: Models, progress: Progress, offload: bool) -> StandaloneHost:
-    """The host for a run's pictures."""
+def host_of(job: Job, models: Models, progress: Progress, offload: bool,
+            encoded: Encoded | None = None) -> StandaloneHost:
+    """The host for a run's pictures; `encoded` texts are not encoded again."""
     general = job.general
     sampler, scheduler, steps = job.stage_solver
     return StandaloneHost(
         models, prompt=job.prompts.prompt, negative=job.prompts.negative, progress=progress,
         regions=[text for region in job.regions for text in (region.prompt, region.negative or "")],
-        embeddings=job.prompts.embeddings,
+        embeddings=job.prompts.embeddings, encoded=encoded,
         sampler=general["sampler"], scheduler=general["scheduler"], steps=general["steps"],
         stage_sampler=sampler, stage_scheduler=scheduler, stage_steps=steps, vae_tile=job.settings.vae_tile,
         device=job.device, dtype=job.dtype, offload=offload)

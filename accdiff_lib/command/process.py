@@ -37,6 +37,10 @@ class Stop:
         """The exit code that says so: 130 for Ctrl-C, 143 for SIGTERM."""
         return 128 + (self._signal or signal.SIGINT)
 
+    def ask(self) -> None:
+        """Stops as the first Ctrl-C does."""
+        self._signal = signal.SIGINT
+
     def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():
             handlers: dict[str, Any] = {"SIGINT": self._handle, "SIGTERM": self._handle, "SIGHUP": signal.SIG_IGN}

@@ -19,30 +19,20 @@ from accdiff_lib.engine.plan import CELL, Stage
 Save = Callable[[Picture], None]
 
 
-class Terminal:
-    """Progress on the terminal (implements engine.host.Progress): a bar on stderr, a line for each finished part."""
+class Told:
+    """What is to tell of a run (implements engine.host.Progress), with nobody to read it yet."""
 
-    def __init__(self, parts: Sequence[Part], images: int, lines: TextIO, bar: TextIO, stop: Stop):
+    def __init__(self, parts: Sequence[Part], stop: Stop):
         self.comments: list[str] = []
         #: Parts of the current image, for the JSON object.
         self.done: list[dict[str, Any]] = []
         self.save: Save = lambda picture: None
         self._parts = {part.name: part for part in parts}
-        self._lines = lines
-        self._stop, self._stopping = stop, False
+        self._stop = stop
         self._since = time.perf_counter()
-        latents = sum(part.latents for part in parts)
-        # Every 10 s is enough for a log file.
-        self._bar = tqdm(total=latents * images, unit="latent", file=bar, smoothing=0.05, dynamic_ncols=True,
-                         mininterval=0.1 if bar.isatty() else 10)
-
-    # --- engine.host.Progress -----------------------------------------------------------------------------------
 
     @property
     def interrupted(self) -> bool:
-        if self._stop.asked and not self._stopping:  # not said by the signal's handler: a stream may be at work then
-            self._stopping = True
-            self.say("stopping (Ctrl-C again to abort) ...")
         return self._stop.asked
 
     @property
@@ -50,10 +40,10 @@ class Terminal:
         return False
 
     def begin(self, stage: Stage | None, calls: Sequence[Sequence[Work]]) -> None:
-        self._bar.set_description(stage.name if stage else "base")
+        pass
 
     def advance(self, latents: int) -> None:
-        self._bar.update(latents)
+        pass
 
     def tile(self, doing: str, cells: int, done: int, total: int) -> None:
         pass
@@ -78,12 +68,38 @@ class Terminal:
             self.comments.append(text)
             self.say(f"note: {text}")
 
-    # --- the command's own -------------------------------------------------------------------------------------
-
     def next_image(self) -> None:
         """The clock and the list of parts begin anew."""
         self.done = []
         self._since = time.perf_counter()
+
+    def say(self, line: str, stream: TextIO | None = None) -> None:
+        pass
+
+
+class Terminal(Told):
+    """Progress on the terminal: a bar on stderr, a line for each finished part."""
+
+    def __init__(self, parts: Sequence[Part], images: int, lines: TextIO, bar: TextIO, stop: Stop):
+        super().__init__(parts, stop)
+        self._lines, self._stopping = lines, False
+        latents = sum(part.latents for part in parts)
+        # Every 10 s is enough for a log file.
+        self._bar = tqdm(total=latents * images, unit="latent", file=bar, smoothing=0.05, dynamic_ncols=True,
+                         mininterval=0.1 if bar.isatty() else 10)
+
+    @property
+    def interrupted(self) -> bool:
+        if self._stop.asked and not self._stopping:  # not said by the signal's handler: a stream may be at work then
+            self._stopping = True
+            self.say("stopping (Ctrl-C again to abort) ...")
+        return self._stop.asked
+
+    def begin(self, stage: Stage | None, calls: Sequence[Sequence[Work]]) -> None:
+        self._bar.set_description(stage.name if stage else "base")
+
+    def advance(self, latents: int) -> None:
+        self._bar.update(latents)
 
     def say(self, line: str, stream: TextIO | None = None) -> None:
         """A line above the bar, which may stand in another stream than the lines do."""

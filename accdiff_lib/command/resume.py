@@ -9,6 +9,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def key(job: Job) -> str:
         general["seed"] = -1  # the same command would draw another one
     device = torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else str(job.device)
     pictures = [job.image, None if job.guide is None else job.guide.image, *(region.mask for region in job.regions)]
-    decides = {"arguments": _named(given), "embedded": _named(EMBEDDED) if job.arguments.model is None else "",
+    decides = {"arguments": _named(given), "embedded": _embedded() if job.arguments.model is None else "",
                "pictures": [None if each is None else [each.shape, _hash(each.tobytes())] for each in pictures],
                "general": general, "settings": values(job.settings), "dtype": str(job.dtype), "device": device,
                "divided": bool(job.devices),
@@ -76,6 +77,13 @@ def _of_file(path: Path) -> list[Any]:
         return [path.name]
 
 
+@cache
+def _embedded() -> Any:
+    """The embedded model."""
+    return _named(EMBEDDED)
+
+
+@cache
 def _program() -> list[Any]:
     """The versions of what computes: of this program its very text."""
     files = sorted(Path(__file__).resolve().parents[1].rglob("*.py"))

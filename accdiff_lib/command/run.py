@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # torch takes seconds to import; --help and typing mistakes a
     import numpy as np
 
     from accdiff_lib.command.output import Output
-    from accdiff_lib.command.report import Terminal
+    from accdiff_lib.command.report import Told
     from accdiff_lib.engine.cost import Part
     from accdiff_lib.engine.extrapolate import Result
     from accdiff_lib.engine.host import Picture
@@ -39,6 +39,8 @@ if TYPE_CHECKING:  # torch takes seconds to import; --help and typing mistakes a
     from accdiff_lib.engine.ranks import Ranks
     from accdiff_lib.quality import Quality
     from accdiff_lib.standalone.host import StandaloneHost
+    from accdiff_lib.standalone.loading import Models
+    from accdiff_lib.standalone.text import Encoded
 
 DONE, LESS, BAD_INPUT = 0, 1, 2
 
@@ -87,7 +89,7 @@ def dry_run(job: Job, told: dict[str, Any]) -> int:
     """Prints what would be computed, or tells it."""
     from accdiff_lib.command import report
 
-    costs = [_teraflop(job, part) for part in job.parts]
+    costs = [teraflop(job, part) for part in job.parts]
     if job.arguments.json:
         parts = [{**report.as_json(part), "tflop": round(cost, 6)} for part, cost in zip(job.parts, costs, strict=True)]
         total = {key: sum(part[key] for part in parts) for key in ("unet", "controlnet", "tflop")}
@@ -123,7 +125,7 @@ def _gib(size: int) -> str:
     return f"{size / 2**30:.2g} GiB" if size > 2**28 else f"{size / 2**20:.0f} MiB"
 
 
-def _teraflop(job: Job, part: Part) -> float:
+def teraflop(job: Job, part: Part) -> float:
     """UNet, ControlNet and VAE of a part."""
     from accdiff_lib.standalone import flops
 
@@ -144,10 +146,9 @@ def run(job: Job, told: dict[str, Any], stop: Stop, ranks: Ranks | None) -> int:
     """Makes and writes the pictures, and tells of them."""
     from accdiff_lib.command import resume
     from accdiff_lib.command.folder import size_text
-    from accdiff_lib.command.making import host_of, models_of
+    from accdiff_lib.command.making import models_of
     from accdiff_lib.command.output import Output
     from accdiff_lib.command.report import Terminal
-    from accdiff_lib.standalone.lora import merged
 
     begin = time.perf_counter()
     given = job.arguments
@@ -164,18 +165,7 @@ def run(job: Job, told: dict[str, Any], stop: Stop, ranks: Ranks | None) -> int:
                 told |= {**_described(job), "images": [], "comments": terminal.comments}
                 if claim.goes_on:
                     terminal.say("going on from where the same command was stopped (--fresh begins anew)")
-                for note in _notes(job):
-                    terminal.comment(note)
-                host = host_of(job, models, terminal, offload)
-                if job.settings.wants_control and job.plan.stages and not host.has_control:
-                    terminal.comment("no ControlNet is loaded, so edges do not guide the windows (give --controlnet "
-                                     "PATH, or --no-use-controlnet)")
-                with merged(job.prompts.loras, models.networks):
-                    if ranks is not None:
-                        devices.ready(ranks, job.dtype, terminal)
-                        told["devices"] = list(ranks.names.values())  # all, of which some may be on other machines
-                    code = Pictures(job, terminal, host, Output(claim, given.spare, terminal), ranks).make(
-                        told["images"], stop)
+                code = make(job, models, offload, terminal, Output(claim, given.spare, terminal), told, stop, ranks)
         finally:
             left = claim.release()
             if left:
@@ -185,10 +175,32 @@ def run(job: Job, told: dict[str, Any], stop: Stop, ranks: Ranks | None) -> int:
     return code
 
 
+def make(job: Job, models: Models, offload: bool, terminal: Told, output: Output, told: dict[str, Any], stop: Stop,
+         ranks: Ranks | None = None, encoded: Encoded | None = None) -> int:
+    """Makes and writes the job's pictures, and tells of each in `told["images"]`; the exit code.
+
+    `encoded`: texts that other jobs have had encoded by the same networks with the same LoRAs.
+    """
+    from accdiff_lib.command.making import host_of
+    from accdiff_lib.standalone.lora import merged
+
+    for note in _notes(job):
+        terminal.comment(note)
+    host = host_of(job, models, terminal, offload, encoded)
+    if job.settings.wants_control and job.plan.stages and not host.has_control:
+        terminal.comment("no ControlNet is loaded, so edges do not guide the windows (give --controlnet PATH, or "
+                         "--no-use-controlnet)")
+    with merged(job.prompts.loras, models.networks):
+        if ranks is not None:
+            devices.ready(ranks, job.dtype, terminal)
+            told["devices"] = list(ranks.names.values())  # all, of which some may be on other machines
+        return Pictures(job, terminal, host, output, ranks).make(told["images"], stop)
+
+
 class Pictures:
     """The pictures of a run, one after the other."""
 
-    def __init__(self, job: Job, terminal: Terminal, host: StandaloneHost, output: Output,
+    def __init__(self, job: Job, terminal: Told, host: StandaloneHost, output: Output,
                  ranks: Ranks | None) -> None:
         from accdiff_lib.command.resume import Disk
         from accdiff_lib.engine.extrapolate import Extrapolation

@@ -33,6 +33,7 @@ from accdiff_lib.standalone.text import TextEmbedding, TextEncoder
 if TYPE_CHECKING:
     from accdiff_lib.standalone.embeddings import Embeddings
     from accdiff_lib.standalone.loading import Models
+    from accdiff_lib.standalone.text import Encoded
 
 
 #: The halves of a UNet batch with CFG.
@@ -52,13 +53,14 @@ class StandaloneHost:
     def __init__(self, models: Models, *, prompt: str, negative: str, progress: Progress, sampler: str, scheduler: str,
                  steps: int, stage_sampler: str | None = None, stage_scheduler: str | None = None,
                  stage_steps: int | None = None, regions: Sequence[str] = (), embeddings: Embeddings | None = None,
-                 vae_tile: int = 0, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
-                 offload: bool = False) -> None:
+                 encoded: Encoded | None = None, vae_tile: int = 0, device: str | torch.device = "cpu",
+                 dtype: torch.dtype = torch.float32, offload: bool = False) -> None:
         """`prompt`, `negative` and those of `regions` decide how many contexts of 77 tokens every text of the
         generation takes. Prompt editing is for the base pass; the stages have what the prompts are in the end.
 
         Stages use the base pass's sampler, schedule and steps unless told otherwise. `vae_tile` is in latent cells, 0
-        chooses by memory; `dtype` is that of UNet and ControlNet (latents are float32 throughout). Raises InputError.
+        chooses by memory; `encoded` is a TextEncoder's; `dtype` is that of UNet and ControlNet (latents are float32
+        throughout). Raises InputError.
         """
         self.models = models
         # Their classes' attributes are dynamic.
@@ -85,7 +87,7 @@ class StandaloneHost:
         #: What the prompt is in the end.
         self.prompt = final(prompt, self._steps)
         self._negative = schedule(negative, self._steps)[-1][1]
-        self._encoder = TextEncoder(models, embeddings)
+        self._encoder = TextEncoder(models, embeddings, encoded)
         self._contexts = max(self._encoder.contexts(text) for text in (self.prompt, self._negative, *regions))
         self._runner = VaeRunner(self._vae, float(self._vae.config["scaling_factor"]), self.device, progress,
                                  tile=vae_tile, width=self._vae.config["block_out_channels"][0])

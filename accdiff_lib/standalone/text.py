@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 #: Contexts that go through a text encoder at once.
 BATCH = 32
 
+#: So many times what was encoded at once is remembered.
+REMEMBERED = 64
+
 _EMPTY = Chunk((), ())
 
 
@@ -73,6 +76,10 @@ class _Context:
 _Encoded: TypeAlias = "tuple[Tensor, Tensor | None]"
 
 
+#: Contexts that were encoded at once, by their tokens and weights.
+Encoded: TypeAlias = "dict[tuple[Chunk, ...], list[_Context]]"
+
+
 @dataclass(frozen=True)
 class _Wanted:
     """A text and how many contexts it takes."""
@@ -91,7 +98,9 @@ class _Wanted:
 class TextEncoder:
     """Encodes prompts with the text encoders of a model: one (SD1.5) or two (SDXL)."""
 
-    def __init__(self, models: Models, embeddings: Embeddings | None = None) -> None:
+    def __init__(self, models: Models, embeddings: Embeddings | None = None, encoded: Encoded | None = None) -> None:
+        """`encoded` remembers what the same networks, with the same weights, have encoded."""
+        self._remembered = encoded
         self._family = models.family
         self._zero_negative = models.zero_negative
         self._encoders = list(zip(models.tokenizers, models.text_encoders, strict=True))
@@ -191,7 +200,16 @@ class TextEncoder:
         return torch.zeros_like(states), None if pooled is None else torch.zeros_like(pooled)
 
     def _encode_chunks(self, chunks: Sequence[Chunk]) -> list[_Context]:
-        return memory.in_batches(chunks, BATCH, self._encode_batch)
+        # Together as they were: a context's states may differ in their last bit by what they are encoded with.
+        known = tuple(chunks)
+        if self._remembered is not None and known in self._remembered:
+            return self._remembered[known]
+        result = memory.in_batches(chunks, BATCH, self._encode_batch)
+        if self._remembered is not None:
+            while len(self._remembered) >= REMEMBERED:
+                del self._remembered[next(iter(self._remembered))]
+            self._remembered[known] = result
+        return result
 
     def _encode_batch(self, chunks: Sequence[Chunk]) -> list[_Context]:
         weights = torch.tensor([_padded(chunk.weights, 1.0, 1.0, 1.0) for chunk in chunks])
