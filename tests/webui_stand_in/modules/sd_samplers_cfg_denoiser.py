@@ -16,6 +16,7 @@ class CFGDenoiser(torch.nn.Module):
         self.model_wrap = self.p = self.steps = self.total_steps = None
         self.step = 0
         self.sampler = sampler
+        self.after_cfg = ()
 
     def combine_denoised(self, x_out, conds_list, uncond, cond_scale):
         plain = x_out[-uncond["crossattn"].shape[0]:]
@@ -25,7 +26,7 @@ class CFGDenoiser(torch.nn.Module):
                 denoised[image] += (x_out[row] - plain[image]) * (weight * cond_scale)
         return denoised
 
-    def forward(self, x, sigma, uncond, cond, cond_scale, s_min_uncond, image_cond, model_options=None):
+    def forward(self, x, sigma, uncond, cond, cond_scale, s_min_uncond, image_cond):
         if state.interrupted or state.skipped:
             raise sd_samplers_common.InterruptedException
         conds_list, texts = prompt_parser.reconstruct_multicond_batch(cond, self.step)
@@ -42,7 +43,7 @@ class CFGDenoiser(torch.nn.Module):
         if skips:
             x_out = torch.cat([x_out, x_out[[conds[0][0] for conds in conds_list]]])
         denoised = self.combine_denoised(x_out, conds_list, uncond, 1.0 if skips else cond_scale)
-        for function in (model_options or {}).get("sampler_post_cfg_function", ()):
+        for function in self.after_cfg:
             denoised = function({"denoised": denoised, "uncond_denoised": x_out[-len(x):]})
         self.sampler.last_latent = denoised
         sd_samplers_common.store_latent(denoised)

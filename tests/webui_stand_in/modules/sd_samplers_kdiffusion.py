@@ -14,6 +14,11 @@ class CFGDenoiserKDiffusion(sd_samplers_cfg_denoiser.CFGDenoiser):
             self.model_wrap = kind(model)
         return self.model_wrap
 
+    def forward(self, *args, model_options=None, **given):
+        """With a hook that only Forge's kin have."""
+        self.after_cfg = (model_options or {}).get("sampler_post_cfg_function", ())
+        return super().forward(*args, **given)
+
 
 def sample_euler_cfg_pp(model, x, sigmas, extra_args=None, callback=None, disable=None):
     """As those of Forge's kin learn of the unconditional prediction."""
