@@ -19,8 +19,8 @@ _NAME, _LABEL = "accdiffusion", "AccDiffusion"
 def register() -> None:
     """Adds the section; a callback of `on_ui_settings`."""
     import gradio as gr
-    from modules import shared
-    from modules.options import OptionInfo, categories, options_section
+    from modules import options, shared
+    from modules.options import OptionInfo, options_section
 
     tile = OPTIONS["vae_tile"]
     infos = {
@@ -40,7 +40,7 @@ def register() -> None:
             DEFAULTS["explain"], "Add a sheet to the gallery that explains the run",
             ).info("windows with their prompts, every word's attention map and mask, or what else the method has"),
     }
-    categories.register_category(_NAME, _LABEL)
+    options.categories.register_category(_NAME, _LABEL)
     for name, info in options_section((_NAME, _LABEL, _NAME), infos).items():
         shared.opts.add_option(PREFIX + name, info)
 
