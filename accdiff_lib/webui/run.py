@@ -197,10 +197,11 @@ class Batch:
         try:
             with self._session.attached():
                 self._bar = self._begin()
-                self._stamp([])
+                p.extra_generation_params.pop(RAN_KEY, None)  # of the batch before
                 self._prompts = self._final_prompts(given["prompts"])
                 base = self._base(original)
                 if shared.state.interrupted:  # the WebUI's sampler stops at once
+                    self._stamp([])
                     return base.latent if isinstance(base, GivenLatent) else original()
                 with self._session.stages(given), neighbours.own_forward(self._session.cross_attention) as changed:
                     if changed:
@@ -304,7 +305,7 @@ class Batch:
         return seeds.derive(p.seeds[index], "subseed", p.subseeds[index], p.subseed_strength)
 
     def _stamp(self, results: Sequence[Result]) -> None:
-        """Puts into the generation parameters what has really run; without `results` it is the base pass so far."""
+        """Puts into the generation parameters what has really run; without `results` it was the base pass."""
         settings = self._settings
         name = settings.method
         if not (self._session.has_control and settings.wants_control):
