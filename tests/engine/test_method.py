@@ -51,10 +51,11 @@ def test_the_first_stage_may_be_another_methods():
         return lambda stage, settings, found: [f"{name} {stage.number} {settings.start:g} {len(found)}"]
 
     first = Method("first", object, {}, None, None, remarks=named("first"))
-    method = Method("rest", object, {}, None, None, remarks=named("rest"), first=first)
+    alone = Method("rest", object, {}, None, None, remarks=named("rest"))
+    method = replace(alone, first=first)
     settings = replace(make({"start": 0.1}), first=make({"start": 0.4}))
     stages = [replace(STAGE, number=number) for number in (1, 2, 3)]
     assert method.said(stages, settings, lambda: [1, 2]) == ["first 1 0.4 2", "rest 2 0.1 2", "rest 3 0.1 2"]
-    assert replace(method, first=None).said(stages[:1], settings, list) == ["rest 1 0.1 0"]
+    assert alone.said(stages[:1], settings, list) == ["rest 1 0.1 0"]
     assert method.said(stages[:1], replace(settings, first=None), list) == ["rest 1 0.1 0"]
     assert replace(method, remarks=None).said(stages, settings, list) == ["first 1 0.4 0"]

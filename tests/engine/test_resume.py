@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from accdiff_lib.command import resume
+from accdiff_lib.engine import resume as engine_resume
 from accdiff_lib.engine.extrapolate import Extrapolation, Result
 from accdiff_lib.engine.host import GivenImage
 from accdiff_lib.engine.resume import Kept
@@ -51,6 +52,25 @@ class Killed(resume.Disk):
             raise SystemError("killed")
         if not self.killed:
             super().save(name, tensors)
+
+
+def test_keeping_takes_a_fiftieth_of_the_time_at_most(monkeypatch):
+    """And is not done more often than asked for."""
+    clock = [100.0]
+
+    class Slow:
+        def save(self, name, tensors):
+            clock[0] += 1
+
+    monkeypatch.setattr(engine_resume.time, "monotonic", lambda: clock[0])
+    kept = Kept(Slow(), every=5.0)
+    for after, due in ((4.5, False), (1, True)):
+        clock[0] += after
+        assert kept.due is due
+    kept.save("base", {})
+    for after, due in ((49.5, False), (1, True)):
+        clock[0] += after
+        assert kept.due is due
 
 
 class Narrow(Watched):

@@ -81,6 +81,9 @@ def test_tolerance_zero_computes_everything():
     made = script(tolerance=0)
     assert len(made.calls) == 50
     assert all(call.method.local and call.method.dilated and call.control for call in made.calls)
+    *calls, last = script(scheduler="Karras", tolerance=0).calls
+    assert all(call.method.dilated for call in calls)
+    assert last.k == 0 and not last.method.dilated, "but what counts for nothing"
 
 
 def test_without_a_skip_residual_no_step_is_left_out():
