@@ -20,7 +20,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
+import tqdm.auto
 
 from accdiff_lib.command.process import Stop
 from accdiff_lib.errors import InputError, is_out_of_memory, out_of_memory
@@ -169,6 +169,12 @@ class Worker:
             torch.cuda.empty_cache()
 
 
+def own_bars() -> None:
+    """Bars of this process heed no lock that it shares with others, who may be killed while they have it."""
+    for kind in (tqdm.std.tqdm, tqdm.auto.tqdm):
+        kind.set_lock(threading.RLock())
+
+
 def serve(connection: Any, device: str, threads: int) -> None:
     """A worker's process: says what it is, then makes what it is told until it is told None or nobody is there.
 
@@ -186,7 +192,7 @@ def serve(connection: Any, device: str, threads: int) -> None:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     signal.signal(signal.SIGTERM, end)
     threading.Thread(target=_listen, args=(connection, inbox.put, end), daemon=True).start()
-    tqdm.set_lock(threading.RLock())  # not one between processes, which one that is killed would leave behind
+    own_bars()
     if threads:
         import torch
 

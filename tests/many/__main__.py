@@ -30,6 +30,7 @@ from accdiff_lib.command import run as single
 from accdiff_lib.command.process import Stop
 from accdiff_lib.many import run as many
 from accdiff_lib.many.local import Local
+from accdiff_lib.many.worker import own_bars
 from accdiff_lib.standalone import loading
 
 PROMPTS = ["a red ball", "a blue star on snow", "a castle, (night sky:1.2)", "a cat AND a dog :0.8",
@@ -50,6 +51,7 @@ def fork(folder: Path, argv: list[str], workers: int) -> int:
         return pid
     code = 1
     try:
+        own_bars()
         os.chdir(folder)
         for number, name in ((1, "stdout"), (2, "stderr")):
             os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
