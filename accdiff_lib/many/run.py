@@ -22,6 +22,9 @@ from accdiff_lib.many.ledger import Ledger
 from accdiff_lib.many.local import Pool
 from accdiff_lib.many.tasks import Task, price, tasks
 
+#: So many jobs take a while to be checked.
+MANY = 500
+
 #: Makes the workers of a run.
 MakePool = Callable[[argparse.Namespace, int], Pool]
 
@@ -53,6 +56,8 @@ def _run(argv: Sequence[str], stop: Stop, told: dict[str, Any], make_pool: MakeP
     found, same = tasks(lines, common, ledger.chance)
     devices = _devices(given)
     _check_folder(given, common)
+    if len(lines) >= MANY:
+        print(f"checking {len(lines)} jobs ...", file=sys.stderr)
     price(found, common)
     # From here on nothing is refused.
     if given.status:

@@ -20,7 +20,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
+import tqdm.auto
 
 from accdiff_lib.command.process import Stop
 from accdiff_lib.errors import InputError, is_out_of_memory, out_of_memory
@@ -59,6 +59,8 @@ class Worker:
         self._shapes: dict[Any, Any] = {}
         #: What is loaded, by what was asked for.
         self._loaded: tuple[Any, Models | None] = (None, None)
+        #: Whether it lies in main memory, and for what need of device memory that was decided.
+        self._offload, self._need = False, 0
         self._encoded: tuple[Any, Encoded] = (None, {})
 
     def introduced(self) -> dict[str, Any]:
@@ -108,8 +110,7 @@ class Worker:
 
         copied = argparse.Namespace(**vars(given), general_device=self.device)
         job = check(*checked(copied), shapes=self._shapes)
-        offload = job.offloads
-        models = self._models(job, offload)
+        models = self._models(job)
         loras = [(str(lora.file.given.path), str(lora.mention)) for lora in job.prompts.loras]
         if self._encoded[0] != loras:
             self._encoded = loras, {}
@@ -119,7 +120,7 @@ class Worker:
         made: dict[str, Any] = {"images": []}
         begin = time.perf_counter()
         output = Output(held, job.arguments.spare, terminal)
-        run.make(job, models, offload, terminal, output, made, self.stop, encoded=self._encoded[1])
+        run.make(job, models, self._offload, terminal, output, made, self.stop, encoded=self._encoded[1])
         image = made["images"][0] if made["images"] else {"stopped": "interrupted"}
         told |= {"comments": terminal.comments, "computing": round(time.perf_counter() - begin, 3),
                  "resumed": image.get("resumed", ""),
@@ -143,14 +144,17 @@ class Worker:
             with suppress(OSError):
                 held.path("").parent.rmdir()
 
-    def _models(self, job: Job, offload: bool) -> Models:
+    def _models(self, job: Job) -> Models:
         from accdiff_lib.command.making import models_of
 
         given = job.arguments
-        key = (given.model, given.vae, given.controlnet, given.config, job.general["prediction"], job.dtype, offload)
-        if self._loaded[0] != key or self._loaded[1] is None:
-            self._forget()
-            self._loaded = key, models_of(job, offload)
+        key = (given.model, given.vae, given.controlnet, given.config, job.general["prediction"], job.dtype,
+               job.general["offload"])
+        fits = self._offload or job.need.resident <= self._need
+        if self._loaded[0] != key or self._loaded[1] is None or not fits:
+            self._forget()  # before the memory is looked at
+            self._offload, self._need = job.offloads, job.need.resident
+            self._loaded = key, models_of(job, self._offload)
         models = self._loaded[1]
         assert models is not None
         return models
@@ -163,6 +167,12 @@ class Worker:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def own_bars() -> None:
+    """Bars of this process heed no lock that it shares with others, who may be killed while they have it."""
+    for kind in (tqdm.std.tqdm, tqdm.auto.tqdm):
+        kind.set_lock(threading.RLock())
 
 
 def serve(connection: Any, device: str, threads: int) -> None:
@@ -182,7 +192,7 @@ def serve(connection: Any, device: str, threads: int) -> None:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     signal.signal(signal.SIGTERM, end)
     threading.Thread(target=_listen, args=(connection, inbox.put, end), daemon=True).start()
-    tqdm.set_lock(threading.RLock())  # not one between processes, which one that is killed would leave behind
+    own_bars()
     if threads:
         import torch
 

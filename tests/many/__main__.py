@@ -30,11 +30,14 @@ from accdiff_lib.command import run as single
 from accdiff_lib.command.process import Stop
 from accdiff_lib.many import run as many
 from accdiff_lib.many.local import Local
+from accdiff_lib.many.worker import own_bars
 from accdiff_lib.standalone import loading
 
 PROMPTS = ["a red ball", "a blue star on snow", "a castle, (night sky:1.2)", "a cat AND a dog :0.8",
            "[red:blue:0.5] ball"]
 COMMON = ["--width", "64", "--height", "64", "--steps", "2", "--window", "8", "--no-use-controlnet"]
+#: Seconds without a picture after which it is given up.
+HUNG = 300
 
 
 def preload() -> None:
@@ -50,6 +53,7 @@ def fork(folder: Path, argv: list[str], workers: int) -> int:
         return pid
     code = 1
     try:
+        own_bars()
         os.chdir(folder)
         for number, name in ((1, "stdout"), (2, "stderr")):
             os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
@@ -93,12 +97,20 @@ def harass(folder: Path, argv: list[str], count: int, workers: int, every: float
         pid = fork(folder, argv, workers)
         told["runs"] += 1
         next_kill = len(pictures(out)) + chance.expovariate(1 / every) if every else count
+        there, since = -1, time.monotonic()
         while True:
             ended, state = os.waitpid(pid, os.WNOHANG)
             if ended:
                 break
             time.sleep(chance.uniform(0, 0.3))
-            there = len(pictures(out))
+            there, before = len(pictures(out)), there
+            since = time.monotonic() if there != before else since
+            if time.monotonic() - since > HUNG:
+                told["hung"] = True
+                for each in (pid, *children(pid)):
+                    os.kill(each, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                return
             if there % 50 < 3:
                 told["memory"].append((there, round(memory(pid), 1)))
             if killed_at and there >= killed_at[0]:
@@ -138,7 +150,8 @@ def main(argv: list[str] | None = None) -> int:
     given = parser.parse_args(argv)
     preload()
     chance = random.Random(given.seed)
-    told: dict[str, Any] = {"runs": 0, "workers killed": 0, "commands killed": 0, "memory": []}
+    told: dict[str, Any] = {"runs": 0, "hung": False, "exit code": 0, "workers killed": 0, "commands killed": 0,
+                            "memory": []}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         jobs = [{"prompt": chance.choice(PROMPTS), "seed": number, "name": f"{number:05}"}
@@ -162,7 +175,8 @@ def main(argv: list[str] | None = None) -> int:
         told["different"] = sum(not same(job, folder / f"pictures/{job['name']}.png", folder) for job in compared
                                 if f"{job['name']}.png" in found)
         told |= {"compared": len(compared), "CPU seconds alone": round(time.process_time() - begin, 1)}
-        if any(told[key] for key in ("missing", "others", "different", "left behind", "tracebacks", "exit code")):
+        wrong = "missing", "others", "different", "left behind", "tracebacks", "exit code", "hung"
+        if any(told[key] for key in wrong):
             print((folder / "stderr").read_text()[-4000:], file=sys.stderr)
             told["wrong"] = True
     memories = told.pop("memory")
