@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -156,9 +157,11 @@ def measured(steps: int) -> dict[str, Any]:
     host = make_host(models, settings, torch.device("cpu"), torch.float32, steps=steps, progress=Bar("one process"))
     extrapolation = Extrapolation(host, 1, Ranks(dist.HashStore(), 0, 1, host.device))
     plan = make_plan((128, 128), settings, native=host.native)
+    begin = time.perf_counter()
     extrapolation.run(Request(PROMPT, SEED, GUIDANCE, method_of("paper", settings), settings, plan))
-    price = cast(Divided, extrapolation.batches)._seconds
-    alone = together = 0.0
+    batcher = cast(Divided, extrapolation.batches)
+    price, alone = batcher._seconds, time.perf_counter() - begin - batcher.took  # base pass and VAE
+    together = alone
     for stage in plan.stages:
         tally = rehearsal(host.stage_solver, settings, host.timestep, plan.stages[0], guidance=GUIDANCE,
                           has_control=True, stages=len(plan.stages)).tally(method_of("paper", settings), stage)
