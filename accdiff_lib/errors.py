@@ -24,6 +24,14 @@ class Skipped(Exception):
     """The user pressed Skip: the rest of the sampling is left out, the decode still happens."""
 
 
+class RankFailed(RuntimeError):
+    """Another of the processes that make a picture met an error: the message has its name, the error and where."""
+
+
+class RankLost(Exception):
+    """The first of these processes is not there any more, or goes on without this one."""
+
+
 _brief = reprlib.Repr()
 _brief.maxstring = _brief.maxother = 100
 

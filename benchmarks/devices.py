@@ -1,6 +1,7 @@
 """What several devices gain: `python -m benchmarks.devices`, or `make bench-devices`.
 
-First, measured: a picture of the built-in model by two processes of one thread each on this machine. Then, foreseen:
+First, measured: a picture of the built-in model by one and by two processes of one thread each on this machine, in the
+processor time of the busier one, as a machine that others use too tells little by its clock. Then, foreseen:
 SDXL at 2x to 8x on 1 to 64 GPUs, over PCIe and networks of 10 and 1 Gbit/s, by the division that the engine makes of
 what the plan has every call evaluate, with the time of an evaluation and of a decode as they were measured on an H100.
 The same is foreseen of the measured run, to see how far it can be believed. The last line is one JSON object.
@@ -11,9 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
-import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -23,6 +22,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 
+from accdiff_lib.engine import spread
 from accdiff_lib.engine.extrapolate import Extrapolation, Request
 from accdiff_lib.engine.method import Work
 from accdiff_lib.engine.plan import CELL, make_plan
@@ -37,7 +37,6 @@ from accdiff_lib.webui.outline import Outline
 from benchmarks.full_size import configs
 from benchmarks.measure import (
     GUIDANCE,
-    NEGATIVE,
     PROMPT,
     SAMPLER,
     SCHEDULER,
@@ -149,34 +148,47 @@ def table(ways: Sequence[str], scales: Sequence[float], counts: Sequence[int]) -
 
 def measured(steps: int) -> dict[str, Any]:
     """The built-in model's speed-up with two processes here, and what is foreseen of it."""
-    torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"
-    settings = make(MEASURED)
-    models = load(None)
-    host = make_host(models, settings, torch.device("cpu"), torch.float32, steps=steps, progress=Bar("one process"))
-    extrapolation = Extrapolation(host, 1, Ranks(dist.HashStore(), 0, 1, host.device))
-    plan = make_plan((128, 128), settings, native=host.native)
-    extrapolation.run(Request(PROMPT, SEED, GUIDANCE, method_of("paper", settings), settings, plan))
-    price = cast(Divided, extrapolation.batches)._seconds
-    alone = together = 0.0
+    os.environ |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    found: dict[int, float] = {}
+    for count in (1, 2):
+        torch.multiprocessing.spawn(_rank, (count, store.port, steps), count)
+        told = [json.loads(store.get(f"{count}/{rank}")) for rank in range(count)]
+        found[count] = max(each["seconds"] for each in told)
+        if count == 1:
+            alone, price = told[0]["besides"], {tuple(kind): seconds for kind, seconds in told[0]["price"]}
+    together, settings, levels = alone, make(MEASURED), Outline(SAMPLER, SCHEDULER, steps)
+    plan = make_plan((128, 128), settings, native=32)
     for stage in plan.stages:
-        tally = rehearsal(host.stage_solver, settings, host.timestep, plan.stages[0], guidance=GUIDANCE,
-                          has_control=True, stages=len(plan.stages)).tally(method_of("paper", settings), stage)
+        tally = rehearsal(levels, settings, levels.timestep, plan.stages[0], guidance=GUIDANCE, has_control=True,
+                          stages=len(plan.stages)).tally(method_of("paper", settings), stage)
         for work, calls in tally.items():
             prices = {(each.name, each.guided, each.control): price[
-                ("window", each.guided, each.control) if each.name == "window" else ("view", each.guided)][0]
+                ("window", each.guided, each.control) if each.name == "window" else ("view", each.guided)]
                 for each in work}
             alone += calls * call_seconds(work, prices, 1, NETWORKS["PCIe"])
             together += calls * call_seconds(work, prices, 2, NETWORKS["PCIe"])
-    with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, "-m", "accdiff_lib", PROMPT, "--negative", NEGATIVE, "--cfg", f"{GUIDANCE}",
-                   "--steps", f"{steps}", "--width", "128", "--height", "128", "--json", "--no-explain", "--out", out]
-        options = [f"--{name.replace('_', '-')}={value}" for name, value in MEASURED.items()]
-        told = {count: json.loads(subprocess.run([*command, *options, "--devices", ",".join(["cpu"] * count)],
-                                                 check=True, stdout=subprocess.PIPE).stdout) for count in (1, 2)}
-    seconds = {count: sum(part["seconds"] for part in each["images"][0]["parts"][1:]) for count, each in told.items()}
-    return {"steps": steps, "load": os.getloadavg()[0], "clock": round(seconds[1] / seconds[2], 2),
-            "at_work": told[2]["images"][0]["speed_up"], "foreseen": round(alone / together, 2)}
+    return {"steps": steps, "seconds": {count: round(each, 1) for count, each in found.items()},
+            "measured": round(found[1] / found[2], 2), "foreseen": round(alone / together, 2)}
+
+
+def _rank(rank: int, count: int, port: int, steps: int) -> None:
+    """One of the processes: its processor time for the picture, by which the work is also divided."""
+    torch.set_num_threads(1)
+    cast(Any, spread).time = SimpleNamespace(perf_counter=time.process_time)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
+    settings = make(MEASURED)
+    host = make_host(load(None), settings, torch.device("cpu"), torch.float32, steps=steps,
+                     progress=Bar(f"rank {rank} of {count}"))
+    ranks = Ranks(dist.PrefixStore(f"ranks {count}", store), rank, count, host.device)
+    extrapolation = Extrapolation(host, 1, ranks)
+    plan = make_plan((128, 128), settings, native=host.native)
+    begin = time.process_time()
+    extrapolation.run(Request(PROMPT, SEED, GUIDANCE, method_of("paper", settings), settings, plan))
+    seconds, batcher = time.process_time() - begin, cast(Divided, extrapolation.batches)
+    store.set(f"{count}/{rank}", json.dumps({
+        "seconds": seconds, "besides": seconds - batcher.took,
+        "price": [[kind, each[rank]] for kind, each in cast(Any, batcher._seconds).items()]}))
 
 
 def main() -> None:

@@ -17,10 +17,10 @@ from accdiff_lib.engine.extrapolate import Extrapolation
 from accdiff_lib.engine.host import Picture
 from accdiff_lib.engine.method import Work
 from accdiff_lib.engine.plan import Stage
-from accdiff_lib.engine.ranks import RankLost, Ranks
+from accdiff_lib.engine.ranks import Ranks
 from accdiff_lib.engine.resume import Kept
 from accdiff_lib.engine.together import SharedStore
-from accdiff_lib.errors import InputError
+from accdiff_lib.errors import InputError, RankLost
 from accdiff_lib.standalone.lora import merged
 
 

@@ -21,7 +21,15 @@ from accdiff_lib.command import arguments, devices
 from accdiff_lib.command.job import Job, prepare
 from accdiff_lib.command.process import Stop, lasting_streams
 from accdiff_lib.engine.plan import CELL
-from accdiff_lib.errors import InputError, Interrupted, NotFinite, OutOfMemory, is_out_of_memory, out_of_memory
+from accdiff_lib.errors import (
+    InputError,
+    Interrupted,
+    NotFinite,
+    OutOfMemory,
+    RankFailed,
+    is_out_of_memory,
+    out_of_memory,
+)
 from accdiff_lib.methods import infotext as settings_infotext
 from accdiff_lib.methods import of
 from accdiff_lib.parts import infotext
@@ -73,8 +81,9 @@ def main(argv: Sequence[str] | None = None, stop: Stop | None = None) -> int:
             print("accdiff: aborted", file=sys.stderr)
             return stop.code
         except Exception as error:
-            told["error"] = out_of_memory(error) if is_out_of_memory(error) else f"{type(error).__name__}: {error}"
-            if not is_out_of_memory(error):
+            told["error"] = out_of_memory(error) if is_out_of_memory(error) else (
+                str(error) if isinstance(error, RankFailed) else f"{type(error).__name__}: {error}")
+            if not is_out_of_memory(error) and not isinstance(error, RankFailed):
                 raise
             print(f"accdiff: {told['error']}", file=sys.stderr)
             return LESS

@@ -27,6 +27,8 @@ from accdiff_lib.errors import (
     Interrupted,
     NotFinite,
     OutOfMemory,
+    RankFailed,
+    RankLost,
     Skipped,
     is_out_of_memory,
     out_of_memory,
@@ -41,14 +43,6 @@ BEAT, SILENCE, LONGEST = 2.0, 60.0, 1800.0
 TRANSFER = 120.0
 #: Errors that mean the same on every rank, the gravest first.
 _SHARED: tuple[type[Exception], ...] = (InputError, NotFinite, OutOfMemory, Skipped, Interrupted)
-
-
-class RankLost(Exception):
-    """Rank 0 is not there any more, or goes on without this rank."""
-
-
-class RankFailed(RuntimeError):
-    """Another rank met an error; the message has its name, the error and where it was raised."""
 
 
 class Ranks:
@@ -160,8 +154,8 @@ class Ranks:
                 self._store.set(f"{here}/{self.rank}", json.dumps(said))
                 heard = {int(rank): each for rank, each in json.loads(self._from_the_first(here)).items()}
                 self._store.delete_key(read)
-            except RuntimeError as error:  # rank 0 held the store
-                raise RankLost(f"{self.name(0)} is lost ({error})") from error
+            except RuntimeError as failure:  # rank 0 held the store
+                raise RankLost(f"{self.name(0)} is lost ({failure})") from failure
             if self.rank not in heard:
                 raise RankLost("rank 0 goes on without this one")
         if len(heard) < len(self.members):
@@ -182,6 +176,7 @@ class Ranks:
                 why = self._lost(rank)
                 if why and not self._store.check([key]):
                     del keys[rank]
+                    self._store.set(f"lost/{rank}", "")
                     if self.progress is not None:
                         self.progress.comment(f"{self.name(rank)} is lost ({why}); the picture is made without it")
         return {rank: json.loads(self._store.get(key)) for rank, key in keys.items()}
@@ -190,9 +185,13 @@ class Ranks:
         """What rank 0 says under a key. Raises RankLost."""
         waits = _Waiting()
         while not self._store.check([key]):
-            why = self._lost(0) if waits.long() else ""
+            if not waits.long():
+                continue
+            why = self._lost(0)
             if why:
                 raise RankLost(f"{self.name(0)} is lost ({why})")
+            if self._store.check([f"lost/{self.rank}"]):
+                raise RankLost("rank 0 goes on without this one")
         return self._store.get(key)
 
     def _lost(self, rank: int) -> str:

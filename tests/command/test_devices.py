@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from accdiff_lib.command import devices, follow
+from accdiff_lib.command import devices, follow, making
 from accdiff_lib.command import run as cli
 from accdiff_lib.command.process import Stop
 from accdiff_lib.command.report import Terminal
@@ -161,3 +161,24 @@ def test_what_another_rank_lacks_is_said_by_the_first(capfd, forked):
     assert code == 2 and told["error"] == "rank 1: --model: 'a.safetensors' is not there"
     assert err.count("is not there") == 1 and not Path("out").exists()
     assert processes[0].returncode == 1
+
+
+def test_what_befalls_another_rank_at_work_is_one_line(capfd, forked):
+    def fail():
+        def denoise(*_, **__):
+            raise TypeError("odd")
+
+        follow.host_of = lambda *args: Broken(denoise, making.host_of(*args))
+
+    forked(fail)
+    code, told, err = run(capfd, "--devices", "cpu,cpu", "--keep-every", "0")
+    assert code == 1 and told["error"].startswith("rank 1 (cpu): TypeError: odd (at ")
+    assert "Traceback" not in err and "the same command goes on from here" in err
+
+
+class Broken:
+    def __init__(self, denoise, host):
+        self.denoise, self._host = denoise, host
+
+    def __getattr__(self, name):
+        return getattr(self._host, name)

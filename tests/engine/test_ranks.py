@@ -15,11 +15,11 @@ from accdiff_lib.command.resume import Disk
 from accdiff_lib.engine import memory
 from accdiff_lib.engine import ranks as ranks_module
 from accdiff_lib.engine.extrapolate import Extrapolation
-from accdiff_lib.engine.ranks import RankFailed, RankLost, Ranks
+from accdiff_lib.engine.ranks import Ranks
 from accdiff_lib.engine.resume import Kept
 from accdiff_lib.engine.spread import Divided, Latents
 from accdiff_lib.engine.together import SharedHost, SharedStore
-from accdiff_lib.errors import InputError, Interrupted, NotFinite, OutOfMemory
+from accdiff_lib.errors import InputError, Interrupted, NotFinite, OutOfMemory, RankFailed, RankLost
 from accdiff_lib.methods import names
 from tests import tiny
 from tests.engine.ranks import on_ranks
