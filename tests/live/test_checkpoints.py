@@ -68,6 +68,8 @@ def test_kinds_of_controlnets(webui, options, large, kind):
     if kind == "lllite":
         assert difference(steered.picture, large.picture) > 5
     else:
-        expected = webui.generate({**options, "controlnet_model": canny})
-        assert difference(steered.picture, expected.picture) <= 4
+        expected = webui.generate({**options, "controlnet_model": canny}).picture
+        assert difference(steered.picture, expected) <= 20  # Forge Neo's control-LoRA rounds otherwise
+        assert np.abs(steered.picture.astype(float) - expected).mean() < 1
+        assert difference(expected, large.picture) > 20
     assert np.array_equal(webui.generate(options).picture, large.picture)
