@@ -148,8 +148,9 @@ def test_how_it_looks(page):
 def test_the_line_follows(page):
     wait_for_cost(page, "2048x2048: about 4.6 x the base picture's time9 windows + 4 dilated views per step")
     page.shot("panel")
+    fill(page, f"{PREFIX}scale", 5)
+    wait_for_cost(page, "2 stages, the last with 81 windows")
     fill(page, f"{PREFIX}scale", 3)
-    wait_for_cost(page, "2 stages, the last with 25 windows")
     fill(page, "txt2img_width", 768)
     wait_for_cost(page, "2304x3072: ")
     fill(page, f"{PREFIX}target_width", 1536)
