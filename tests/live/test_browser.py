@@ -316,37 +316,3 @@ def test_generate_forever(txt2img, webui):
         txt2img.page.wait_for_timeout(100)
     pictures = list(made.values())
     assert all(picture.shape == size(2 * BASE) and np.array_equal(picture, pictures[0]) for picture in pictures)
-
-
-def test_img2img_batch_of_a_folder(txt2img, webui, tmp_path):
-    if not any(host in URL for host in ("127.0.0.1", "localhost")):
-        pytest.skip("the WebUI runs on another machine: it cannot read the folder")
-    given, made = tmp_path / "given", tmp_path / "made"
-    given.mkdir()
-    sides = {"one": BASE, "two": BASE * 3 // 4}
-    for name, side in sides.items():
-        picture = webui.generate(seed=len(name) + side, width=side, height=BASE).picture
-        Image.fromarray(picture).save(given / f"{name}.png")
-    page, panel = txt2img.page, PANEL.replace("txt2img", "img2img")
-    page.locator("#tabs button").filter(has_text="img2img").first.click()
-    page.locator("#mode_img2img button").filter(has_text="Batch").first.click()
-    if page.locator("#img2img_batch_from_dir_tab").count():
-        page.locator("#img2img_batch_source button").filter(has_text="From directory").first.click()
-    for name, folder in (("input", given), ("output", made)):
-        page.locator(f"#img2img_batch_{name}_dir").locator("textarea, input").first.fill(str(folder))
-    page.fill("#img2img_prompt textarea", "a red ball on snow")
-    for name, value in (("width", BASE), ("height", BASE), ("steps", 6)):
-        txt2img.number(f"#img2img_{name}", value)
-    txt2img.switch(True, f"{panel}enabled")
-    page.locator(f"{panel}advanced .label-wrap").first.click()
-    for name, value in SMALL.items():
-        txt2img.number(f"{panel}{name}", value)
-    page.click("#img2img_generate")
-    end = time.monotonic() + 180
-    while len(list(made.glob("*.png"))) < 2 or webui.progress()["state"]["job_count"] > 0:
-        assert time.monotonic() < end
-        page.wait_for_timeout(200)
-    assert {path.stem.partition("-")[0] for path in made.glob("*.png")} == set(sides)
-    for path in made.glob("*.png"):
-        with Image.open(path) as opened:
-            assert opened.size == (2 * BASE, 2 * BASE) and "AccDiffusion" in opened.info["parameters"]

@@ -27,7 +27,7 @@ NEIGHBOURS: dict[str, dict[str, Any]] = {
     "Dynamic Thresholding (CFG Scale Fix)": {}, "Kohya Hires.fix": {}}
 
 #: What changes the cross-attention, with a prompt that makes it do so.
-CROSS_ATTENTION = {"NegPiP": "a red ball on snow, (sky:-1.2)", "Regional Prompter": "a red ball BREAK a blue box"}
+CROSS_ATTENTION = {"NegPiP": "a red ball on snow, (sky:-1.2)"}
 
 #: What mixes a batch, or remembers the last call.
 MIXING = ["StyleAlign Integrated", "HyperTile Integrated", '"APG\'s now your CFG" and Guidance Limiter for reForge']

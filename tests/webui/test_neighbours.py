@@ -110,10 +110,11 @@ def test_scripts_of_img2img_alone_are_refused_before_anything_is_computed(webui)
 
 
 def test_each_generation_of_a_script_is_enlarged(webui):
-    """X/Y/Z plot, prompts from a file: copies, one after the other."""
+    """X/Y/Z plot, prompts from a file: copies, one after the other; img2img's batch of a folder: the same again."""
     p = selecting(webui, Selected(lambda _: True))
-    pictures = [webui.run(copy.copy(p)).picture for _ in range(2)]
-    assert pictures[0].shape == (128, 128, 3) and np.array_equal(*pictures)
+    pictures = [webui.run(again(p)).picture for again in (copy.copy, lambda same: same, lambda same: same)]
+    assert pictures[0].shape == (128, 128, 3)
+    assert all(np.array_equal(picture, pictures[0]) for picture in pictures)
 
 
 def test_other_samplers_than_the_webuis_are_refused(webui, monkeypatch):
