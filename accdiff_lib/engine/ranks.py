@@ -262,8 +262,9 @@ class Ranks:
                 carry()
         except RuntimeError as failure:  # a rank is gone; the others hear of it by losing this one's connection
             error = failure
-            self._groups.clear()
         carried = all(self.exchange("carried", error is None).values())
+        if not carried or self.members != before:  # on all ranks, as a group is made by all
+            self._groups.clear()
         if self.members == before and not carried:
             if self.own_gpus:  # then by gloo
                 self.own_gpus = False
@@ -274,7 +275,8 @@ class Ranks:
     def _group(self, kind: str) -> Any:
         """What carries tensors between the ranks that are there."""
         if kind not in self._groups:
-            store = dist.PrefixStore(f"{kind} {self.members}", self._store)
+            # By a number that no group before had: in the store are the addresses of those that are gone.
+            store = dist.PrefixStore(f"{kind} {self._number}", self._store)
             made_by: Any = dist.ProcessGroupNCCL if kind == "nccl" else dist.ProcessGroupGloo
             self._groups[kind] = made_by(store, self.members.index(self.rank), len(self.members),
                                          timedelta(seconds=TRANSFER))
