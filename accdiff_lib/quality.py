@@ -25,9 +25,9 @@ Picture = NDArray[np.uint8]
 Plane = NDArray[np.float32]
 
 #: Side in pixels of the pictures that are compared as a whole: differences of windows and things, not of their rims.
-_SIDE = 256
+SIDE = 256
 #: The blur, in pixels of that size, that leaves no detail of the base picture.
-_FINE = 2.5
+FINE = 2.5
 #: The difference in Lab (CIE76) from which a place shows something else, and from which colours have drifted.
 CHANGED, DRIFTED = 20.0, 3.0
 #: Least share of the picture of a place that is reported.
@@ -133,10 +133,15 @@ def _band(image: Picture, size: tuple[int, int]) -> float:
     return float((grey - cv2.resize(small, grey.shape[::-1], interpolation=cv2.INTER_LANCZOS4)).std())
 
 
+def lab(image: Picture) -> Plane:
+    """The picture in CIE Lab, reduced to SIDE x SIDE."""
+    small = cv2.resize(image.astype(np.float32) / 255, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
+    return np.asarray(cv2.cvtColor(small, cv2.COLOR_RGB2LAB), np.float32)
+
+
 def _coarse(image: Picture) -> Plane:
-    """The picture in CIE Lab at the common size, without detail."""
-    small = cv2.resize(image.astype(np.float32) / 255, (_SIDE, _SIDE), interpolation=cv2.INTER_AREA)
-    return np.asarray(cv2.GaussianBlur(cv2.cvtColor(small, cv2.COLOR_RGB2LAB), (0, 0), _FINE), np.float32)
+    """The same without detail."""
+    return np.asarray(cv2.GaussianBlur(lab(image), (0, 0), FINE), np.float32)
 
 
 def _places(strength: Plane) -> tuple[float, tuple[float, float] | None]:
@@ -148,7 +153,7 @@ def _places(strength: Plane) -> tuple[float, tuple[float, float] | None]:
     areas = np.where(areas >= _PLACE * strength.size, areas, 0)
     if not areas.any():
         return 0.0, None
-    left, top = (middles[1 + int(areas.argmax())] + 0.5) / _SIDE
+    left, top = (middles[1 + int(areas.argmax())] + 0.5) / SIDE
     return float(areas.sum() / strength.size), (float(left), float(top))
 
 

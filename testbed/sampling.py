@@ -10,28 +10,14 @@ import torch
 from torch import Tensor
 
 from accdiff_lib import seeds
-from accdiff_lib.engine.host import Conditioning, Picture
-from accdiff_lib.engine.method import Work
-from accdiff_lib.engine.plan import CELL, Stage
+from accdiff_lib.engine.host import Conditioning, Unwatched
+from accdiff_lib.engine.plan import CELL
 from accdiff_lib.parts.attention import AttentionRecorder, map_size
 from accdiff_lib.standalone.host import StandaloneHost
 from accdiff_lib.standalone.loading import Models
 
 STEPS, GUIDANCE = 30, 5.0
 SAMPLER, SCHEDULER = "DPM++ 2M", "Karras"
-
-
-class Silent:
-    """A progress (hosts.base.Progress) that nobody watches."""
-
-    interrupted = skipped = False
-
-    def begin(self, stage: Stage | None, calls: Sequence[Sequence[Work]]) -> None: ...
-    def advance(self, latents: int) -> None: ...
-    def tile(self, doing: str, cells: int, done: int, total: int) -> None: ...
-    def preview(self, denoised: Tensor) -> None: ...
-    def finished(self, picture: Picture) -> None: ...
-    def comment(self, text: str) -> None: ...
 
 
 @dataclass
@@ -44,7 +30,7 @@ class Base:
 
 def make_host(models: Models, *, steps: int = STEPS, device: str = "cpu") -> StandaloneHost:
     """A host for captions of one context and no negative prompt."""
-    return StandaloneHost(models, prompt="", negative="", progress=Silent(), sampler=SAMPLER, scheduler=SCHEDULER,
+    return StandaloneHost(models, prompt="", negative="", progress=Unwatched(), sampler=SAMPLER, scheduler=SCHEDULER,
                           steps=steps, device=device)
 
 

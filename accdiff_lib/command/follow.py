@@ -14,9 +14,7 @@ from accdiff_lib.command.job import prepare
 from accdiff_lib.command.making import host_of, models_of, request_of
 from accdiff_lib.command.process import Stop
 from accdiff_lib.engine.extrapolate import Extrapolation
-from accdiff_lib.engine.host import Picture
-from accdiff_lib.engine.method import Work
-from accdiff_lib.engine.plan import Stage
+from accdiff_lib.engine.host import Unwatched
 from accdiff_lib.engine.ranks import Ranks
 from accdiff_lib.engine.resume import Kept
 from accdiff_lib.engine.together import SharedStore
@@ -72,10 +70,8 @@ def _silence() -> None:
         os.dup2(nowhere, stream)
 
 
-class Following:
-    """Implements engine.host.Progress."""
-
-    skipped = False
+class Following(Unwatched):
+    """A progress that is stopped with the program."""
 
     def __init__(self, stop: Stop) -> None:
         self._stop = stop
@@ -83,15 +79,3 @@ class Following:
     @property
     def interrupted(self) -> bool:
         return self._stop.asked
-
-    def begin(self, stage: Stage | None, calls: Sequence[Sequence[Work]]) -> None: ...
-
-    def advance(self, latents: int) -> None: ...
-
-    def tile(self, doing: str, cells: int, done: int, total: int) -> None: ...
-
-    def preview(self, denoised: Tensor) -> None: ...
-
-    def finished(self, picture: Picture) -> None: ...
-
-    def comment(self, text: str) -> None: ...

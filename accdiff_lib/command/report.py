@@ -6,12 +6,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
-from torch import Tensor
 from tqdm import tqdm
 
 from accdiff_lib.command.process import Stop
 from accdiff_lib.engine.cost import Part
-from accdiff_lib.engine.host import Picture
+from accdiff_lib.engine.host import Picture, Unwatched
 from accdiff_lib.engine.method import Work
 from accdiff_lib.engine.plan import CELL, Stage
 
@@ -19,7 +18,7 @@ from accdiff_lib.engine.plan import CELL, Stage
 Save = Callable[[Picture], None]
 
 
-class Told:
+class Told(Unwatched):
     """What is to tell of a run (implements engine.host.Progress), with nobody to read it yet."""
 
     def __init__(self, parts: Sequence[Part], stop: Stop):
@@ -34,22 +33,6 @@ class Told:
     @property
     def interrupted(self) -> bool:
         return self._stop.asked
-
-    @property
-    def skipped(self) -> bool:
-        return False
-
-    def begin(self, stage: Stage | None, calls: Sequence[Sequence[Work]]) -> None:
-        pass
-
-    def advance(self, latents: int) -> None:
-        pass
-
-    def tile(self, doing: str, cells: int, done: int, total: int) -> None:
-        pass
-
-    def preview(self, denoised: Tensor) -> None:
-        pass
 
     def finished(self, picture: Picture) -> None:
         """Writes the picture and reports its part; the time is that since the last one, decoding included."""

@@ -66,20 +66,15 @@ def main(argv: Sequence[str] | None = None, stop: Stop | None = None) -> int:
             from accdiff_lib.command.follow import follow
 
             return follow(argv, place, stop)
-        try:
+        def made() -> int:
             job = prepare(argv, place)
             if job.arguments.dry_run:
                 return dry_run(job, told)
             with devices.ranks_of(job, argv) as ranks:
                 return run(job, told, stop, ranks)
-        except InputError as error:
-            told["error"] = " ".join(str(error).splitlines())
-            print(f"accdiff: {told['error']}", file=sys.stderr)
-            return BAD_INPUT
-        except KeyboardInterrupt:
-            told["error"] = "aborted"
-            print("accdiff: aborted", file=sys.stderr)
-            return stop.code
+
+        try:
+            return answered(made, told, stop)
         except Exception as error:
             told["error"] = out_of_memory(error) if is_out_of_memory(error) else (
                 str(error) if isinstance(error, RankFailed) else f"{type(error).__name__}: {error}")
@@ -90,6 +85,18 @@ def main(argv: Sequence[str] | None = None, stop: Stop | None = None) -> int:
         finally:
             if told and "--json" in argv:
                 print(json.dumps(told, indent=2))  # ASCII: safe in every terminal's and pipe's encoding
+
+
+def answered(work: Callable[[], int], told: dict[str, Any], stop: Stop) -> int:
+    """The exit code of `work()`; what the user got wrong, or stopped, is a line, and the `told` error."""
+    try:
+        return work()
+    except InputError as error:
+        told["error"], code = " ".join(str(error).splitlines()), BAD_INPUT
+    except KeyboardInterrupt:
+        told["error"], code = "aborted", stop.code
+    print(f"accdiff: {told['error']}", file=sys.stderr)
+    return code
 
 
 # --- dry run ---------------------------------------------------------------------------------------------------

@@ -169,6 +169,30 @@ class Progress(Protocol):
         """Something the user should know that did not stop the run."""
 
 
+class Unwatched:
+    """A progress that nobody watches or stops."""
+
+    @property
+    def interrupted(self) -> bool:
+        return False
+
+    @property
+    def skipped(self) -> bool:
+        return False
+
+    def begin(self, stage: Stage | None, calls: Sequence[Sequence[Work]]) -> None: ...
+
+    def advance(self, latents: int) -> None: ...
+
+    def tile(self, doing: str, cells: int, done: int, total: int) -> None: ...
+
+    def preview(self, denoised: Tensor) -> None: ...
+
+    def finished(self, picture: Picture) -> None: ...
+
+    def comment(self, text: str) -> None: ...
+
+
 class Host(Protocol):
     """One program, one loaded model, one generation."""
 

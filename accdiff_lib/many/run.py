@@ -15,7 +15,7 @@ from contextlib import closing, nullcontext
 from typing import Any
 
 from accdiff_lib.command.process import Stop, lasting_streams
-from accdiff_lib.command.run import BAD_INPUT, DONE, LESS
+from accdiff_lib.command.run import DONE, LESS, answered
 from accdiff_lib.errors import InputError
 from accdiff_lib.many import arguments, jobs
 from accdiff_lib.many.ledger import Ledger
@@ -34,15 +34,7 @@ def main(argv: Sequence[str], stop: Stop | None = None, make_pool: MakePool | No
     told: dict[str, Any] = {}
     with lasting_streams(), nullcontext(stop) if stop else Stop() as stop:
         try:
-            return _run(argv, stop, told, make_pool or _pool)
-        except InputError as error:
-            told["error"] = " ".join(str(error).splitlines())
-            print(f"accdiff: {told['error']}", file=sys.stderr)
-            return BAD_INPUT
-        except KeyboardInterrupt:
-            told["error"] = "aborted"
-            print("accdiff: aborted", file=sys.stderr)
-            return stop.code
+            return answered(lambda: _run(argv, stop, told, make_pool or _pool), told, stop)
         finally:
             if told and "--json" in argv:
                 print(json.dumps(told), flush=True)

@@ -16,7 +16,7 @@ from scipy import fft
 
 from accdiff_lib.engine.plan import CELL
 from accdiff_lib.parts.windows import Window
-from accdiff_lib.quality import cells, compare, seams
+from accdiff_lib.quality import FINE, SIDE, cells, compare, lab, seams
 from testbed.counting import MIN_AREA, Found, find, iou, match, painted, wanted
 from testbed.quality import texture
 from testbed.scenes import Scene
@@ -26,9 +26,9 @@ Plane = NDArray[np.float32]
 
 NAN = float("nan")
 
-#: Side in pixels of the pictures in which ghosts are looked for, and there: the blur that leaves no detail of the base
-#: picture, the blur that leaves only shifts of whole skies and grounds, and how near to a thing its own rim may differ.
-_GHOSTS_SIDE, _FINE, _WIDE, _NEAR = 256, 2.5, 32.0, 8
+#: In pixels of the pictures in which ghosts are looked for: the blur that leaves only shifts of whole skies and
+#: grounds, and how near to a thing its own rim may differ.
+_WIDE, _NEAR = 32.0, 8
 #: Least difference in Lab of a ghost. Things of 30 % opacity differ by 11 and more, true renders at 4x from their base
 #: pictures by less than 1 (tests/test_quality.py), and the VAE alone makes errors of 4 to 13.
 GHOST = 10.0
@@ -144,7 +144,7 @@ def without_parts(found: Sequence[Found], things: Sequence[Found]) -> list[Found
     The corner of a yellow thing that came out orange is found apart from it. So is left out what lies mostly within a
     wanted thing of which a larger found one covers more.
     """
-    side = _GHOSTS_SIDE
+    side = SIDE
     covers = [painted([thing], side, side) > 0 for thing in found]
     parts = set()
     for thing in things:
@@ -211,16 +211,16 @@ def ghosts(image: Picture, base: Picture, known: Sequence[Found]) -> int:
 
     Both pictures are compared in Lab without their detail and without differences as wide as a sky.
     """
-    side = _GHOSTS_SIDE
+    side = SIDE
     kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * _NEAR + 1, 2 * _NEAR + 1))
     seen = 1 - cv2.dilate((painted(known, side, side) > 0).astype(np.float32), kernel)
-    difference = (_lab(image, side) - _lab(base, side)) * seen[..., None]
+    difference = (lab(image) - lab(base)) * seen[..., None]
 
     def mean(sigma: float) -> Plane:
         weight = cv2.GaussianBlur(seen, (0, 0), sigma)
         return np.asarray(cv2.GaussianBlur(difference, (0, 0), sigma) / np.maximum(weight, 0.05)[..., None])
 
-    strength = np.linalg.norm(mean(_FINE) - mean(_WIDE), axis=-1) * seen
+    strength = np.linalg.norm(mean(FINE) - mean(_WIDE), axis=-1) * seen
     # Opened: where a horizon moved by a pixel is no object.
     mask = cv2.morphologyEx((strength > GHOST).astype(np.uint8), cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
     _, _, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=4)
@@ -229,7 +229,7 @@ def ghosts(image: Picture, base: Picture, known: Sequence[Found]) -> int:
 
 def _insides(things: Sequence[Found]) -> Iterator[NDArray[np.bool_]]:
     """Each thing's area without its rim, at the size in which ghosts are looked for."""
-    side = _GHOSTS_SIDE
+    side = SIDE
     kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (_NEAR + 1, _NEAR + 1))
     for thing in things:
         inside = cv2.erode((painted([thing], side, side) > 0).astype(np.uint8), kernel) > 0
@@ -240,8 +240,8 @@ def _insides(things: Sequence[Found]) -> Iterator[NDArray[np.bool_]]:
 def patches(image: Picture, base: Picture, things: Sequence[Found]) -> int:
     """How many places inside of things of the base picture look otherwise than the rest of the thing does: holes,
     patches of the ground's colour, halves of another colour."""
-    side, found = _GHOSTS_SIDE, 0
-    difference = cv2.GaussianBlur(_lab(image, side) - _lab(base, side), (0, 0), _FINE)
+    side, found = SIDE, 0
+    difference = cv2.GaussianBlur(lab(image) - lab(base), (0, 0), FINE)
     for inside in _insides(things):
         strength = np.linalg.norm(difference - np.median(difference[inside], axis=0), axis=-1)
         mask = ((strength > PATCH) & inside).astype(np.uint8)
@@ -253,11 +253,5 @@ def patches(image: Picture, base: Picture, things: Sequence[Found]) -> int:
 
 def tint(image: Picture, base: Picture, things: Sequence[Found]) -> float:
     """The largest distance in Lab of a thing's mean colour from that in the base picture; nan without things."""
-    difference = _lab(image, _GHOSTS_SIDE) - _lab(base, _GHOSTS_SIDE)
+    difference = lab(image) - lab(base)
     return max((float(np.linalg.norm(difference[inside].mean(0))) for inside in _insides(things)), default=NAN)
-
-
-def _lab(image: Picture, side: int) -> Plane:
-    """The picture in CIE Lab, reduced to side x side."""
-    small = cv2.resize(image.astype(np.float32) / 255, (side, side), interpolation=cv2.INTER_AREA)
-    return np.asarray(cv2.cvtColor(small, cv2.COLOR_RGB2LAB), np.float32)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from accdiff_lib.engine.extrapolate import Extrapolation, Request, Result
-from accdiff_lib.engine.host import GivenImage, Picture
+from accdiff_lib.engine.host import GivenImage, Picture, Unwatched
 from accdiff_lib.engine.plan import Plan, make_plan
 from accdiff_lib.methods import make, of
 from accdiff_lib.methods.fused import FusedSettings, grid_of
@@ -23,11 +23,10 @@ from testbed.captions import plain_caption
 from testbed.quality.contenders import CLEAN, CONTENDERS, Contender
 from testbed.quality.metrics import measure
 from testbed.quality.tasks import Setup, Task, scene
-from testbed.sampling import Silent
 from testbed.scenes import Scene, render
 
 
-class UntilBase(Silent):
+class UntilBase(Unwatched):
     """Interrupts the run when the base picture is finished."""
 
     interrupted = False
@@ -87,7 +86,7 @@ class Painter:
             base = given if given is not None else self._base(task, world)
             windows = self._nominal(task)
             if contender.how == "vae":
-                host = self._host(task, world, Silent())
+                host = self._host(task, world, Unwatched())
                 image = host.decode(host.encode_image(truth))
             else:
                 image = np.asarray(Image.fromarray(base).resize(truth.shape[1::-1], Image.Resampling.LANCZOS))
@@ -96,7 +95,7 @@ class Painter:
     def _extrapolate(self, task: Task, contender: Contender, world: Scene,
                      given: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None, tuple[Window, ...]]:
         """The engine's picture, its base picture if it has one, and the windows."""
-        host = self._host(task, world, Silent())
+        host = self._host(task, world, Unwatched())
         settings: Settings = self.setup.settings(task)
         extrapolation = contender.engine(host, world)
         result = self._run(extrapolation, task, world, settings, given)
@@ -136,7 +135,7 @@ class Painter:
         grid = grid_of(self._plan(settings).stages[-1], settings)
         return tuple(window.moved(-grid.padding, -grid.padding) for window in grid.windows(None))
 
-    def _host(self, task: Task, world: Scene, progress: Silent) -> StandaloneHost:
+    def _host(self, task: Task, world: Scene, progress: Unwatched) -> StandaloneHost:
         setup = self.setup
         settings = setup.settings(task)
         sampler, scheduler = (None if name == SAME else name for name in (
