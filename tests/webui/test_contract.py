@@ -295,7 +295,6 @@ def test_the_named_changes_of_forge_neo_would_be_found():
     """Of its record's names those that Forge Neo has no more, or calls otherwise."""
     names = NAMES["forge"]
     assert not names["backend.nn.vae:IntegratedAutoencoderKL.scaling_factor"].get("optional")
-    assert not names["modules.sd_models:SkipWritingToConfig"].get("optional")
     entry = names["modules_forge.main_entry:checkpoint_change"]
 
     def checkpoint_change(ckpt_name, preset, save=True, refresh=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -83,10 +83,10 @@ class Forge(ForgeBase):
                     main_entry.refresh_model_loading_parameters()
 
     def _unsaved(self) -> AbstractContextManager[None]:
-        """Within it no choice is written into the WebUI's config."""
+        """Within it no choice is written into the WebUI's config; what has no such thing writes none by itself."""
         from modules import sd_models
 
-        unsaved: AbstractContextManager[None] = sd_models.SkipWritingToConfig()
+        unsaved: AbstractContextManager[None] = getattr(sd_models, "SkipWritingToConfig", nullcontext)()
         return unsaved
 
     def _choose(self, checkpoint: str | None, modules: list[str] | None) -> bool:

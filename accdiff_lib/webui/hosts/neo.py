@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +40,6 @@ class Neo(Forge):
         from modules_forge import shared
 
         return [*super().controlnet_folders(), *map(Path, getattr(shared.cmd_opts, "controlnet_dirs", ()))]
-
-    def _unsaved(self) -> AbstractContextManager[None]:
-        return nullcontext()  # nothing that is chosen below is written into its config
 
     def _choose(self, checkpoint: str | None, modules: list[str] | None) -> bool:
         from modules_forge import main_entry
