@@ -66,7 +66,8 @@ def test_parameters_are_in_the_file(webui, large):
     assert read["info"] == large.texts[0]
     keys = [key for key in large.values if key.startswith(NAME)]
     assert [read["parameters"][key] for key in keys] == [large.values[key] for key in keys]
-    assert set(keys) - {"AccDiffusion window"} == {NAME, "AccDiffusion stage steps", "AccDiffusion start"}
+    assert set(keys) - {"AccDiffusion window"} == {
+        NAME, "AccDiffusion ran", "AccDiffusion stage steps", "AccDiffusion start"}
 
 
 # --- the extension's routes ------------------------------------------------------------------------------------

@@ -352,7 +352,7 @@ def test_img2img_with_a_mask_is_refused(webui, options, plain, refusal):
     ({"scale": 99}, "scale: 99 is not allowed"), ({"sclae": 2}, "sclae: there is no such option"),
     ({"controlnet_model": "no such file"}, "controlnet_model: 'no such file' is not allowed"),
     ({"method": "none"}, "method: 'none' is not allowed"), ({"c": "much"}, "c: 'much' is not allowed"),
-    ({"target_width": 999, "target_height": 512}, "target_width"), ({"stage_sampler": "no such"}, "stage_sampler"),
+    ({"target_width": -8, "target_height": 512}, "target_width"), ({"stage_sampler": "no such"}, "stage_sampler"),
     ({"stage_scheduler": "no such"}, "stage_scheduler"), ({"scale": 10 ** 400}, "scale: 1000"),
     ({"regions": 0}, "regions: takes a list")],
     ids=lambda value: value if isinstance(value, str) else "")
