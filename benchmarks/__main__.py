@@ -4,8 +4,9 @@ Makes one picture at each scale in several ways, in one run on one device: by ea
 (benchmarks/literal.py), with the presets, and by ScaleCrafter and ElasticDiffusion. For each: seconds by the clock and
 of the CPU, evaluations of the networks, the speed-up over the literal schedule, and what that is in FLOPs with SDXL's
 networks; the relative L2 distance of the final latent to the literal one, the engine's own share of the time, peak
-memory; with the embedded model also sharpness relative to the literal picture and the things in it. Then how the work
-grows from 2x to 8x, and what memory SDXL needs, by the plan. The last line is one JSON object.
+memory; with the embedded model also sharpness relative to the literal picture and the things in it. Then what memory
+the decodes took, as a whole and in tiles, beside what was planned; how the work grows from 2x to 8x; and what memory
+SDXL needs, by the plan. The last line is one JSON object.
 
 `--model embedded` (the CPU's default) measures the built-in model, `--model sdxl` (CUDA's default) full-size SDXL
 networks with random weights in float16.
@@ -29,6 +30,7 @@ from benchmarks import device as devices
 from benchmarks.figure import draw
 from benchmarks.full_size import least_memory, random_sdxl
 from benchmarks.measure import STEPS, WAYS, Measurement, is_literal, literal_of, measure
+from benchmarks.peak import of_decode
 from benchmarks.plan import gains, relative, sdxl_pflop
 from testbed.counting import find
 from testbed.quality.metrics import detail
@@ -67,6 +69,11 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
+def rows(records: Sequence[dict[str, Any]]) -> str:
+    """Records as lines of their names and values."""
+    return "\n".join("  ".join(f"{name} {value}" for name, value in record.items()) for record in records)
+
+
 def growth(native: int) -> list[dict[str, Any]]:
     """The work of each way from 2x to 8x, in base pictures, by the plan."""
     return [{"way": way, **{f"{scale}x": round(relative(way, scale, native), 1) for scale in GROWTH}}
@@ -93,6 +100,7 @@ def main() -> None:
     rate, batch = devices.best_unet_rate(models, given.window or native, device, dtype)
     measure(models, "fast", 2, device, dtype, steps=2, window=given.window)  # warm-up
     records: list[dict[str, Any]] = []
+    decodes: list[dict[str, Any]] = []
     for scale in given.scales:
         literal = None
         for way in given.ways:
@@ -100,6 +108,7 @@ def main() -> None:
             literal = run if is_literal(way) else literal
             records.append(compared(run, literal, scale, shows_things=given.model == "embedded"))
             print(json.dumps(records[-1]), file=sys.stderr)
+        decodes += of_decode(models.vae, run.latent, device)
     last = records[-1]
     speed_ups = {f"{record['way']}_x": record["speed_up"] for record in records
                  if record["size"] == last["size"] and record["way"] in ("paper", "balanced", "fast")
@@ -115,17 +124,18 @@ def main() -> None:
         "unet_throughput": round(max(record["unet"] / record["inside"]["UNet"] for record in records) / rate, 3),
         "best_unet_batch": batch, "matmul_tflops": round(devices.matmul_tflops(device, dtype), 3),
         "networks_tflops": round(max(rates), 3), "runs": records,
-        "growth": growth(native),
+        "decodes": decodes, "growth": growth(native),
         "sdxl_memory_estimated": [least_memory(side, controlnet) for side in (2048, 4096, 8192)
                                   for controlnet in (False, True)]}
     print(f"{given.model}, {given.steps} steps, {summary['device']}, torch {torch.__version__}\n")
     print(table(records))
+    print("\nMiB that decodes took at their peak, and as planned:\n")
+    print(rows(decodes))
     print("\nWork in base pictures:\n")
     print("\n".join(f"{row['way']:>26} " + " ".join(f"{name} {value:8}" for name, value in row.items() if name != "way")
                     for row in summary["growth"]))
     print("\nGiB of device memory that SDXL in float16 needs at least, estimated:\n")
-    print("\n".join("  ".join(f"{name} {value}" for name, value in row.items())
-                    for row in summary["sdxl_memory_estimated"]))
+    print(rows(summary["sdxl_memory_estimated"]))
     if given.out:
         given.out.mkdir(parents=True, exist_ok=True)
         (given.out / "performance.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")

@@ -130,7 +130,9 @@ def _without_weights(found: Found) -> tuple[dict[str, Any], list[CLIPTokenizer]]
 
 def _try(found: Found, built: Mapping[str, Any], encoders: Sequence[Any]) -> None:
     """Raises InputError where the networks do not fit each other, by a call of each as the host makes it, which without
-    weights computes nothing."""
+    weights computes nothing. The embedded model's own networks are known to."""
+    if all(part.file.given.path.is_relative_to(EMBEDDED) for part in found.parts.values()):
+        return
     key = json.dumps([part.config for part in found.parts.values()], sort_keys=True, default=str)
     if key in _FITTING:
         return

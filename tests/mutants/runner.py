@@ -25,7 +25,7 @@ LINKS = (".venv", ".venv-gradio3", ".venv-gradio4")
 LIBRARIES = ("torch", "numpy", "cv2", "scipy.special", "PIL.Image", "safetensors.torch", "torchsde", "torchdiffeq",
              "diffusers", "transformers", "hypothesis", "pytest", "coverage")
 #: What stands in for a WebUI's modules, and what is tested, are loaded by each fork.
-OURS = ("accdiff_lib", "tests", "testbed", "modules")
+OURS = ("accdiff_lib", "tests", "testbed", "benchmarks", "modules")
 
 
 def load_libraries() -> None:

@@ -23,8 +23,8 @@ from accdiff_lib.errors import InputError, Interrupted
 from accdiff_lib.parts import vae as tiled
 from accdiff_lib.parts.vae_layers import Attention, Doubled, Rows
 from accdiff_lib.parts.vae_maps import Strip
+from benchmarks.peak import of_decode, peak
 from tests.ldm_vae import from_diffusers
-from tests.peak import peak
 
 GOLDEN = Path(__file__).parents[1] / "golden_data" / "weights"
 ATOL = 1e-5
@@ -275,6 +275,15 @@ def test_memory_is_what_was_planned(run: Any, plan: Any, side: int, tile: int, r
     # Tiles this large: for smaller ones torch's convolutions on a CPU take nine times their input.
     planned = plan(vae, size, **keywords).memory[CPU]
     assert peak(lambda: run(vae, x, **keywords)) == pytest.approx(planned, rel=0.1)
+
+
+def test_the_bench_measures_what_is_planned() -> None:
+    vae = make(7, channels=(16, 32, 64))
+    whole, tiled_one = of_decode(vae, latent(60, 60), CPU)
+    assert whole["size"] == "480x480" and whole["tile"] == 0 and tiled_one["tile"] == CPU_TILE
+    for found in (whole, tiled_one):
+        assert found["peak_mib"] == pytest.approx(found["planned_mib"], rel=0.15, abs=1)
+    assert tiled_one["peak_mib"] < whole["peak_mib"] / 2 and tiled_one["work_x"] > 1 == whole["work_x"]
 
 
 def test_the_room_is_kept(vae: AutoencoderKL) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,15 +14,16 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.loaders import single_file_utils as diffusers_names
 from safetensors.torch import load_file, save_file
 
 from accdiff_lib.errors import InputError
 from accdiff_lib.parts.checkpoint import TensorFile
-from accdiff_lib.standalone import export
+from accdiff_lib.standalone import export, loading
 from accdiff_lib.standalone.finding import CONFIGS, EMBEDDED
 from accdiff_lib.standalone.loading import Models, alphas_cumprod, describe, examine, load
-from tests import tiny
+from tests import golden, tiny
 
 FAMILIES = {"sdxl": tiny.sdxl, "sd15": tiny.sd15}
 
@@ -685,3 +688,22 @@ def test_random_models_depend_on_the_seed_alone():
     state = torch.get_rng_state()
     assert_same(tiny.sdxl(), tiny.sdxl.__wrapped__())
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_the_embedded_model_is_not_tried(monkeypatch, tmp_path):
+    """Its networks fit each other, and a trial takes a tenth of the start."""
+    monkeypatch.setattr(loading, "_FITTING", set())
+    monkeypatch.setattr(UNet2DConditionModel, "forward", None)
+    assert examine(None).networks
+    (tmp_path / "another").symlink_to(EMBEDDED)
+    with pytest.raises(InputError, match="does not fit"):
+        examine(tmp_path / "another")
+
+
+def test_what_a_model_does_not_need_is_not_imported():
+    """The start is as long as its imports: diffusers' pipelines alone are a third of it."""
+    code = ("import sys, accdiff_lib.standalone.host\nfrom accdiff_lib.standalone.loading import load\nload(None)\n"
+            "print(sorted({'diffusers.pipelines', 'transformers.pipelines', 'k_diffusion', 'torchvision', 'peft',"
+            "'torch._inductor.compile_fx'} & set(sys.modules)))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=golden.REPOSITORY)
+    assert done.stdout == "[]\n", done.stderr

@@ -21,7 +21,7 @@ from accdiff_lib.standalone.flops import weightless_vae
 from accdiff_lib.standalone.host import StandaloneHost
 from accdiff_lib.standalone.loading import load
 from accdiff_lib.standalone.residency import Residency
-from tests.peak import peak
+from benchmarks.peak import peak
 from tests.silent import SilentProgress
 
 CONFIGS = Path(accdiff_lib.__file__).parent / "configs"
