@@ -44,7 +44,7 @@ def check(p: Any) -> None:
 
 
 def taken(p: Any, texts: Sequence[tuple[str, str]], settings: Settings) -> list[tuple[Region, ...]]:
-    """The regions of each picture of a batch, of which `texts` are prompt and negative prompt.
+    """The regions of each picture of a batch, of which `texts` are prompt and negative prompt, as by `whole`.
 
     `p.comment` says so where an extension has regions that count in the base picture only. Raises InputError for masks
     that cannot be read.
@@ -117,7 +117,7 @@ def _of_couple(p: Any, script: Any, texts: Sequence[tuple[str, str]]) -> list[tu
 # --- Regional Prompter -----------------------------------------------------------------------------------------
 
 def _of_prompter(_p: Any, script: Any, texts: Sequence[tuple[str, str]]) -> list[tuple[Region, ...]]:
-    """Each picture has a prompt of its own, with as many parts as all have."""
+    """Each picture has a prompt of its own, with as many parts as all have; by now (`whole`) BREAK is between them."""
     if not script.active or script.hiresacts[1]:  # "Disabled in Hires Fix"
         return []
     if "Pro" in script.mode:
@@ -127,17 +127,17 @@ def _of_prompter(_p: Any, script: Any, texts: Sequence[tuple[str, str]]) -> list
         places, masks = (0, *places), (np.clip(1 - np.sum(masks, axis=0), 0, 1), *masks)
 
     def of(text: str, negative: str) -> tuple[Region, ...]:
-        prompts, against = _parts(text, script.seps, script.pt), _parts(negative, script.seps, script.nt)
+        prompts, against = _parts(text, script.pt), _parts(negative, script.nt)
         return tuple(Region(prompts[place], against[place] if len(against) > 1 else None, mask, any_shape=True)
                      for place, mask in zip(places, masks, strict=True) if mask.any())
     return [of(*each) for each in texts]
 
 
-def _parts(text: str, separator: str, counted: Sequence[Any]) -> list[str]:
+def _parts(text: str, counted: Sequence[Any]) -> list[str]:
     """The parts of a prompt, of which the script has counted the tokens; one that is empty as the script writes it."""
-    parts = text.split(separator)
+    parts = text.split(_BREAK)
     if len(parts) != len(counted):
-        raise _BaseOnly(f"regions have {len(counted)} prompts, but this one has {len(parts)} parts at {separator}")
+        raise _BaseOnly(f"regions have {len(counted)} prompts, but this one has {len(parts)} parts at {_BREAK}")
     return [part.strip() or "_" for part in parts]
 
 

@@ -16,8 +16,9 @@ from accdiff_lib.methods import make
 from accdiff_lib.webui import regional
 from tests.webui_stand_in.generation import WebUI, started
 
-#: One step, so that what is done counts and not how.
-SHORT = {"scale": 2, "stage_steps": 1, "method": "accdiffusion-v1"}
+#: One step, in which nothing but the windows' prompts makes the picture.
+SHORT = {"scale": 2, "stage_steps": 1, "method": "accdiffusion-v1", "window": 8, "stride": 8, "skip_residual": False,
+         "dilated": False, "window_batch": 16}
 HALVES = [[0, 0.5, 0, 1, 1], [0.5, 1, 0, 1, 1]]
 #: Where a box's cells are in a mask.
 PLACES = {"left": np.s_[:, :512], "right": np.s_[:, 512:], "top": np.s_[:512], "bottom": np.s_[512:]}
@@ -117,14 +118,16 @@ def test_forge_couple_in_a_generation(webui):
     couple = Couple()
     webui.scripts.append(couple)
     made = {}
-    for method in ("accdiffusion-v1", "scalecrafter"):
-        p = webui.generation({**SHORT, "method": method}, steps=1)
+    for options in (SHORT, {"scale": 2, "stage_steps": 1, "method": "scalecrafter"}):
+        p = webui.generation(options, steps=1)
         p.script_args += couple.given
-        made[method] = webui.run(p)
+        made[options["method"]] = webui.run(p)
     webui.scripts.clear()
     regions = {"prompts": couple.couples, "mapping": [[0, 1, 0, 1, 0.5], *HALVES]}
-    same = webui.generate({**SHORT, "window_prompts": False, "regions": regions}, steps=1)
+    same, without = (webui.generate({**SHORT, "window_prompts": False, **more}, steps=1)
+                     for more in ({"regions": regions}, {}))
     assert np.array_equal(made["accdiffusion-v1"].picture, same.picture)
+    assert not np.array_equal(same.picture, without.picture)
     assert "Forge Couple's regions are for methods with windows" in made["scalecrafter"].comments
 
 
@@ -233,6 +236,7 @@ def test_regional_prompter_in_a_generation(webui, calc):
         same = webui.generate({**SHORT, "window_prompts": False, "regions": regions}, steps=1, batch_size=2,
                               prompt=prompts)
         assert np.array_equal(answer.pictures[number], same.pictures[number])
+        assert not np.array_equal(answer.pictures[1 - number], same.pictures[1 - number])
 
 
 def test_loras_that_change_from_call_to_call_are_refused(webui):
