@@ -149,9 +149,9 @@ def test_pictures_that_tile_are_refused(webui, axis, monkeypatch):
 
 def test_changed_cross_attention_is_for_the_base_pass(webui):
     """Regional Prompter and NegPiP put functions on the layers, made for the base picture's batch and size."""
-    from accdiff_lib.webui.hosts.ldm.unet import cross_attention
-
-    layers = [layer for _, layer in cross_attention(webui.model.model.diffusion_model)]
+    layers = [layer for name, layer in webui.model.model.diffusion_model.named_modules() if "attn2" in name
+              and type(layer).__name__ == "CrossAttention"]
+    assert any(layer in layers for layer in webui.model.model.diffusion_model.middle_block.modules())
     plain, sizes = webui.generate(SHORT, steps=1), []
 
     def changed(layer: Any) -> Any:

@@ -195,9 +195,8 @@ class Working(Prompter):
         self._webui = webui
 
     def process_batch(self, p: Any, *_: Any, **__: Any) -> None:
-        from accdiff_lib.webui.hosts.ldm.unet import cross_attention
-
-        self.layers = [layer for _, layer in cross_attention(self._webui.model.model.diffusion_model)]
+        modules = self._webui.model.model.diffusion_model.named_modules()
+        self.layers = [layer for name, layer in modules if name.endswith("attn2")]
         for layer in self.layers:
             layer.forward = self._hooked(layer)
 
