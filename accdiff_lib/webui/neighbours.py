@@ -13,10 +13,6 @@ from typing import Any
 from torch import nn
 
 from accdiff_lib.errors import InputError
-from accdiff_lib.parts.regions import Region, read_regions
-
-#: The title of the script whose regions are taken over.
-COUPLE = "Forge Couple"
 
 #: The function of the WebUI's `modules.processing` that makes all pictures of a generation.
 _GENERATES = "process_images_inner"
@@ -37,8 +33,8 @@ def check(p: Any, unet: nn.Module) -> None:
     """Raises InputError, in one sentence, for what cannot go together with a generation `p` of ours."""
     script = selected_script(p)
     if script is not None and script.show(True) and not script.show(False):
-        raise InputError(f'AccDiffusion: the script "{_title(script)}" makes pictures of its own of the given one, as '
-                         "tiles or in a loop; choose another script or none, or untick AccDiffusion")
+        raise InputError(f'AccDiffusion: the script "{title_of(script)}" makes pictures of its own of the given one, '
+                         "as tiles or in a loop; choose another script or none, or untick AccDiffusion")
     _check_samplers(p)
     for module in unet.modules():
         if isinstance(module, nn.Conv2d) and _wraps(module):
@@ -52,35 +48,16 @@ def selected_script(p: Any) -> Any:
     return scripts[index - 1] if isinstance(index, int) and 0 < index <= len(scripts) else None
 
 
-def coupled(p: Any) -> tuple[Region, ...]:
-    """Forge Couple's regions, if it is at work: it patches the cross-attention with masks of the whole picture, which
-    are none of a window's. Raises InputError for masks that cannot be read."""
-    script: Any = next((script for script in p.scripts.alwayson_scripts if _title(script) == COUPLE), None)
-    given = [] if script is None else p.script_args[script.args_from:script.args_to]
-    if len(given) < 8 or not given[0] or not getattr(script, "valid", False) or not script.couples:
-        return ()
-    mode, _, direction, background, weight, mapping = given[2:8]
-    if mode == "Mask":
-        mapping = [*(script.get_mask() or mapping)]
-    elif mode == "Basic":
-        count = len(script.couples) - (background != "None")
-        tiles = [[number / count, (number + 1) / count] for number in range(count)]
-        mapping = [[*tile, 0, 1, 1] if direction == "Horizontal" else [0, 1, *tile, 1] for tile in tiles]
-    if mode != "Advanced" and background != "None":
-        mapping.insert(0 if background == "First Line" else len(mapping), [0, 1, 0, 1, max(0.1, weight)])
-    return tuple(read_regions({"prompts": script.couples, "mapping": mapping}, COUPLE))
-
-
 @contextmanager
-def own_forward(modules: Iterable[nn.Module]) -> Iterator[bool]:
-    """Within it the modules compute as their classes do; gives whether any did not.
+def own_forward(modules: Iterable[nn.Module]) -> Iterator[list[Any]]:
+    """Within it the modules compute as their classes do; gives what they computed by where they did not.
 
     Extensions that change the cross-attention (NegPiP, Regional Prompter) know the base pass's prompt, size and batch
     size, and no windows.
     """
     changed = [(module, vars(module).pop("forward")) for module in modules if "forward" in vars(module)]
     try:
-        yield bool(changed)
+        yield [forward for _, forward in changed]
     finally:
         for module, forward in changed:
             vars(module)["forward"] = forward
@@ -93,7 +70,7 @@ def _check_samplers(p: Any) -> None:
     home = sd_samplers.create_sampler.__module__
     if home == "modules.sd_samplers":
         return
-    titles = [_title(script) for script in p.scripts.alwayson_scripts if type(script).__module__ == home]
+    titles = [title_of(script) for script in p.scripts.alwayson_scripts if type(script).__module__ == home]
     raise InputError(f"AccDiffusion: {titles[0] if titles else home} has put samplers of its own in place of the "
                      "WebUI's; switch it off, as AccDiffusion has windows itself")
 
@@ -106,7 +83,7 @@ def _wraps(conv: nn.Conv2d) -> bool:
     return "circular" in (conv.padding_mode, *by_axis)
 
 
-def _title(script: Any) -> str:
+def title_of(script: Any) -> str:
     """What a script calls itself; any extension's may raise."""
     try:
         return str(script.title())

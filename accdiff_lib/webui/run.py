@@ -29,7 +29,7 @@ from accdiff_lib.methods import of, without_control
 from accdiff_lib.parts.attention import map_size
 from accdiff_lib.parts.regions import Region, check_regions
 from accdiff_lib.settings import SAME
-from accdiff_lib.webui import controlnets, guides, hires, neighbours, upscalers
+from accdiff_lib.webui import controlnets, guides, hires, neighbours, regional, upscalers
 from accdiff_lib.webui.arguments import COMMENTS_KEY, GUIDES, RAN_KEY, Enlargement, parse, stamped
 from accdiff_lib.webui.effort import Effort, of_part, of_work
 from accdiff_lib.webui.extras import Extras
@@ -142,16 +142,20 @@ class Batch:
         self._hires = not self._from_image and bool(getattr(p, "enable_hr", False))
         self._session = webui_host.current().session(p, hires=self._hires)
         neighbours.check(p, self._session.webui.unet(p.sd_model))
+        regional.check(p)
         self._selected = hires.selected(p) if self._hires else None
         self._settings = hires.driven(p, asked.settings, ticked=self._hires, from_image=self._from_image,
                                       picture=self._selected)
         if getattr(p, "image_mask", None) is not None:
             raise InputError("AccDiffusion: inpainting is not possible; use it without a mask")
-        self._regions = asked.regions or self._coupled()
+        #: Prompt and negative prompt of every picture's stages, as they were written.
+        self._texts = self._written()
+        self._regions = self._regions_of(asked)
         deepest, levels = self._session.halvings
         self._plan = make_plan(hires.base_size(p, self._selected), self._settings, native=self._session.native,
                                multiple=2 ** levels)
-        check_regions(self._regions, self._settings, self._plan.pixels)
+        for regions in self._regions:
+            check_regions(regions, self._settings, self._plan.pixels)
         upscalers.check(self._settings.enlarger)
         self._guide = asked.guide
         for note in self._settings.notes:
@@ -176,16 +180,14 @@ class Batch:
                         "control_map" if self._guide.is_map else "control_image"]] = "ControlNet unit"
         self._prompts: list[tuple[str, str]] = []
 
-    def _coupled(self) -> tuple[Region, ...]:
-        """Forge Couple's regions, whose prompts take the place of those by attention."""
-        regions = neighbours.coupled(self._p)
-        if regions and not self._settings.takes_regions:
-            self._p.comment(f"AccDiffusion: {neighbours.COUPLE}'s regions are for methods with windows; they count in "
-                            "the base picture only")
-            return ()
-        if regions and self._settings.wants_attention:
+    def _regions_of(self, asked: Enlargement) -> list[Sequence[Region]]:
+        """Every picture's regions; those of another extension take the place of prompts by attention."""
+        if asked.regions:
+            return [asked.regions] * len(self._texts)
+        regions = regional.taken(self._p, self._texts, self._settings)
+        if any(regions) and self._settings.wants_attention:
             self._settings = self._settings.without_attention()
-        return regions
+        return [*regions]
 
     # --- the base ----------------------------------------------------------------------------------------------
 
@@ -198,13 +200,14 @@ class Batch:
             with self._session.attached():
                 self._bar = self._begin()
                 p.extra_generation_params.pop(RAN_KEY, None)  # of the batch before
-                self._prompts = self._final_prompts(given["prompts"])
+                self._prompts = [(self._final(text), self._final(against)) for text, against in self._texts]
                 base = self._base(original)
                 if shared.state.interrupted:  # the WebUI's sampler stops at once
                     self._stamp([])
                     return base.latent if isinstance(base, GivenLatent) else original()
-                with self._session.stages(given), neighbours.own_forward(self._session.cross_attention) as changed:
-                    if changed:
+                with (self._session.stages(given), regional.silenced(p),
+                      neighbours.own_forward(self._session.cross_attention) as changed):
+                    if not all(regional.is_hook(p, forward) for forward in changed):
                         p.comment("AccDiffusion: what another extension does to the cross-attention, it does to the "
                                   "base picture only")
                     results = self._results(len(given["seeds"]), base)
@@ -242,13 +245,13 @@ class Batch:
         p = self._p
         return [prompt for prompt, _ in self._prompts] == list(p.prompts) and not any(map(is_composed, p.prompts))
 
-    def _final_prompts(self, prompts: Sequence[str]) -> list[tuple[str, str]]:
-        """Prompt and negative prompt of every picture's stages."""
+    def _written(self) -> list[tuple[str, str]]:
         p = self._p
-        positive, negative = list(prompts), list(p.negative_prompts)
+        positive, negative = list(p.prompts), list(p.negative_prompts)
         if self._hires:
             positive, negative = list(p.hr_prompts or positive), list(p.hr_negative_prompts or negative)
-        return [(self._final(text), self._final(against)) for text, against in zip(positive, negative, strict=True)]
+        return [(regional.whole(p, text), regional.whole(p, against))
+                for text, against in zip(positive, negative, strict=True)]
 
     def _final(self, text: str) -> str:
         """What a prompt is in the end. Samplers of two calls a step count twice as many, to which its edits refer."""
@@ -284,7 +287,7 @@ class Batch:
                                  lambda picture: self._extras.keep(index, self._shown(picture), plan))
         regions = [replace(region, prompt=self._final(region.prompt),
                            negative=None if region.negative is None else self._final(region.negative))
-                   for region in self._regions]
+                   for region in self._regions[index]]
         own = [region.negative for region in regions if region.negative is not None]
         host = self._session.host(prompt=prompt, negatives=[negative, *own], size=plan.pixels,
                                   solver=self._solver, progress=progress, vae_tile=settings.vae_tile)
@@ -327,7 +330,7 @@ class Batch:
         parts = estimate(of(self._settings), self._plan, self._settings, base_solver=self._solver,
                          stage_solver=self._solver, timestep=self._session.timestep, guidance=self._session.guidance,
                          has_control=self._session.has_control, from_image=self._settings.base_pass or given,
-                         has_guide=self._guide is not None, regions=self._regions,
+                         has_guide=self._guide is not None, regions=self._regions[0],
                          intermediate=self._extras.wants_stages)
         base = of_work([Work("picture", 2 * self._p.steps, *self._plan.base, guided=False)], native)
         # Of the base picture only its decode follows.

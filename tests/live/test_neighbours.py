@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from accdiff_lib.parts.infotext import parse
+from accdiff_lib.parts.regions import region_colour
 from tests.live.client import BASE, URL, WINDOW, Refused, WebUI, alike, difference, encoded, image, size
 from tests.live.conftest import MISSING
 
@@ -207,6 +208,30 @@ def test_forge_couples_regions(webui, options):
         regions = {"prompts": prompt.split("\n"), "mapping": [[0, 0.5, 0, 1, 1], [0.5, 1, 0, 1, 1]]}
         same = webui.generate({**options, "window_prompts": False, "regions": regions}, prompt=prompt, **given)
         assert np.array_equal(answer.picture, same.picture)
+
+
+@pytest.mark.parametrize("mode", ["Attention", "Latent"])
+@pytest.mark.parametrize("painted", [False, True], ids=["columns", "mask"])
+def test_regional_prompters_regions(webui, options, mode, painted):
+    given = beside(webui, "Regional Prompter", generation_mode=mode, use_base_prompt=True, base_ratio="0.25")
+    prompts = ["snow", "a red ball", "a blue box"]
+    prompt = " BREAK ".join(prompts)
+    args = next(iter(given["alwayson_scripts"].values()))["args"]
+    if painted:
+        halves = np.full((BASE, BASE, 3), region_colour(0), np.uint8)
+        halves[:, BASE // 2:] = region_colour(1)
+        args[2], args[16] = "Mask", encoded(halves)
+    base = webui.generate(prompt=prompt, **given)
+    assert difference(base.picture, webui.generate(prompt=prompt).picture) > 1
+    answer = webui.generate(options, prompt=prompt, **given)
+    assert base.values["RP Calc Mode"] == mode and answer.picture.shape == size(2 * BASE)
+    boxes = [[0, 1, 0, 1, 0.25], [0, 0.5, 0, 1, 0.75], [0.5, 1, 0, 1, 0.75]]
+    regions = {"prompts": prompts, "mapping": boxes}
+    same = webui.generate({**options, "window_prompts": False, "regions": regions}, prompt=prompt, **given)
+    assert np.array_equal(answer.picture, same.picture)
+    args[12] = ["Disabled in Hires Fix"]  # which for it the stages are
+    without = webui.generate(options, prompt=prompt, **given)
+    assert difference(answer.picture, without.picture) > 8
 
 
 # --- scripts of the dropdown -----------------------------------------------------------------------------------

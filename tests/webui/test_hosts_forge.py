@@ -180,7 +180,9 @@ class Objects(SimpleNamespace):
 
 class Cloned(Patcher):
     def clone(self) -> Patcher:
-        return copy.copy(self)
+        clone = copy.copy(self)
+        clone.model_options = copy.copy(self.model_options)
+        return clone
 
 
 @pytest.mark.parametrize("is_hires", [False, True])
@@ -235,6 +237,26 @@ def test_stages_see_a_hires_pass_and_leave_nothing(unet, monkeypatch, is_hires, 
         assert with_lora.unet is lora and lora.controlnet_linked_list == "the base pass's"
         if fails != "loading":
             assert seen == [(is_hires, (2, 4, 9, 8))] and done == ["prepare", "cleanup"]
+
+
+@pytest.mark.parametrize("is_at_work", [True, False])
+def test_regional_prompters_mixing_of_halves_is_for_the_base_pass(unet, monkeypatch, is_at_work):
+    """In its Latent mode it wraps the UNet of the patcher that all generations start from, for good."""
+    script = SimpleNamespace(title=lambda: "Regional Prompter", active=is_at_work, args_from=0, args_to=0,
+                             process_before_every_sampling=lambda p, **given: None)
+    unet.out_channels = 4
+    with stood_in():
+        p = generation(unet)
+        wrapped = Cloned(unet)
+        wrapped.model_options = {"model_function_wrapper": lambda apply, given: script.mix(apply, given)}
+        p.sd_model.forge_objects = p.sd_model.forge_objects_after_applying_lora = Objects(unet=wrapped)
+        vars(p).update(scripts=SimpleNamespace(alwayson_scripts=[script]), script_args=[], width=64, height=64,
+                       disable_extra_networks=True, get_token_merging_ratio=lambda for_hr=False: 0.0)
+        adapter = Forge()
+        monkeypatch.setattr(adapter, "reload", lambda p, hires: None)
+        with adapter.session(p, hires=False).stages({"seeds": [1]}):
+            assert ("model_function_wrapper" in p.sd_model.forge_objects.unet.model_options) is not is_at_work
+        assert "model_function_wrapper" in wrapped.model_options
 
 
 # --- checkpoints and settings of Forge and of Forge Neo -----------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from types import MethodType, SimpleNamespace
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,6 @@ import pytest
 from torch import nn
 
 from accdiff_lib.errors import InputError
-from accdiff_lib.webui import neighbours
 from tests.webui_stand_in.generation import OPTIONS, WebUI, started
 
 #: One step, so that what is done counts and not how.
@@ -150,9 +149,9 @@ def test_pictures_that_tile_are_refused(webui, axis, monkeypatch):
 
 def test_changed_cross_attention_is_for_the_base_pass(webui):
     """Regional Prompter and NegPiP put functions on the layers, made for the base picture's batch and size."""
-    from accdiff_lib.webui.hosts.ldm.unet import cross_attention
-
-    layers = [layer for _, layer in cross_attention(webui.model.model.diffusion_model)]
+    layers = [layer for name, layer in webui.model.model.diffusion_model.named_modules() if "attn2" in name
+              and type(layer).__name__ == "CrossAttention"]
+    assert any(layer in layers for layer in webui.model.model.diffusion_model.middle_block.modules())
     plain, sizes = webui.generate(SHORT, steps=1), []
 
     def changed(layer: Any) -> Any:
@@ -171,64 +170,3 @@ def test_changed_cross_attention_is_for_the_base_pass(webui):
             del layer.forward
     assert sizes == [2] * len(layers) and np.array_equal(answer.picture, plain.picture)
     assert "to the cross-attention" in answer.comments and "cross-attention" not in plain.comments
-
-
-class Couple:
-    """Forge Couple, as far as its regions are looked at."""
-
-    args_from, valid, couples = 2, True, ("snow", "a red ball", "a blue star")
-
-    def __init__(self, **changes: Any) -> None:
-        values = {"enable": True, "disable_hr": False, "mode": "Basic", "separator": "", "direction": "Horizontal",
-                  "background": "First Line", "background_weight": 0.5, "mapping": None, **changes}
-        self.given, self.args_to = list(values.values()), 2 + len(values)
-
-    def title(self) -> str:
-        return "Forge Couple"
-
-    def get_mask(self) -> None:
-        return None
-
-
-LEFT, RIGHT, TOP, ALL = ("left",), ("right",), ("top",), ("left", "right", "top", "bottom")
-
-
-@pytest.mark.parametrize(("changes", "where"), [
-    ({}, [ALL, LEFT, RIGHT]),
-    ({"direction": "Vertical", "background": "Last Line"}, [TOP, ("bottom",), ALL]),
-    ({"mode": "Advanced", "mapping": [[0, 1, 0, 1, 0.5], [0, 0.5, 0, 1, 1], [0.5, 1, 0, 1, 1]]}, [ALL, LEFT, RIGHT])])
-def test_forge_couples_regions(changes, where):
-    couple = Couple(**changes)
-    couple.couples = list(couple.couples)
-    p: Any = SimpleNamespace(scripts=SimpleNamespace(alwayson_scripts=[couple]), script_args=[0, None, *couple.given])
-    regions = neighbours.coupled(p)
-    assert [region.prompt for region in regions] == couple.couples
-    halves = {"left": np.s_[:, :512], "right": np.s_[:, 512:], "top": np.s_[:512], "bottom": np.s_[512:]}
-    for region, filled in zip(regions, where, strict=True):
-        level = 0.5 if filled == ALL else 1
-        covered = sum(float(region.mask[halves[name]].mean()) for name in filled)
-        assert covered == level * len(filled) and region.mask.mean() == level * (1 if filled == ALL else 0.5)
-    for off in ({"enable": False}, {"valid": False}, {"couples": None}):
-        couple = Couple(**changes)
-        couple.given[0] = off.pop("enable", True)
-        vars(couple).update(off)
-        p.scripts.alwayson_scripts, p.script_args = [couple], [0, None, *couple.given]
-        assert neighbours.coupled(p) == ()
-
-
-def test_forge_couple_in_a_generation(webui):
-    couple = Couple()
-    couple.couples = list(couple.couples)
-    webui.scripts.append(couple)
-    made = {}
-    for method in ("accdiffusion-v1", "scalecrafter"):
-        p = webui.generation({"scale": 2, "stage_steps": 1, "method": method}, steps=1)
-        p.script_args += couple.given
-        made[method] = webui.run(p)
-    webui.scripts.clear()
-    mapping = [[0, 1, 0, 1, 0.5], [0, 0.5, 0, 1, 1], [0.5, 1, 0, 1, 1]]
-    regions = {"prompts": couple.couples, "mapping": mapping}
-    same = webui.generate({"scale": 2, "stage_steps": 1, "method": "accdiffusion-v1", "window_prompts": False,
-                           "regions": regions}, steps=1)
-    assert np.array_equal(made["accdiffusion-v1"].picture, same.picture)
-    assert "Forge Couple's regions are for methods with windows" in made["scalecrafter"].comments

@@ -19,7 +19,7 @@ from accdiff_lib.engine.host import Conditioning, Progress, Solver
 from accdiff_lib.engine.vae_runner import VaeRunner
 from accdiff_lib.errors import InputError
 from accdiff_lib.parts.noise_levels import NoiseLevels
-from accdiff_lib.webui import neighbours
+from accdiff_lib.webui import regional
 from accdiff_lib.webui.hosts import forge_control
 from accdiff_lib.webui.hosts.halves import MarkedHalves
 from accdiff_lib.webui.hosts.ldm import unet as ldm_unet
@@ -31,9 +31,13 @@ from accdiff_lib.webui.hosts.windows import Session, WindowHost
 #: masks are the whole picture's; three cut or shrink what is larger than the model's own size, which windows are not
 #: (HyperTile at random places, by how many calls there are); one mixes the images of a batch, here of other places; and
 #: reForge's APG averages each prediction with the last call's, here of another batch.
-BASE_ONLY = ("ControlNet", neighbours.COUPLE, "MultiDiffusion Integrated", "Kohya HRFix Integrated",
+BASE_ONLY = ("ControlNet", regional.COUPLE, "MultiDiffusion Integrated", "Kohya HRFix Integrated",
              "HyperTile Integrated", "StyleAlign Integrated",
              '"APG\'s now your CFG" and Guidance Limiter for reForge')
+
+
+#: Where a patcher has what is called in place of the UNet.
+_WRAPPER = "model_function_wrapper"
 
 
 class ForgeBase(WebUI):
@@ -156,6 +160,8 @@ class ForgeSession(Session):
             self._let_scripts_patch(given)
             unet = p.sd_model.forge_objects.unet.clone()
             unet.controlnet_linked_list = None
+            if regional.is_hook(p, unet.model_options.get(_WRAPPER)):  # which mixes the base picture's halves
+                del unet.model_options[_WRAPPER]
             p.sd_model.forge_objects.unet = unet
             devices.torch_gc()
             self.stage_unet = StageUNet(unet, self.control, self.webui)

@@ -78,8 +78,9 @@ class Session(ABC):
 
     @property
     def cross_attention(self) -> list[nn.Module]:
-        """The layers of the loaded model that attend to the text."""
-        return [layer for _, layer in ldm_unet.cross_attention(self.webui.unet(self.p.sd_model))]
+        """All layers of the loaded model that attend to the text, also the middle block's."""
+        modules = self.webui.unet(self.p.sd_model).named_modules()
+        return [layer for name, layer in modules if name.endswith(".attn2")]
 
     def load_controlnet(self, path: Path) -> None:
         """Loads a ControlNet for the model. Raises InputError where it cannot steer it."""
