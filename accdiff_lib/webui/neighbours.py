@@ -6,8 +6,9 @@ They are recognised by what they do, so that the next one of their kind is recog
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 from torch import nn
@@ -72,18 +73,27 @@ def coupled(p: Any) -> tuple[Region, ...]:
 
 
 @contextmanager
-def own_forward(modules: Iterable[nn.Module]) -> Iterator[bool]:
-    """Within it the modules compute as their classes do; gives whether any did not.
+def own_forward(unet: Any) -> Iterator[bool]:
+    """Within it a UNet, its blocks and its cross-attention compute as their classes do; gives whether something else
+    than an IP-Adapter has changed the latter.
 
-    Extensions that change the cross-attention (NegPiP, Regional Prompter) know the base pass's prompt, size and batch
+    Extensions that change them (ControlNet, NegPiP, Regional Prompter) know the base pass's prompt, size and batch
     size, and no windows.
     """
-    changed = [(module, vars(module).pop("forward")) for module in modules if "forward" in vars(module)]
+    attention = [module for name, module in unet.named_modules() if name.endswith(".attn2")]
+    blocks = [module for module in unet.modules() if hasattr(module, "attn2")]
+    parts = [unet.input_blocks, unet.output_blocks]
+    modules = [unet, unet.middle_block, *chain.from_iterable(parts), *blocks, *attention]
+    replaced = [(module, name, vars(module).pop(name)) for module in modules for name in ("forward", "_forward")
+                if name in vars(module)]
     try:
-        yield bool(changed)
+        # What an extension has put back in this way is the class's own.
+        yield any(module in attention and not getattr(module, "ipadapter_hacks", None)
+                  and getattr(function, "__func__", None) is not getattr(type(module), name)
+                  for module, name, function in replaced)
     finally:
-        for module, forward in changed:
-            vars(module)["forward"] = forward
+        for module, name, function in replaced:
+            vars(module)[name] = function
 
 
 def _check_samplers(p: Any) -> None:
