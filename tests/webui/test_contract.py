@@ -77,7 +77,7 @@ def test_the_keywords_of_sample(host):
             for node in ast.walk(ast.parse((ROOT / file).read_text()))
             if isinstance(node, (ast.Subscript, ast.Call)) and ast.unparse(node).startswith(("given['", "given.get('"))}
     sample = NAMES[host]["modules.processing:StableDiffusionProcessingTxt2Img.sample"]["is"]
-    assert {"prompts", "seeds"} <= used <= set(parts(sample))
+    assert {"seeds"} <= used <= set(parts(sample))
 
 
 def test_callbacks_come_in_the_same_order_everywhere(stand_in):
