@@ -309,6 +309,16 @@ class Settings:
         """Whether the method can give parts of the picture prompts of their own."""
         return False
 
+    @property
+    def takes_picture_prompt(self) -> bool:
+        """Whether the method of any stage shows the model the whole picture, as a picture prompt wants it."""
+        return any(each.has_views for each in self.each)
+
+    @property
+    def has_views(self) -> bool:
+        """Whether the method has dilated views."""
+        return False
+
     def check(self) -> None:
         """Raises InputError where values contradict each other."""
         for part in ("control", "guidance"):

@@ -53,6 +53,8 @@ class Conditioning:
     hint_names: Sequence[tuple[object, Window]] = ()
     #: Factor on every ControlNet residual.
     strength: float = 1.0
+    #: Each latent shows the whole picture, if coarsely, so that a picture prompt takes part.
+    whole: bool = False
 
     def __len__(self) -> int:
         return len(self.texts)

@@ -143,6 +143,11 @@ class FusedSettings(Settings):
         """See Settings."""
         return self.windows
 
+    @property
+    def has_views(self) -> bool:
+        """See Settings."""
+        return self.dilated
+
     def check(self) -> None:
         """See Settings."""
         if not (self.windows or self.dilated):

@@ -195,7 +195,7 @@ class FusedPredictor:
             count = part.stop - part.start
             return self._denoise(seen[part], sigma, Conditioning(
                 [self.text] * count, [(0, 0)] * count, self.inputs.plan.pixels, guidance,
-                self.settings.guidance_rescale))
+                self.settings.guidance_rescale, whole=True))
 
         def finish(predictions: Predictions) -> Tensor:
             predicted = torch.empty_like(views)

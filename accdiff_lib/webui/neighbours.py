@@ -6,8 +6,9 @@ They are recognised by what they do, so that the next one of their kind is recog
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 from torch import nn
@@ -49,18 +50,27 @@ def selected_script(p: Any) -> Any:
 
 
 @contextmanager
-def own_forward(modules: Iterable[nn.Module]) -> Iterator[list[Any]]:
-    """Within it the modules compute as their classes do; gives what they computed by where they did not.
+def own_forward(unet: Any) -> Iterator[list[Any]]:
+    """Within it a UNet, its blocks and its cross-attention compute as their classes do; gives what else than an
+    IP-Adapter the latter computed by.
 
-    Extensions that change the cross-attention (NegPiP, Regional Prompter) know the base pass's prompt, size and batch
+    Extensions that change them (ControlNet, NegPiP, Regional Prompter) know the base pass's prompt, size and batch
     size, and no windows.
     """
-    changed = [(module, vars(module).pop("forward")) for module in modules if "forward" in vars(module)]
+    attention = [module for name, module in unet.named_modules() if name.endswith(".attn2")]
+    blocks = [module for module in unet.modules() if hasattr(module, "attn2")]
+    parts = [unet.input_blocks, unet.output_blocks]
+    modules = [unet, unet.middle_block, *chain.from_iterable(parts), *blocks, *attention]
+    replaced = [(module, name, vars(module).pop(name)) for module in modules for name in ("forward", "_forward")
+                if name in vars(module)]
     try:
-        yield [forward for _, forward in changed]
+        # What an extension has put back in this way is the class's own.
+        yield [function for module, name, function in replaced
+               if module in attention and not getattr(module, "ipadapter_hacks", None)
+               and getattr(function, "__func__", None) is not getattr(type(module), name)]
     finally:
-        for module, forward in changed:
-            vars(module)["forward"] = forward
+        for module, name, function in replaced:
+            vars(module)[name] = function
 
 
 def _check_samplers(p: Any) -> None:

@@ -206,16 +206,24 @@ class Batch:
                     self._stamp([])
                     return base.latent if isinstance(base, GivenLatent) else original()
                 with (self._session.stages(given), regional.silenced(p),
-                      neighbours.own_forward(self._session.cross_attention) as changed):
-                    if not all(regional.is_hook(p, forward) for forward in changed):
-                        p.comment("AccDiffusion: what another extension does to the cross-attention, it does to the "
-                                  "base picture only")
+                      neighbours.own_forward(self._session.unet) as changed):
+                    self._say_what_acts(not all(regional.is_hook(p, forward) for forward in changed))
                     results = self._results(len(given["seeds"]), base)
                 self._stamp(results)
         finally:
             p.sampler = None
         self._bar.watch.keep()
         return self._decoded([self._shown(result.pictures[-1]) for result in results])
+
+    def _say_what_acts(self, changed: bool) -> None:
+        """Says what of the units and of other extensions the stages are made without; `changed`: what one of the latter
+        does to the cross-attention."""
+        if changed:
+            self._p.comment("AccDiffusion: what another extension does to the cross-attention, it does to the base "
+                            "picture only")
+        if self._session.has_picture_prompt and not self._settings.takes_picture_prompt:
+            self._p.comment("AccDiffusion: the IP-Adapter acts on the base picture only, as the method has no dilated "
+                            "views")
 
     def _base(self, original: Callable[[], Any]) -> Given | None:
         """What the batch starts from: one picture for all, or latents [B, C, h, w] and maps [B, rows, columns, tokens].

@@ -207,7 +207,7 @@ def test_stages_see_a_hires_pass_and_leave_nothing(unet, monkeypatch, is_hires, 
         done: list[str] = []
         script = SimpleNamespace(title=lambda: "Other", args_from=0, args_to=0, filename="other.py",
                                  process_before_every_sampling=patches)
-        only_base = SimpleNamespace(title=lambda: "ControlNet", args_from=0, args_to=0, filename="control.py",
+        only_base = SimpleNamespace(title=lambda: "StyleAlign Integrated", args_from=0, args_to=0, filename="align.py",
                                     process_before_every_sampling=patches)
         p = generation(unet)
         before = p.sd_model.forge_objects = Objects(unet=Cloned(unet))
@@ -449,6 +449,55 @@ def test_a_control_model_that_patches_the_unet_does_so_for_each_batch(unet):
         assert patcher.model_options == {"hint": hint, "strength": 0.5, "steps": 0, "device": patcher.load_device}
         raise ZeroDivisionError
     assert patcher.model_options is before
+
+
+def test_of_the_units_ip_adapters_come_to_the_stages_for_what_shows_the_whole_picture(unet, monkeypatch):
+    class Deeply(Cloned):
+        def clone(self) -> Patcher:
+            return copy.deepcopy(self, {id(self.model): self.model})
+
+    def adapt(p: Any, **_: Any) -> None:
+        objects = p.sd_model.forge_objects
+        objects.unet.controlnet_linked_list = "the unit's"  # on what it is given, as some do
+        objects.unet = objects.unet.clone()
+        replaced = objects.unet.model_options["transformer_options"].setdefault("patches_replace", {})
+        replaced.setdefault("attn2", {}).update({("input", 3): "adapter"})
+        replaced["attn1"] = {("input", 3): "reference"}
+
+    def other(p: Any, **_: Any) -> None:
+        p.sd_model.forge_objects.unet.model_options["transformer_options"]["patches_replace"] = {
+            "attn2": {("output", 2): "other"}}
+
+    unet.out_channels = 4
+    p, patcher = generation(unet), Deeply(unet)
+    patcher.model_options["transformer_options"] = {}
+    p.sd_model.forge_objects = p.sd_model.forge_objects_after_applying_lora = Objects(unet=patcher)
+    scripts = [SimpleNamespace(title=lambda name=name: name, args_from=0, args_to=0, filename="",
+                               process_before_every_sampling=act)
+               for name, act in (("Other", other), ("ControlNet", adapt))]
+    vars(p).update(scripts=SimpleNamespace(alwayson_scripts=scripts), script_args=[], width=64, height=64,
+                   disable_extra_networks=True, get_token_merging_ratio=lambda **_: 0.0)
+    adapter = Forge()
+    monkeypatch.setattr(adapter, "reload", lambda p, hires: None)
+    session = adapter.session(p, hires=False)
+    with stood_in(), session.stages({"seeds": [1]}):
+        assert session.has_picture_prompt
+        host, stage = forge_host(patcher, None), session.stage_unet
+        host._stage = stage
+        monkeypatch.setattr(stage, "require", lambda x: None)
+        alone = {"attn2": {("output", 2): "other"}}
+
+        def seen(**given: Any) -> Any:
+            with host._evaluating(torch.zeros(2, 4, 8, 8), torch.tensor(3.0), conditioning(rescale=0.7, **given)):
+                assert "sampler_post_cfg_function" in stage.patcher.model_options
+                return stage.patcher.model_options["transformer_options"]["patches_replace"]
+
+        assert seen() == alone and seen(whole=True) == {
+            "attn2": {("output", 2): "other", ("input", 3): "adapter"}}
+        with pytest.raises(ZeroDivisionError), stage.adapted():
+            raise ZeroDivisionError
+        assert stage.patcher.model_options == {"transformer_options": {"patches_replace": alone}}
+        assert stage.patcher.controlnet_linked_list is None
 
 
 @pytest.mark.parametrize("fault", ["none", "another layer", "another size", "no loader"])

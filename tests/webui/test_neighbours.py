@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
 from accdiff_lib.errors import InputError
@@ -149,9 +150,9 @@ def test_pictures_that_tile_are_refused(webui, axis, monkeypatch):
 
 def test_changed_cross_attention_is_for_the_base_pass(webui):
     """Regional Prompter and NegPiP put functions on the layers, made for the base picture's batch and size."""
-    layers = [layer for name, layer in webui.model.model.diffusion_model.named_modules() if "attn2" in name
-              and type(layer).__name__ == "CrossAttention"]
-    assert any(layer in layers for layer in webui.model.model.diffusion_model.middle_block.modules())
+    unet = webui.model.model.diffusion_model
+    layers = [module for name, module in unet.named_modules() if name.endswith(".attn2")]
+    assert unet.middle_block[1].transformer_blocks[0].attn2 in layers
     plain, sizes = webui.generate(SHORT, steps=1), []
 
     def changed(layer: Any) -> Any:
@@ -170,3 +171,97 @@ def test_changed_cross_attention_is_for_the_base_pass(webui):
             del layer.forward
     assert sizes == [2] * len(layers) and np.array_equal(answer.picture, plain.picture)
     assert "to the cross-attention" in answer.comments and "cross-attention" not in plain.comments
+
+
+class Units:
+    """sd-webui-controlnet with an IP-Adapter: what it has on the UNet from `process` to `postprocess`.
+
+    Like the real one it reads from the UNet what it is told there, and keeps what it has computed for a batch.
+    """
+
+    args_from = args_to = 0
+
+    def __init__(self, strength: float = 1.0) -> None:
+        self.ipadapter, self.strength = "weights", strength
+        self.latent_height = self.latent_width = 8
+        self.latest_network: Any = SimpleNamespace(control_params=[SimpleNamespace(control_model=self)])
+        #: The batches of the UNet's calls with units, and of the layers' calls with the adapter: (size, marks, part).
+        self.calls: list[int] = []
+        self.acted: list[tuple[int, list[float], float]] = []
+        self.reset()
+
+    def title(self) -> str:
+        return "ControlNet"
+
+    def reset(self) -> None:
+        self.cache: dict[Any, Any] = {}
+
+    def process(self, p: Any) -> None:
+        self.unet = unet = p.sd_model.model.diffusion_model
+
+        def forward(x: Any, *args: Any, **kwargs: Any) -> Any:
+            self.calls.append(len(x))
+            half = len(x) // 2
+            unet.cond_mark, unet.current_sampling_percent = torch.tensor([1.0] * half + [0.0] * half), 0.0
+            return type(unet).forward(unet, x, *args, **kwargs) * 0.9
+
+        def hacked(layer: Any) -> Any:
+            def forward(x: Any, *args: Any, **kwargs: Any) -> Any:
+                mark = self.cache.setdefault(layer, unet.cond_mark.flatten())
+                assert len(mark) == len(x) and len(x[0]) * 4 ** 3 >= self.latent_height * self.latent_width
+                self.acted.append((len(x), mark.tolist(), unet.current_sampling_percent))
+                return type(layer).forward(layer, x, *args, **kwargs) + self.strength * mark[:, None, None]
+            return forward
+
+        unet.forward = forward
+        self.layers = [module for name, module in unet.named_modules() if name.endswith("attn2")]
+        for layer in self.layers:
+            layer.ipadapter_hacks, layer.forward = ["it"], hacked(layer)
+
+    def postprocess(self, *_: Any) -> None:
+        """It puts back, as attributes, what it has found."""
+        self.unet.forward = MethodType(type(self.unet).forward, self.unet)
+        for layer in self.layers:
+            layer.ipadapter_hacks, layer.forward = [], MethodType(type(layer).forward, layer)
+
+
+def enlarged(webui: Any, units: Units, options: Any) -> Any:
+    webui.scripts.append(units)
+    try:
+        return webui.generate(options, steps=1)
+    finally:
+        webui.scripts.clear()
+
+
+@pytest.fixture
+def unhooked(webui) -> Iterator[None]:
+    yield
+    for module in webui.model.model.diffusion_model.modules():
+        vars(module).pop("forward", None)
+
+
+def test_an_ip_adapter_acts_on_the_base_picture_and_the_dilated_views(webui, unhooked):
+    views = {**SHORT, "method": "demofusion", "windows": False}
+    units = Units()
+    answer = enlarged(webui, units, {**views, "window_batch": 3})
+    assert units.calls == [2] and not answer.comments  # the units themselves know the base picture only
+    batches = [(size, marks) for size, marks, _ in units.acted[::len(units.layers)]]
+    assert batches == [(size, [1] * (size // 2) + [0] * (size // 2)) for size in (2, 6, 2)]
+    assert 0 <= units.acted[-1][2] < 1 and (units.latent_height, units.latent_width) == (8, 8)
+    plain = webui.generate(views, steps=1)
+    assert not np.array_equal(answer.picture, plain.picture)
+    assert not plain.comments and all("forward" in vars(layer) for layer in units.layers)
+    alone = enlarged(webui, Units(), {**views, "window_batch": 1})
+    assert np.abs(alone.picture.astype(int) - answer.picture).max() <= 1
+
+
+def test_an_ip_adapter_does_not_act_on_windows(webui, unhooked):
+    asked = {**SHORT, "method": "multidiffusion"}
+    units = Units()
+    answer = enlarged(webui, units, asked)
+    assert not units.calls and not units.acted
+    assert "the IP-Adapter acts on the base picture only" in answer.comments
+    assert np.array_equal(answer.picture, webui.generate(asked, steps=1).picture)
+    units = Units()
+    enlarged(webui, units, {**SHORT, "method": "demofusion"})
+    assert sum(size for size, *_ in units.acted[::len(units.layers)]) == 2 + 2 * 4

@@ -19,6 +19,7 @@ from accdiff_lib.engine.host import Conditioning, Progress, Solver
 from accdiff_lib.engine.vae_runner import VaeRunner
 from accdiff_lib.errors import InputError
 from accdiff_lib.parts.noise_levels import NoiseLevels
+from accdiff_lib.webui.hosts.a1111_units import PicturePrompt
 from accdiff_lib.webui.hosts.halves import CountedHalves
 from accdiff_lib.webui.hosts.ldm.controlnet import LdmControlNet
 from accdiff_lib.webui.hosts.webui import WebUI
@@ -98,6 +99,8 @@ class A1111Session(Session):
     """See Session."""
 
     halves: CountedHalves
+    #: Within `stages`.
+    picture_prompt: PicturePrompt
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -120,6 +123,8 @@ class A1111Session(Session):
                 extra_networks.activate(p, p.hr_extra_network_data)
         devices.torch_gc()
         sd_models.apply_token_merging(p.sd_model, p.get_token_merging_ratio(for_hr=True))
+        self.picture_prompt = PicturePrompt(p, self.webui.unet(p.sd_model))
+        self.has_picture_prompt = bool(self.picture_prompt)
         try:
             yield
         finally:
@@ -146,6 +151,7 @@ class A1111Host(WindowHost):
         model = session.p.sd_model
         self._model, self._images = model, session.halves.images
         self._controlnet: LdmControlNet | None = session.control
+        self._picture_prompt = session.picture_prompt
         vae = self._networks["VAE"] = model.first_stage_model
         if self._controlnet is not None:
             self._networks["ControlNet"] = self._controlnet.network
@@ -179,6 +185,10 @@ class A1111Host(WindowHost):
                 hints = conditioning.all_hints.to(self.device)
                 self._controlnet.set(hints, conditioning.strength, self._images)
                 stack.callback(self._controlnet.clear)
+            if conditioning.whole and self._picture_prompt:
+                part = 1 - self.timestep(float(sigma)) / 1000
+                stack.enter_context(self._picture_prompt.acting(
+                    (x.shape[-2], x.shape[-1]), part, self._halves.conditional))
             if unconditional is not None or conditioning.rescale > 0:
                 stack.enter_context(self._combined(x, float(sigma), conditioning, unconditional))
             yield

@@ -27,11 +27,14 @@ from accdiff_lib.webui.hosts.samplers import POST_CFG
 from accdiff_lib.webui.hosts.webui import WebUI
 from accdiff_lib.webui.hosts.windows import Session, WindowHost
 
+#: The script of the ControlNet units. Its IP-Adapters act on the dilated views.
+UNITS = "ControlNet"
+
 #: Scripts that act on the base pass only. ControlNet units have hints of the base picture's size, and Forge Couple's
 #: masks are the whole picture's; three cut or shrink what is larger than the model's own size, which windows are not
 #: (HyperTile at random places, by how many calls there are); one mixes the images of a batch, here of other places; and
 #: reForge's APG averages each prediction with the last call's, here of another batch.
-BASE_ONLY = ("ControlNet", regional.COUPLE, "MultiDiffusion Integrated", "Kohya HRFix Integrated",
+BASE_ONLY = (UNITS, regional.COUPLE, "MultiDiffusion Integrated", "Kohya HRFix Integrated",
              "HyperTile Integrated", "StyleAlign Integrated",
              '"APG\'s now your CFG" and Guidance Limiter for reForge')
 
@@ -157,14 +160,15 @@ class ForgeSession(Session):
                     extra_networks.activate(p, p.hr_extra_network_data if self._hires else p.extra_network_data)
             p.sd_model.forge_objects = p.sd_model.forge_objects_after_applying_lora.shallow_copy()
             sd_models.apply_token_merging(p.sd_model, p.get_token_merging_ratio(for_hr=True))
-            self._let_scripts_patch(given)
+            adapters = self._let_scripts_patch(given)
+            self.has_picture_prompt = bool(adapters)
             unet = p.sd_model.forge_objects.unet.clone()
             unet.controlnet_linked_list = None
             if regional.is_hook(p, unet.model_options.get(_WRAPPER)):  # which mixes the base picture's halves
                 del unet.model_options[_WRAPPER]
             p.sd_model.forge_objects.unet = unet
             devices.torch_gc()
-            self.stage_unet = StageUNet(unet, self.control, self.webui)
+            self.stage_unet = StageUNet(unet, self.control, self.webui, adapters)
             yield
         finally:
             if self.stage_unet is not None:
@@ -172,21 +176,28 @@ class ForgeSession(Session):
                 self.stage_unet = None
             model.forge_objects = objects
 
-    def _let_scripts_patch(self, given: Mapping[str, Any]) -> None:
-        """Other extensions patch the UNet anew, as before the WebUI's own hires pass."""
+    def _let_scripts_patch(self, given: Mapping[str, Any]) -> dict[Any, Any]:
+        """Other extensions patch the UNet anew, as before the WebUI's own hires pass.
+
+        Gives what the units' IP-Adapters do, by the cross-attention layers that they replace.
+        """
         from modules import errors
 
-        p = self.p
+        p, adapters = self.p, {}
         if p.scripts is None:
-            return
-        device = p.sd_model.forge_objects.unet.load_device
+            return {}
+        objects = p.sd_model.forge_objects
+        device = objects.unet.load_device
         x = torch.zeros(len(given["seeds"]), 4, p.height // 8, p.width // 8, device=device)
         ordered = getattr(p.scripts, "ordered_scripts", None)
         was_hires = getattr(p, "is_hr_pass", False)
         p.is_hr_pass = self._hires
         try:
             for script in ordered("process_before_every_sampling") if ordered else p.scripts.alwayson_scripts:
-                if script.title() in BASE_ONLY:
+                before, of_units = objects.unet, script.title() == UNITS
+                if of_units:
+                    objects.unet = before.clone()
+                elif script.title() in BASE_ONLY:
                     continue
                 try:
                     script.process_before_every_sampling(
@@ -194,9 +205,13 @@ class ForgeSession(Session):
                         c=given.get("conditioning"), uc=given.get("unconditional_conditioning"))
                 except Exception:
                     errors.report(f"Error running process_before_every_sampling: {script.filename}", exc_info=True)
+                if of_units:
+                    adapters = _replaced(objects.unet, but=_replaced(before))
+                    objects.unet = before
         finally:
             p.is_hr_pass = was_hires
             p.modified_noise = None  # meant for the WebUI's own pass
+        return adapters
 
     def host(self, *, prompt: str, negatives: Sequence[str], size: tuple[int, int], solver: Solver, progress: Progress,
              vae_tile: int) -> ForgeHost:
@@ -206,11 +221,18 @@ class ForgeSession(Session):
                          progress=progress, vae_tile=vae_tile)
 
 
+def _replaced(unet: Any, but: Mapping[Any, Any] | None = None) -> dict[Any, Any]:
+    """What a UNet's patcher has in place of cross-attention layers, but for these layers."""
+    replaced = unet.model_options.get("transformer_options", {}).get("patches_replace", {}).get("attn2", {})
+    return {layer: patch for layer, patch in replaced.items() if layer not in (but or {})}
+
+
 class StageUNet:
     """The patcher that the stages run on, with their ControlNet: on the device while windows are evaluated."""
 
-    def __init__(self, patcher: Any, control: Any, webui: ForgeBase) -> None:
-        self.patcher, self.control, self._webui = patcher, control, webui
+    def __init__(self, patcher: Any, control: Any, webui: ForgeBase, adapters: Mapping[Any, Any] | None = None) -> None:
+        """`adapters` are what IP-Adapters put in place of cross-attention layers."""
+        self.patcher, self.control, self._webui, self.adapters = patcher, control, webui, adapters or {}
         self._linked = None if isinstance(control, forge_control.PatchingControl) else control
         self._ready = False
 
@@ -260,6 +282,20 @@ class StageUNet:
         finally:
             patcher.controlnet_linked_list = None
             control.cond_hint_original = control.cond_hint = None
+
+    @contextmanager
+    def adapted(self) -> Iterator[None]:
+        """Within it the IP-Adapters act."""
+        patcher = self.patcher
+        before = patcher.model_options
+        transformer = before.get("transformer_options", {})
+        replaces = transformer.get("patches_replace", {})
+        patcher.model_options = {**before, "transformer_options": {**transformer, "patches_replace": {
+            **replaces, "attn2": {**replaces.get("attn2", {}), **self.adapters}}}}
+        try:
+            yield
+        finally:
+            patcher.model_options = before
 
 
 # --- a picture -------------------------------------------------------------------------------------------------
@@ -312,6 +348,8 @@ class ForgeHost(WindowHost):
             if self.has_control and conditioning.steered:
                 hints = conditioning.all_hints.to(self.device)
                 stack.enter_context(self._stage.steered(hints, conditioning.strength))
+            if conditioning.whole and self._stage.adapters:
+                stack.enter_context(self._stage.adapted())
             if unconditional is not None or conditioning.rescale > 0:
                 stack.enter_context(self._combined(float(sigma), conditioning, unconditional))
             yield

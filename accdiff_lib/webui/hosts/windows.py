@@ -43,6 +43,8 @@ class Session(ABC):
 
     webui: WebUI
     halves: Halves
+    #: An IP-Adapter acts on the dilated views. Known within `stages`.
+    has_picture_prompt = False
 
     def __init__(self, webui: WebUI, p: Any, halves: Halves, *, hires: bool) -> None:
         """See WebUI.session."""
@@ -77,10 +79,9 @@ class Session(ABC):
         return float(self.webui.guidance(self.p) if self._hires else self.p.cfg_scale)
 
     @property
-    def cross_attention(self) -> list[nn.Module]:
-        """All layers of the loaded model that attend to the text, also the middle block's."""
-        modules = self.webui.unet(self.p.sd_model).named_modules()
-        return [layer for name, layer in modules if name.endswith(".attn2")]
+    def unet(self) -> Any:
+        """That of the loaded model."""
+        return self.webui.unet(self.p.sd_model)
 
     def load_controlnet(self, path: Path) -> None:
         """Loads a ControlNet for the model. Raises InputError where it cannot steer it."""

@@ -81,7 +81,7 @@ def express(model, kind):
     """
     if kind is None:
         return
-    predicts_noise = model.forward
+    stock = type(model)
     alphas = torch.cumprod(1 - torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2, 0)
     own = levels = ((1 - alphas) / alphas) ** 0.5
     if kind == "zero-snr v":
@@ -90,17 +90,18 @@ def express(model, kind):
         alphas[-1] = 4.8973451890853435e-08
         levels = ((1 - alphas) / alphas) ** 0.5
 
-    def forward(x, timesteps=None, *args, **kwargs):
+    def forward(self, x, timesteps=None, *args, **kwargs):
         sigma = torch.as_tensor(np.exp(np.interp(timesteps.cpu().double(), np.arange(1000), levels.log())))
         known = sigma.clamp(max=float(own[-1]))
         at = torch.as_tensor(np.interp(known.log(), own.log(), np.arange(1000))).to(timesteps.device, torch.float32)
-        noise = predicts_noise(x, at, *args, **kwargs).double()
+        noise = stock.forward(self, x, at, *args, **kwargs).double()
         sigma, known = (each.to(x.device)[:, None, None, None] for each in (sigma, known))
         x0 = x.double() * (known ** 2 + 1) ** 0.5 - known * noise
         whole = (sigma ** 2 + 1) ** 0.5
         return ((x.double() / whole - x0) * whole / sigma).to(x.dtype)
 
-    model.forward = forward
+    # No attribute of the object, which is what extensions set.
+    model.__class__ = type(stock.__name__, (stock,), {"forward": forward, "__module__": stock.__module__})
 
 
 def multipliers(channels):
