@@ -12,7 +12,8 @@ Writes there, for WebUIs that have the extension tests/live/tiny_shape:
     embedded lora.safetensors   a LoRA of random weights, for WEBUI/models/Lora
 
 With --kinds the checkpoints of KINDS, which all draw what the model draws; and for WEBUI/models/ControlNet the
-ControlNet as a union one and as a control-LoRA, which do what it does, and a ControlNet-LLLite of random weights.
+ControlNet as a union one, as a control-LoRA and in cldm's names, which do what it does, and a ControlNet-LLLite and an
+IP-Adapter of random weights.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def main() -> None:
         for kind in KINDS:
             write(KINDS[kind](models), options.models, f"{options.out} {kind}")
         for kind, tensors in (("union", union(models)), ("control-lora", control_lora(models)),
-                              ("lllite", lllite(models))):
+                              ("lllite", lllite(models)), ("cldm", controlnet_to_checkpoint(models.controlnet)),
+                              ("ip-adapter", ip_adapter(models))):
             save_file({name: tensor.float().contiguous() for name, tensor in tensors.items()},
                       options.models / f"{options.out} {kind}.safetensors", metadata={"format": "pt"})
         return
@@ -173,6 +175,29 @@ def lllite(models, width: int = 8) -> dict[str, torch.Tensor]:
             fan = torch.Size(shape[1:]).numel()
             found[f"{key}.{part}.weight"] = torch.randn(shape, generator=generator) * (2 / fan) ** 0.5
             found[f"{key}.{part}.bias"] = torch.zeros(shape[0])
+    return found
+
+
+def ip_adapter(models, width: int = 2048) -> dict[str, torch.Tensor]:
+    """An IP-Adapter of random weights, as one for SDXL's layers, of which it has those that the model has.
+
+    Its four tokens are made of an embedding of 8 numbers, which tests/live/tiny_shape has of a picture.
+    """
+    generator, weights = torch.Generator().manual_seed(0), to_checkpoint(models)
+    found = {"image_proj.proj.weight": torch.randn(4 * width, 8, generator=generator),
+             "image_proj.proj.bias": torch.zeros(4 * width), "image_proj.norm.weight": torch.ones(width),
+             "image_proj.norm.bias": torch.zeros(width),
+             **{f"ip_adapter.1.to_{part}_ip.weight": torch.zeros(1, width) for part in "kv"}}  # tells the family
+    layers = [("input", block, index) for block in (4, 5, 7, 8) for index in range(2 if block < 6 else 10)]
+    layers += [("output", block, index) for block in range(6) for index in range(10 if block < 3 else 2)]
+    layers += [("middle", 1, index) for index in range(10)]
+    for number, (side, block, index) in enumerate(layers):
+        place = f"{side}_block.{block}" if side == "middle" else f"{side}_blocks.{block}.1"
+        query = weights.get(f"model.diffusion_model.{place}.transformer_blocks.{index}.attn2.to_q.weight")
+        for part in "kv" if query is not None else "":
+            found[f"ip_adapter.{2 * number + 1}.to_{part}_ip.weight"] = 0.02 * torch.randn(
+                len(query), width, generator=generator)
+    assert len(found) > 6, "the model has none of SDXL's layers"
     return found
 
 

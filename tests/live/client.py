@@ -48,6 +48,8 @@ class Answer:
     #: All that came, in order: grid, pictures, and what the extension adds.
     everything: list[Image.Image] = field(repr=False)
     seconds: float = 0.0
+    #: What AccDiffusion had to say.
+    comments: str = ""
 
     @property
     def picture(self) -> np.ndarray:
@@ -136,6 +138,14 @@ class WebUI:
         listed = next(arg["choices"] for arg in script["args"] if "ControlNet model" in arg["label"])
         return [name for name in listed if name != "None"]
 
+    def unit_model(self, name: str) -> str | None:
+        """The file that the host's own ControlNet units list by this name, as they call it; None where there is none.
+        """
+        if self.script("ControlNet") is None:
+            return None
+        listed = self.get("/controlnet/model_list")["model_list"]
+        return next((each for each in listed if each.partition(" [")[0] == name), None)
+
     def samplers(self) -> list[str]:
         return [sampler["name"] for sampler in self.get("/sdapi/v1/samplers")]
 
@@ -177,7 +187,8 @@ class WebUI:
         everything = [image(text) for text in answer["images"]]
         first, count = info.get("index_of_first_image", 0), len(info["all_seeds"])
         pictures = [np.asarray(each.convert("RGB")) for each in everything[first:first + count]]
-        return Answer(pictures, info["infotexts"][first:first + count], everything, time.perf_counter() - begin)
+        return Answer(pictures, info["infotexts"][first:first + count], everything, time.perf_counter() - begin,
+                      info["extra_generation_params"].get("AccDiffusion comments", ""))
 
     # While something runs
 

@@ -283,12 +283,15 @@ def controlnet(webui):
 
 @pytest.fixture
 def unit(webui, plain):
-    """A unit of the host's own ControlNet for the base pass, which needs no model."""
+    """A unit of the host's own ControlNet for the base pass: one that needs no model, or the embedded model's."""
     if webui.script("ControlNet") is None:
         pytest.skip("this host has no ControlNet for the base pass (sd-webui-controlnet)")
     # Forge leaves out layers of fewer than 1500 - 1280 * weight channels, which is all of a small model's at 1.
     found = {"enabled": True, "module": "reference_only", "model": "None", "weight": 1.2,
              "image": encoded(np.ascontiguousarray(plain.picture[::-1, ::-1]))}
+    model = webui.unit_model("embedded cldm")
+    if model:  # sd-webui-controlnet, whose reference_only is for layers that a small model does not have
+        found |= {"module": "canny", "model": model, "processor_res": BASE, "threshold_a": 100, "threshold_b": 200}
     try:
         webui.generate(alwayson_scripts={"ControlNet": {"args": [found]}}, steps=1)
     except Refused as refused:

@@ -21,10 +21,10 @@ def _has(name):
 def _names():
     """What this WebUI needs: A1111 builds a model from the .yaml beside it, the others have loaders of their own."""
     if _has("backend.patcher.unet"):
-        return "tiny_shapes", "tiny_forge"
+        return "tiny_shapes", "tiny_forge", "tiny_units"
     if _has("ldm_patched") and _has("modules_forge"):
-        return "tiny_shapes", "tiny_reforge"
-    return ("tiny_shapes",)
+        return "tiny_shapes", "tiny_reforge", "tiny_units"
+    return "tiny_shapes", "tiny_units"
 
 
 for _name in _names():
@@ -32,3 +32,8 @@ for _name in _names():
         _spec = importlib.util.spec_from_file_location(_name, os.path.join(_LIB, _name + ".py"))
         sys.modules[_name] = importlib.util.module_from_spec(_spec)
         _spec.loader.exec_module(sys.modules[_name])
+
+if _has("modules_forge"):
+    sys.modules["tiny_units"].for_forge()
+elif "scripts.controlnet_model_guess" in sys.modules:
+    sys.modules["tiny_units"].for_a1111()
