@@ -6,8 +6,9 @@ import io
 import os
 import shutil
 import time
+from contextlib import contextmanager
 from pathlib import Path
-from urllib.parse import urljoin
+from urllib.parse import urljoin, urlsplit
 
 import httpx
 import numpy as np
@@ -30,10 +31,11 @@ SMALL = {"window": WINDOW, "stage_steps": 5, "start": 0.4}
 
 
 class Page:
-    """txt2img's page."""
+    """The page of txt2img, or of img2img."""
 
-    def __init__(self, page, shots: Path) -> None:
-        self.page, self.shots = page, shots
+    def __init__(self, page, shots: Path, tab: str = "txt2img") -> None:
+        self.page, self.shots, self.tab = page, shots, tab
+        self.panel = PANEL.replace("txt2img", tab)
 
     def number(self, element: str, value: float) -> None:
         field = self.page.locator(f"{element} input[type=number]").first
@@ -41,19 +43,20 @@ class Page:
         field.blur()
 
     def pick(self, name: str, choice: str) -> None:
-        self.page.locator(f"{PANEL}{name} input").first.click()
-        self.page.locator(f"{PANEL}{name} li").filter(has_text=choice).first.click()
+        self.page.locator(f"{self.panel}{name} input").first.click()
+        self.page.locator(f"{self.panel}{name} li").filter(has_text=choice).first.click()
         self.page.wait_for_timeout(1000)  # the server sets what the choice stands for
 
     def value(self, name: str) -> str:
-        fields = self.page.locator(f"{PANEL}{name} input[type=number]")
-        return (fields if fields.count() else self.page.locator(f"{PANEL}{name} input")).first.input_value()
+        fields = self.page.locator(f"{self.panel}{name} input[type=number]")
+        return (fields if fields.count() else self.page.locator(f"{self.panel}{name} input")).first.input_value()
 
     def is_on(self) -> bool:
-        return self.page.locator(f"{PANEL}enabled-checkbox input").first.is_checked()
+        return self.page.locator(f"{self.panel}enabled-checkbox input").first.is_checked()
 
-    def switch(self, on: bool, accordion: str = f"{PANEL}enabled") -> None:
-        """An accordion that is open is switched on."""
+    def switch(self, on: bool, accordion: str = "") -> None:
+        """An accordion (without: the panel) that is open is switched on."""
+        accordion = accordion or f"{self.panel}enabled"
         if self.page.locator(f"{accordion}-checkbox input").first.is_checked() != on:
             self.page.locator(f"{accordion} .label-wrap").first.click()
             self.page.wait_for_function(
@@ -64,15 +67,16 @@ class Page:
         """Waits until the line, which the server writes, begins so."""
         self.page.wait_for_function(
             "([place, beginning]) => document.querySelector(place).textContent.startsWith(beginning)",
-            arg=[f"{PANEL}enabled .accdiff-cost", beginning], timeout=SOON * 1000)
+            arg=[f"{self.panel}enabled .accdiff-cost", beginning], timeout=SOON * 1000)
 
     def shown(self) -> list[str]:
         """The addresses of the gallery's pictures."""
-        return self.page.eval_on_selector_all("#txt2img_gallery img", "all => [...new Set(all.map(one => one.src))]")
+        return self.page.eval_on_selector_all(
+            f"#{self.tab}_gallery img", "all => [...new Set(all.map(one => one.src))]")
 
     def said(self) -> list[str]:
         """What the page says against a generation."""
-        return self.page.locator("#html_log_txt2img .error").all_inner_texts()
+        return self.page.locator(f"#html_log_{self.tab} .error").all_inner_texts()
 
     def press(self, button: str) -> None:
         self._before, self._said = set(self.shown()), self.said()
@@ -86,7 +90,7 @@ class Page:
             if said and said[0] not in self._said:
                 raise RuntimeError(said[0])
             new = [address for address in self.shown() if address not in self._before and "/file=" in address]
-            if new and self.page.locator("#txt2img_interrupt").first.is_hidden():
+            if new and self.page.locator(f"#{self.tab}_interrupt").first.is_hidden():
                 self.page.wait_for_timeout(700)  # the text follows the picture
                 return self.fetched(new[-1])
             self.page.wait_for_timeout(100)
@@ -99,7 +103,7 @@ class Page:
         return np.asarray(picture.convert("RGB")), picture.info.get("parameters", "")
 
     def generate(self) -> tuple[np.ndarray, str]:
-        self.press("#txt2img_generate")
+        self.press(f"#{self.tab}_generate")
         return self.done()
 
     def shot(self, name: str) -> None:
@@ -120,8 +124,8 @@ def browser(webui, tmp_path_factory):
         started.close()
 
 
-@pytest.fixture
-def txt2img(browser):
+@contextmanager
+def opened_page(browser, tab: str):
     """A fresh page with the panel open and small values everywhere."""
     started, shots = browser
     opened = started.new_page(viewport={"width": 1400, "height": 1500})
@@ -130,19 +134,34 @@ def txt2img(browser):
     opened.goto(f"{URL}/?__theme=light")
     opened.wait_for_selector(f"{PANEL}enabled", timeout=90000)
     opened.wait_for_timeout(2000)  # the WebUI's own scripts
-    page = Page(opened, shots)
+    page = Page(opened, shots, tab)
+    if tab == "img2img":
+        opened.locator("#tabs button").filter(has_text="img2img").first.click()
+        opened.wait_for_selector(f"{page.panel}enabled", state="visible")
     for name, value in (("width", BASE), ("height", BASE), ("steps", 6), ("cfg_scale", 5), ("seed", 3)):
-        page.number(f"#txt2img_{name}", value)
-    opened.fill("#txt2img_prompt textarea", "a red ball on snow")
+        page.number(f"#{tab}_{name}", value)
+    opened.fill(f"#{tab}_prompt textarea", "a red ball on snow")
     page.switch(True)
-    opened.wait_for_function(f"document.querySelector('{PANEL}enabled .accdiff-cost').textContent !== ''")
-    for accordion in opened.locator(f"[id^={PANEL[1:]}group_] > .label-wrap").all():
+    opened.wait_for_function(f"document.querySelector('{page.panel}enabled .accdiff-cost').textContent !== ''")
+    for accordion in opened.locator(f"[id^={page.panel[1:]}group_] > .label-wrap").all():
         accordion.evaluate("button => button.click()")
     for name, value in SMALL.items():
-        page.number(f"{PANEL}{name}", value)
+        page.number(f"{page.panel}{name}", value)
     yield page
     assert not [error for error in errors if "accdiff" in error.lower()]
     opened.close()
+
+
+@pytest.fixture
+def txt2img(browser):
+    with opened_page(browser, "txt2img") as page:
+        yield page
+
+
+@pytest.fixture
+def img2img(browser):
+    with opened_page(browser, "img2img") as page:
+        yield page
 
 
 def from_text(webui, text: str) -> np.ndarray:
@@ -316,3 +335,33 @@ def test_generate_forever(txt2img, webui):
         txt2img.page.wait_for_timeout(100)
     pictures = list(made.values())
     assert all(picture.shape == size(2 * BASE) and np.array_equal(picture, pictures[0]) for picture in pictures)
+
+
+def test_a_folder_of_pictures(img2img, webui, tmp_path):
+    """img2img's batch: each picture of a folder is enlarged into another folder."""
+    if urlsplit(URL).hostname not in ("127.0.0.1", "localhost"):
+        pytest.skip("the WebUI is on another machine, which has no folder of this one")
+    given, made = {}, tmp_path / "made"
+    (tmp_path / "given").mkdir()
+    made.mkdir()
+    for seed, name in enumerate(("one", "two")):
+        given[name] = webui.generate(seed=seed).picture
+        Image.fromarray(given[name]).save(tmp_path / "given" / f"{name}.png")
+    page = img2img.page
+    page.locator("#mode_img2img button").filter(has_text="Batch").first.click()
+    page.locator("#img2img_batch_source button").filter(has_text="From directory").first.click()
+    for name in ("input", "output"):
+        page.fill(f"#img2img_batch_{name}_dir textarea", str(tmp_path / {"input": "given", "output": "made"}[name]))
+    page.wait_for_timeout(1000)  # the server is told which of the tabs is open
+    img2img.press("#img2img_generate")
+    end = time.monotonic() + 180
+    while len(files := sorted(made.rglob("*.png"))) < 2:
+        assert time.monotonic() < end and not img2img.said()
+        page.wait_for_timeout(200)
+    webui.idle()
+    img2img.shot("folder")
+    pictures = [np.asarray(Image.open(file).convert("RGB")) for file in files]
+    assert [picture.shape for picture in pictures] == [size(2 * BASE)] * 2
+    assert all(alike(picture, base) for picture, base in zip(pictures, given.values(), strict=True))
+    assert not alike(*given.values())
+    assert all("AccDiffusion" in parse(Image.open(file).info["parameters"]).values for file in files)
