@@ -8,7 +8,8 @@ is installed or changed there, and settings that a test changes are put back. Th
 `pytest -n`: one lock for each address.
 
 The project was tested with the embedded model: tests/live/checkpoint.py writes it as a checkpoint, and the extension
-tests/live/tiny_shape, linked into the WebUI's extensions, teaches the WebUI its shape.
+tests/live/tiny_shape, linked into the WebUI's extensions, teaches the WebUI its shape, and sd-webui-controlnet (linked
+as that, or by another name before "tiny_shape") the shape of the ControlNet that --kinds writes in cldm's names.
 
 The extension tests/live/touched, linked likewise, records what AccDiffusion touches in the WebUI meanwhile, or says
 what the WebUI lacks of such a record (tests/contract).

@@ -306,6 +306,8 @@ def test_the_hosts_own_controlnet_in_the_base_pass(webui, options, plain, large,
     answer = webui.generate(options, **units)
     assert answer.picture.shape == large.picture.shape and difference(answer.picture, large.picture) > 5
     assert alike(answer.picture, base.picture)
+    alone = {**options, "method": "multidiffusion", "start": 0}  # which has no base pass
+    assert np.array_equal(webui.generate(alone, **units).picture, webui.generate(alone).picture)
     assert np.array_equal(webui.generate().picture, plain.picture)
     assert np.array_equal(webui.generate(options).picture, large.picture)
 
