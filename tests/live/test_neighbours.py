@@ -258,29 +258,6 @@ def test_an_ip_adapter_acts_on_the_dilated_views(webui, options, plain, part):
     assert "the IP-Adapter acts on the base picture only" in answer.comments
 
 
-@pytest.mark.parametrize("part", [(0.0, 1.0), (0.7, 0.9)])
-def test_an_ip_adapter_acts_on_the_dilated_views(webui, options, plain, part):
-    """In its part of the steps; there is none of so few between 0.7 and 0.9."""
-    model = webui.unit_model("embedded ip-adapter")
-    if model is None:
-        pytest.skip("this host has no ControlNet units, or not the IP-Adapter of tests/live/checkpoint.py")
-    red = encoded(np.full((64, 64, 3), (255, 0, 0), np.uint8))
-    unit = {"enabled": True, "module": "tiny IP-Adapter", "model": model, "image": red, "weight": 1.0,
-            "guidance_start": part[0], "guidance_end": part[1]}
-    units = {"alwayson_scripts": {"ControlNet": {"args": [unit]}}}
-    changed = difference(webui.generate(**units).picture, plain.picture)
-    assert (changed > 5) == (part[0] == 0)
-    views = {**options, "method": "demofusion", "windows": False, "base_pass": False, "start": 0,
-             "skip_residual": False, "structure_guidance": 0, "reference": "latent"}
-    pictures = [webui.generate({**views, "window_batch": count}, **units).picture for count in (1, 4)]
-    assert difference(*pictures) <= 1
-    assert (difference(pictures[0], webui.generate(views).picture) > 5) == (part[0] == 0)
-    windows = {**options, "method": "multidiffusion", "base_pass": False, "start": 0}
-    answer = webui.generate(windows, **units)
-    assert np.array_equal(answer.picture, webui.generate(windows).picture)
-    assert "the IP-Adapter acts on the base picture only" in answer.comments
-
-
 # --- scripts of the dropdown -----------------------------------------------------------------------------------
 
 def test_scripts_of_img2img_are_refused(webui, options, plain, refusal, redrawing):
