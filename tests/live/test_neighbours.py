@@ -128,6 +128,20 @@ def test_what_mixes_or_remembers_calls_is_for_the_base_pass(webui, options, mixi
     assert difference(*pictures) <= 1
 
 
+def test_multidiffusion_has_no_base_pass_in_img2img(webui, options, plain):
+    name = "MultiDiffusion Integrated"
+    script = webui.script(name, img2img=True)
+    if script is None:
+        pytest.skip(f"this host has no {name}")
+    args = [True, *webui.arguments(script, tile_width=256, tile_height=256)[1:]]
+    more = {"kind": "img2img", "init_images": [encoded(plain.picture)], "denoising_strength": 0.5}
+    webui.generate()  # the WebUI draws its init latent from where the job before has left the random numbers
+    without = webui.generate(options, **more)
+    webui.generate()
+    answer = webui.generate(options, **more, alwayson_scripts={script["name"]: {"args": args}})
+    assert np.array_equal(answer.picture, without.picture)
+
+
 def test_hypertile_as_a_setting(webui, options, plain, settings):
     settings(hypertile_enable_unet=True, hypertile_max_tile_unet=128)
     base, answer = webui.generate(), webui.generate(options)
