@@ -337,10 +337,11 @@ def test_generate_forever(txt2img, webui):
     assert all(picture.shape == size(2 * BASE) and np.array_equal(picture, pictures[0]) for picture in pictures)
 
 
-def test_a_folder_of_pictures(img2img, webui, tmp_path):
+def test_a_folder_of_pictures(img2img, webui, settings, tmp_path):
     """img2img's batch: each picture of a folder is enlarged into another folder."""
     if urlsplit(URL).hostname not in ("127.0.0.1", "localhost"):
         pytest.skip("the WebUI is on another machine, which has no folder of this one")
+    settings(samples_save=True)
     given, made = {}, tmp_path / "made"
     (tmp_path / "given").mkdir()
     made.mkdir()
