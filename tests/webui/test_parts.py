@@ -120,7 +120,8 @@ def test_the_line_says_what_will_really_run(client):
 
 def test_the_line_has_the_time_that_the_last_run_took(client, monkeypatch):
     cost = planned(client)["text"]
-    monkeypatch.setattr(effort, "kept", lambda native: effort.Effort(1e-5, 2e-5) if native == 128 else None)
+    monkeypatch.setattr(effort.Machine, "kept", lambda machine: effort.Effort(1e-5, 2e-5) if machine.native == 128
+                        else None)
     assert planned(client)["text"] == "about 1:19 min" and planned(client, batch=50)["text"] == "about 1:05 h"
     assert planned(client, native=64)["text"] != planned(client)["text"] != cost
     assert [line.clock(seconds) for seconds in (0.2, 59.4, 59.6, 130, 3599.7, 3900)] == [

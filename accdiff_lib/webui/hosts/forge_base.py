@@ -6,6 +6,7 @@ finds it, with the patches that a hires pass of the WebUI's own would have. Its 
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,6 +22,8 @@ from accdiff_lib.errors import InputError
 from accdiff_lib.parts.noise_levels import NoiseLevels
 from accdiff_lib.webui import regional
 from accdiff_lib.webui.hosts import forge_control
+from accdiff_lib.webui.hosts.copies import copied
+from accdiff_lib.webui.hosts.division import Deferred, DeferredControl, Networks, Part
 from accdiff_lib.webui.hosts.halves import MarkedHalves
 from accdiff_lib.webui.hosts.ldm import unet as ldm_unet
 from accdiff_lib.webui.hosts.samplers import POST_CFG
@@ -213,6 +216,11 @@ class ForgeSession(Session):
             p.modified_noise = None  # meant for the WebUI's own pass
         return adapters
 
+    def networks(self) -> ForgeNetworks:
+        """See Session."""
+        webui, model = self.webui, self.p.sd_model
+        return ForgeNetworks(webui.unet(model), webui.device(model), self.control)
+
     def host(self, *, prompt: str, negatives: Sequence[str], size: tuple[int, int], solver: Solver, progress: Progress,
              vae_tile: int) -> ForgeHost:
         """See Session."""
@@ -263,6 +271,20 @@ class StageUNet:
             self.patcher.controlnet_linked_list = None
 
     @contextmanager
+    def divided(self, part: float, *, steered: bool) -> Iterator[None]:
+        """Within it a call that is divided asks for the memory of the largest `part` of it (a share), and where it is
+        `steered` the ControlNet of each part."""
+        patcher, model = self.patcher, self.patcher.model
+        before = model.memory_required
+        vars(model)["memory_required"] = lambda shape, **more: before([math.ceil(part * shape[0]), *shape[1:]], **more)
+        patcher.controlnet_linked_list = DeferredControl() if steered else None
+        try:
+            yield
+        finally:
+            patcher.controlnet_linked_list = None
+            del vars(model)["memory_required"]
+
+    @contextmanager
     def steered(self, hint: Tensor, strength: float) -> Iterator[None]:
         """Within it the ControlNet acts, on a batch of images with these hints [M, 3, 8h, 8w]."""
         control, patcher = self.control, self.patcher
@@ -298,6 +320,38 @@ class StageUNet:
             patcher.model_options = before
 
 
+class ForgeNetworks(Networks):
+    """See Networks. The ControlNet has the form of the WebUI's own."""
+
+    def __init__(self, unet: Any, device: torch.device, control: Any) -> None:
+        super().__init__(unet, device)
+        self._control = control
+
+    def predict(self, part: Part, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """See Networks."""
+        asked, control = kwargs.get("control"), self._control
+        if not isinstance(asked, Deferred):
+            return self.forward(*args, **kwargs)
+        control.set_cond_hint(part.hints(self.device), part.call.conditioning.strength, (0.0, 1.0))
+        control.cond_hint = None
+        control.transformer_options = kwargs["transformer_options"]
+        try:
+            return self.forward(*args, **{**kwargs, "control": control.get_control(*asked.args)})
+        finally:
+            control.cond_hint_original = control.cond_hint = None
+
+    def control_networks(self) -> list[nn.Module]:
+        """See Networks."""
+        return [] if self._control is None else [patcher.model for patcher in self._control.get_models()]
+
+    def on(self, device: torch.device) -> ForgeNetworks:
+        """See Networks."""
+        unet = copied(self.unet, device)
+        if self._control is None or isinstance(self._control, forge_control.PatchingControl):
+            return ForgeNetworks(unet, device, None)
+        return ForgeNetworks(unet, device, forge_control.copied_control(self._control, device))
+
+
 # --- a picture -------------------------------------------------------------------------------------------------
 
 class ForgeHost(WindowHost):
@@ -323,6 +377,11 @@ class ForgeHost(WindowHost):
         self._stage.put_away()  # the WebUI loads the text encoders, and may make room for them
         return super().encode_texts(prompts)
 
+    def _can_divide(self, conditioning: Conditioning) -> bool:
+        """See WindowHost. Patches of the UNet that a ControlNet makes are for the whole call."""
+        patched = conditioning.steered and isinstance(self._session.control, forge_control.PatchingControl)
+        return super()._can_divide(conditioning) and not patched
+
     def latents_that_fit(self, height: int, width: int) -> int:
         """See engine.host.Host."""
         # What is free is known when the weights are where they belong.
@@ -343,9 +402,14 @@ class ForgeHost(WindowHost):
     @contextmanager
     def _evaluating(self, x: Tensor, sigma: Tensor, conditioning: Conditioning,
                     unconditional: Callable[[Tensor], None] | None = None) -> Iterator[None]:
+        count, size = len(x), self.at_once(len(x))
         with ExitStack() as stack:
-            self._stage.require(x)
-            if self.has_control and conditioning.steered:
+            self._stage.require(x[:size])
+            is_divided = stack.enter_context(self._divided(x, conditioning))
+            steered = self.has_control and conditioning.steered
+            if is_divided:
+                stack.enter_context(self._stage.divided(size / count, steered=steered))
+            elif steered:
                 hints = conditioning.all_hints.to(self.device)
                 stack.enter_context(self._stage.steered(hints, conditioning.strength))
             if conditioning.whole and self._stage.adapters:

@@ -7,6 +7,7 @@ and its memory management go on working. Where it cannot load a file, ours takes
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from accdiff_lib.errors import CannotHelp
 from accdiff_lib.parts import union_control
+from accdiff_lib.webui.hosts.copies import copied
 from accdiff_lib.webui.hosts.ldm.controlnet import LdmControlNet, layers_per_level
 from accdiff_lib.webui.hosts.ldm.controlnet_file import (
     ControlNetFile,
@@ -119,6 +122,19 @@ def _has_plain_weights(module: nn.Module) -> bool:
     return all(weight.is_floating_point() for weight in module.parameters())
 
 
+def copied_control(control: Any, device: torch.device) -> Any:
+    """A ControlNet of the WebUI's form, or ours in it, with its network on a device. Raises CannotHelp."""
+    made = copy(control)
+    if isinstance(control, OwnControl):
+        made.move(device)
+        return made
+    if not isinstance(getattr(control, "control_model", None), nn.Module):
+        raise CannotHelp("the ControlNet is of a kind that cannot be copied")
+    made.control_model = copied(control.control_model, device)
+    made.device = device
+    return made
+
+
 class PatchingControl:
     """A control model of the WebUI's whose hint is in patches of the UNet, which are made anew for each batch."""
 
@@ -153,6 +169,10 @@ class OwnControl:
         self.cond_hint_original: Tensor | None = None
         self.cond_hint: Tensor | None = None
         self.strength = 1.0
+
+    def move(self, device: torch.device) -> None:
+        """Takes a copy of the network on a device."""
+        self._controlnet = self._controlnet.on(copied(self._controlnet.network, device))
 
     def set_cond_hint(self, hint: Tensor, strength: float = 1.0,
                       _range: tuple[float, float] = (0.0, 1.0)) -> OwnControl:
