@@ -231,8 +231,8 @@ class Modes:
     def within(self, work: Callable[..., T], *args: Any) -> T:
         """`work(*args)` in another thread, computed as in this one; without gradients."""
         with ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
             stack.enter_context(torch.inference_mode(self._inference))
+            stack.enter_context(torch.no_grad())  # behind the other, which switches gradients on
             for kind, dtype in self._autocast:
                 stack.enter_context(torch.autocast(kind, dtype))
             return work(*args)
