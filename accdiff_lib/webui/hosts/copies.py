@@ -71,9 +71,10 @@ def _attributes(given: nn.Module, made: nn.Module, device: torch.device,
 def _placed(tensor: Tensor, device: torch.device) -> Tensor:
     if tensor.device.type == "meta":
         raise CannotHelp("the model's weights are not in memory as a whole")
-    if type(tensor) is nn.Parameter:
-        return nn.Parameter(tensor.detach().to(device, copy=True), requires_grad=False)
-    return tensor.to(device)  # quantised ones know how
+    if type(tensor) not in (Tensor, nn.Parameter):
+        return tensor.to(device)  # quantised ones know how
+    made = tensor.detach().to(device, copy=True)
+    return nn.Parameter(made, requires_grad=False) if isinstance(tensor, nn.Parameter) else made
 
 
 def check_memory(networks: Sequence[nn.Module], device: torch.device, beside: float) -> None:
