@@ -22,8 +22,7 @@ from accdiff_lib.errors import InputError
 from accdiff_lib.parts.noise_levels import NoiseLevels
 from accdiff_lib.webui import regional
 from accdiff_lib.webui.hosts import forge_control
-from accdiff_lib.webui.hosts.copies import copied
-from accdiff_lib.webui.hosts.division import Deferred, DeferredControl, Networks, Part
+from accdiff_lib.webui.hosts.division import DeferredControl
 from accdiff_lib.webui.hosts.halves import MarkedHalves
 from accdiff_lib.webui.hosts.ldm import unet as ldm_unet
 from accdiff_lib.webui.hosts.samplers import POST_CFG
@@ -216,10 +215,10 @@ class ForgeSession(Session):
             p.modified_noise = None  # meant for the WebUI's own pass
         return adapters
 
-    def networks(self) -> ForgeNetworks:
+    def networks(self) -> forge_control.ForgeNetworks:
         """See Session."""
         webui, model = self.webui, self.p.sd_model
-        return ForgeNetworks(webui.unet(model), webui.device(model), self.control)
+        return forge_control.ForgeNetworks(webui.unet(model), webui.device(model), self.control)
 
     def host(self, *, prompt: str, negatives: Sequence[str], size: tuple[int, int], solver: Solver, progress: Progress,
              vae_tile: int) -> ForgeHost:
@@ -318,38 +317,6 @@ class StageUNet:
             yield
         finally:
             patcher.model_options = before
-
-
-class ForgeNetworks(Networks):
-    """See Networks. The ControlNet has the form of the WebUI's own."""
-
-    def __init__(self, unet: Any, device: torch.device, control: Any) -> None:
-        super().__init__(unet, device)
-        self._control = control
-
-    def predict(self, part: Part, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """See Networks."""
-        asked, control = kwargs.get("control"), self._control
-        if not isinstance(asked, Deferred):
-            return self.forward(*args, **kwargs)
-        control.set_cond_hint(part.hints(self.device), part.call.conditioning.strength, (0.0, 1.0))
-        control.cond_hint = None
-        control.transformer_options = kwargs["transformer_options"]
-        try:
-            return self.forward(*args, **{**kwargs, "control": control.get_control(*asked.args)})
-        finally:
-            control.cond_hint_original = control.cond_hint = None
-
-    def control_networks(self) -> list[nn.Module]:
-        """See Networks."""
-        return [] if self._control is None else [patcher.model for patcher in self._control.get_models()]
-
-    def on(self, device: torch.device) -> ForgeNetworks:
-        """See Networks."""
-        unet = copied(self.unet, device)
-        if self._control is None or isinstance(self._control, forge_control.PatchingControl):
-            return ForgeNetworks(unet, device, None)
-        return ForgeNetworks(unet, device, forge_control.copied_control(self._control, device))
 
 
 # --- a picture -------------------------------------------------------------------------------------------------

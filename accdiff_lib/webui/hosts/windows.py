@@ -291,8 +291,11 @@ class WindowHost(ABC):
         return count if helpers is None or not helpers.size else min(count, helpers.size)
 
     def _can_divide(self, conditioning: Conditioning) -> bool:
-        """Whether a call may be divided. Not where texts are of several lengths: the WebUI makes those of a call as
-        long as the longest, so what a latent gives would depend on its neighbours."""
+        """Whether a call may be divided. Not where an IP-Adapter acts, which remembers the batch before; nor where
+        texts are of several lengths: the WebUI makes those of a call as long as the longest, so what a latent gives
+        would depend on its neighbours."""
+        if conditioning.whole and self._session.has_picture_prompt:
+            return False
         return len({len(tokens(cond)) for text in conditioning.texts for cond, _ in text.parts}) == 1
 
     def _in_turn(self, x: Tensor, sigma: Tensor, conditioning: Conditioning, size: int,
