@@ -24,6 +24,10 @@ class Skipped(Exception):
     """The user pressed Skip: the rest of the sampling is left out, the decode still happens."""
 
 
+class CannotHelp(RuntimeError):
+    """Another device cannot evaluate what the picture's own does: the message says why."""
+
+
 class RankFailed(RuntimeError):
     """Another of the processes that make a picture met an error: the message has its name, the error and where."""
 

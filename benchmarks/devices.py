@@ -13,7 +13,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import SimpleNamespace
@@ -28,7 +28,8 @@ from accdiff_lib.engine.method import Work
 from accdiff_lib.engine.plan import CELL, make_plan
 from accdiff_lib.engine.ranks import Ranks
 from accdiff_lib.engine.schedule import rehearsal
-from accdiff_lib.engine.spread import Divided, Latents
+from accdiff_lib.engine.shares import Speeds
+from accdiff_lib.engine.spread import Divided
 from accdiff_lib.methods import make
 from accdiff_lib.settings import SAME
 from accdiff_lib.standalone import flops
@@ -73,17 +74,16 @@ MESSAGE = 1e-4
 def call_seconds(work: Sequence[Work], price: Mapping[tuple[str, bool, bool], float], count: int,
                  network: Network) -> float:
     """How long a call of the canvas takes `count` devices, of which an evaluation takes each the same."""
-    ranks = cast(Ranks, SimpleNamespace(members=list(range(count)), rank=0))
-    batcher = Divided(cast(Any, None), 1, ranks)
-    latents: list[Latents] = []
-    units: list[Any] = []
+    speeds = Speeds()
+    costs: list[float] = []
+    evaluated: list[tuple[Hashable, int]] = []
     for each in work:
         kind = each.name, each.guided, each.control
-        batcher._seconds[kind] = dict.fromkeys(ranks.members, price[kind])
-        units += [SimpleNamespace(latents=len(latents), part=slice(i, i + 1)) for i in range(each.count)]
-        latents.append(Latents(each.count, each.height, each.width, cast(Any, None), kind))
-    costs = [price[latents[unit.latents].kind] for unit in units]
-    longest = max(sum(costs[i] for i in share) for share in batcher._shares(latents, cast(Any, units)).values())
+        speeds.learn(kind, dict.fromkeys(range(count), (price[kind], 1)))
+        costs += [price[kind]] * each.count
+        evaluated += [(kind, 1)] * each.count
+    longest = max(sum(costs[number] for number in share)
+                  for share in speeds.shares(evaluated, range(count)).values())
     if count == 1:
         return longest
     tensors = 16 * sum(each.count * each.height * each.width for each in work)
@@ -188,7 +188,7 @@ def _rank(rank: int, count: int, port: int, steps: int) -> None:
     seconds, batcher = time.process_time() - begin, cast(Divided, extrapolation.batches)
     store.set(f"{count}/{rank}", json.dumps({
         "seconds": seconds, "besides": seconds - batcher.took,
-        "price": [[kind, each[rank]] for kind, each in cast(Any, batcher._seconds).items()]}))
+        "price": [[kind, each[rank]] for kind, each in batcher.speeds.seconds.items()]}))
 
 
 def main() -> None:

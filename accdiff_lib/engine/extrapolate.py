@@ -35,8 +35,9 @@ from accdiff_lib.parts.structure import Guide
 from accdiff_lib.parts.window_prompts import WordMask
 from accdiff_lib.settings import Settings
 
-if TYPE_CHECKING:  # with torch.distributed, which not every torch has
-    from accdiff_lib.engine.ranks import Ranks
+if TYPE_CHECKING:
+    from accdiff_lib.engine.helpers import Helpers
+    from accdiff_lib.engine.ranks import Ranks  # with torch.distributed, which not every torch has
 
 #: Noise level (share of the training timesteps) at which an existing picture's attention is recorded.
 RECORDING_NOISE = 0.3
@@ -105,13 +106,14 @@ class Request:
 class Extrapolation:
     """One generation in a host: makes images from requests, with the encoded texts shared between them."""
 
-    def __init__(self, host: Host, window_batch: int = 0, ranks: Ranks | None = None):
+    def __init__(self, host: Host, window_batch: int = 0, ranks: Ranks | None = None, helpers: Helpers | None = None):
         """`window_batch` latents are evaluated at once; 0 asks the host what fits. With `ranks` every one of them makes
-        the same requests, and a share of the work."""
+        the same requests, and a share of the work; with `helpers` the host divides its calls among them."""
         self.host = host if ranks is None else cast(Host, SharedHost(host, ranks))
         self._ranks = ranks
         self._texts: dict[str, Text] = {}
-        self._batcher = Batcher(host, window_batch) if ranks is None else Divided(self.host, window_batch, ranks)
+        self._batcher = (Batcher(host, window_batch, helpers) if ranks is None
+                         else Divided(self.host, window_batch, ranks))
         self._finite = Finite(self.host, self._batcher)
 
     @property

@@ -1,5 +1,5 @@
 """As many latents at once as memory allows, and fewer when it turns out not to; the result is the same. Where there are
-ranks, each evaluates a share."""
+ranks or helpers, each evaluates a share."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from torch import Tensor
 
 from accdiff_lib.engine import memory
 from accdiff_lib.engine.host import Host, Progress
+from accdiff_lib.engine.shares import Speeds
 from accdiff_lib.errors import Interrupted, OutOfMemory, Skipped
 
 if TYPE_CHECKING:
+    from accdiff_lib.engine.helpers import Helpers
     from accdiff_lib.engine.ranks import Ranks
 
 
@@ -54,10 +56,11 @@ Predictions = Iterator[tuple[slice, Tensor]]
 class Batcher:
     """Evaluates latents in parts; remembers for the rest of the run how many fit."""
 
-    def __init__(self, host: Host, size: int = 0):
-        """`size` latents at once, or 0 to ask the host at every call."""
+    def __init__(self, host: Host, size: int = 0, helpers: Helpers | None = None):
+        """`size` latents at once, or 0 to ask the host at every call. With `helpers` so many on each device."""
         self.host = host
         self.size = size
+        self._helpers = helpers
         #: What is evaluated is progress.
         self.counts = True
         #: Several devices share the work.
@@ -84,13 +87,22 @@ class Batcher:
             check_stop(self.host.progress)
             size = self._fitting(latents, size)
             part = slice(begin, min(begin + size, latents.count))
-            result = memory.attempt(latents.evaluate, part)
+            whole, result = self._evaluated(latents, part)
             if result is None:
                 self._shrink(latents, part)
                 continue
-            self._advance(latents.counted(part))
-            yield part, result
-            begin = part.stop
+            self._advance(latents.counted(whole))
+            yield whole, result
+            begin = whole.stop
+
+    def _evaluated(self, latents: Latents, part: slice) -> tuple[slice, Tensor | None]:
+        """A part, or where helpers divide it what begins with it, and its predictions; None where memory ran out."""
+        helpers, size = self._helpers, part.stop - part.start
+        if helpers is None or latents.halves:
+            return part, memory.attempt(latents.evaluate, part)
+        whole = slice(part.start, min(part.start + helpers.at_once(size), latents.count))
+        with helpers.dividing(size):
+            return whole, memory.attempt(latents.evaluate, whole)
 
     def _wanted(self, latents: Latents) -> int:
         """How many at once, as far as it is known before."""
@@ -140,8 +152,7 @@ class Divided(Batcher):
         super().__init__(host, size)
         self.divides = True
         self._ranks = ranks
-        #: Seconds that a latent of a kind takes each rank.
-        self._seconds: dict[Hashable, dict[int, float]] = {}
+        self.speeds = Speeds()
         #: Seconds that all ranks together have evaluated, and that they took for it, since `gain` was last asked.
         self.busy = self.took = 0.0
 
@@ -176,7 +187,9 @@ class Divided(Batcher):
         """The predictions of all units, of which this rank has `done` some; None where it is to be tried once more,
         with fewer latents at once or by fewer ranks."""
         ranks = self._ranks
-        members, shares = ranks.members, self._shares(latents, units)
+        members = ranks.members
+        shares = self.speeds.shares([(latents[unit.latents].kind, unit.part.stop - unit.part.start)
+                                      for unit in units], members)
         error, short, seconds = None, -1, [[0.0, 0] for _ in latents]
         try:
             for number in shares[ranks.rank]:
@@ -235,33 +248,8 @@ class Divided(Batcher):
     def _counted(latents: Sequence[Latents], units: Sequence[_Unit], numbers: Iterable[int]) -> int:
         return sum(latents[units[number].latents].counted(units[number].part) for number in numbers)
 
-    # --- who evaluates what ------------------------------------------------------------------------------------
-
-    def _shares(self, latents: Sequence[Latents], units: Sequence[_Unit]) -> dict[int, list[int]]:
-        """The numbers of the units that each rank evaluates: the longest first, each by who is done with it first."""
-        costs = [self._costs(latents[unit.latents].kind, unit.part.stop - unit.part.start) for unit in units]
-        shares: dict[int, list[int]] = {rank: [] for rank in self._ranks.members}
-        ends = dict.fromkeys(shares, 0.0)
-        for number in sorted(range(len(units)), key=lambda number: -max(costs[number].values())):
-            rank = min(shares, key=lambda rank: ends[rank] + costs[number][rank])
-            shares[rank].append(number)
-            ends[rank] += costs[number][rank]
-        return {rank: sorted(share) for rank, share in shares.items()}
-
-    def _costs(self, kind: Hashable, count: int) -> dict[int, float]:
-        """Seconds that each rank needs for so many latents of a kind: as it did, or as the others or other kinds do."""
-        known = self._seconds.get(kind) or {rank: one for each in self._seconds.values() for rank, one in each.items()}
-        mean = sum(known.values()) / len(known) if known else 1.0
-        return {rank: count * known.get(rank, mean) for rank in self._ranks.members}
-
     def _learn(self, latents: Sequence[Latents], heard: Mapping[int, Sequence[tuple[float, int]]]) -> None:
-        """What the ranks took; one that had nothing to do may have become faster."""
+        """What the ranks took."""
         for number, each in enumerate(latents):
-            known = self._seconds.setdefault(each.kind, {})
-            for rank, told in heard.items():
-                seconds, count = told[number]
-                self.busy += seconds
-                if count:
-                    known[rank] = (known.get(rank, seconds / count) + seconds / count) / 2
-                elif rank in known:
-                    known[rank] *= 0.9
+            self.speeds.learn(each.kind, {rank: (told[number][0], told[number][1]) for rank, told in heard.items()})
+            self.busy += sum(told[number][0] for told in heard.values())

@@ -40,8 +40,11 @@ GUIDES = {"control_image": "AccDiffusion control image", "control_map": "AccDiff
 #: method and to which size it was really made, and (only in the API's answer) what the WebUI says to its user.
 RAN_KEY, COMMENTS_KEY = "AccDiffusion ran", "AccDiffusion comments"
 
+#: The devices beside the WebUI's own that help: of the machine, not of the picture, which is the same.
+DEVICES = "devices"
+
 #: All that a dict may have besides POSITIONAL.
-BY_NAME_ONLY = (REGIONS, *GUIDES)
+BY_NAME_ONLY = (REGIONS, *GUIDES, DEVICES)
 
 #: The ControlNet model that stands for none.
 NONE = "None"
@@ -90,6 +93,8 @@ class Enlargement:
     regions: tuple[Region, ...] = ()
     #: What guides the stages through the ControlNet, instead of the last picture's edges.
     guide: Guide | None = None
+    #: Names of devices that help; None leaves it to the settings page.
+    devices: tuple[str, ...] | None = None
 
 
 def parse(args: Sequence[Any], *, overrides: Mapping[str, Any] | None = None,
@@ -102,7 +107,7 @@ def parse(args: Sequence[Any], *, overrides: Mapping[str, Any] | None = None,
     overrides = overrides or {}
     by_name = bool(args) and isinstance(args[0], Mapping)
     values = _by_name(args[0]) if by_name else _by_position(args)
-    given_regions, *guides = (values.pop(name, None) for name in BY_NAME_ONLY)
+    given_regions, *guides, devices = (values.pop(name, None) for name in BY_NAME_ONLY)
     for name in [*values, *overrides]:
         if name not in POSITIONAL:
             raise InputError(f"{named(name)}: there is no such option; the options are "
@@ -115,7 +120,7 @@ def parse(args: Sequence[Any], *, overrides: Mapping[str, Any] | None = None,
     own = names(_method(values), str(OPTIONS["first_method"].parse(values.get("first_method", SAME))))
     settings = make({name: _whole(name, exact(OPTIONS[name].parse(value))) for name, value in values.items()
                      if name in OPTIONS and (name in own or name in asked)})
-    return Enlargement(settings, model, _regions(given_regions), _guide(settings, model, *guides))
+    return Enlargement(settings, model, _regions(given_regions), _guide(settings, model, *guides), _devices(devices))
 
 
 def _whole(name: str, value: Any) -> Any:
@@ -129,6 +134,14 @@ def _regions(given: Any) -> tuple[Region, ...]:
     from accdiff_lib.parts.regions import read_regions
 
     return tuple(read_regions(given, REGIONS))
+
+
+def _devices(given: Any) -> tuple[str, ...] | None:
+    if given is None:
+        return None
+    from accdiff_lib.webui.devices import read
+
+    return read(given)
 
 
 def _guide(settings: Settings, model: str, *given: Any) -> Guide | None:

@@ -65,18 +65,44 @@ def by_flops(native: int) -> Effort:
 
 # --- this machine's speed --------------------------------------------------------------------------------------
 
-def kept(native: int) -> Effort | None:
-    """Seconds that one of each kind took in the last run with a checkpoint of this kind; None before the first."""
-    found = _read().get(_key(native))
-    if isinstance(found, list) and len(found) == 2 and all(isinstance(each, float) and each > 0 for each in found):
-        return Effort(*found)
-    return None
+@dataclass(frozen=True)
+class Machine:
+    """This machine with a checkpoint of a kind."""
+
+    #: Side of the checkpoint's own latent.
+    native: int
+    #: Devices that help.
+    helpers: Sequence[str] = ()
+
+    def kept(self) -> Effort | None:
+        """Seconds that one of each kind took in the last run; None before the first."""
+        found = _read().get(self._key)
+        if isinstance(found, list) and len(found) == 2 and all(isinstance(each, float) and each > 0 for each in found):
+            return Effort(*found)
+        return None
+
+    def gain(self) -> float | None:
+        """How many times as fast the last run's stages were by the helpers; None before the first."""
+        found = _read().get(f"{self._key}, gain")
+        return found if isinstance(found, float) and found > 0 else None
+
+    def keep(self, seconds: Effort) -> None:
+        """Keeps what `kept` gives, where the folder of the WebUI's models may be written to."""
+        _keep(self._key, astuple(seconds))
+
+    def keep_gain(self, gain: float) -> None:
+        """Keeps what `gain` gives."""
+        _keep(f"{self._key}, gain", gain)
+
+    @property
+    def _key(self) -> str:
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
+        return ", ".join([webui_host.current().name, str(self.native * 8), device, *self.helpers])
 
 
-def keep(native: int, seconds: Effort) -> None:
-    """Keeps what `kept` gives, where the folder of the WebUI's models may be written to."""
+def _keep(key: str, value: Any) -> None:
     with suppress(OSError):
-        _file().write_text(json.dumps({**_read(), _key(native): astuple(seconds)}, indent=1), encoding="utf-8")
+        _file().write_text(json.dumps({**_read(), key: value}, indent=1), encoding="utf-8")
 
 
 def _read() -> dict[str, Any]:
@@ -92,17 +118,12 @@ def _file() -> Path:
     return Path(paths.models_path) / "accdiffusion-speed.json"
 
 
-def _key(native: int) -> str:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
-    return f"{webui_host.current().name}, {native * 8}, {device}"
-
-
 class Stopwatch:
     """Measures what one of each kind takes, as a run goes on."""
 
-    def __init__(self, native: int) -> None:
-        self._native = native
-        self._before = kept(native) or by_flops(native)
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self._before = machine.kept() or by_flops(machine.native)
         self._done = {"unet": 0.0, "vae": 0.0}
         self._seconds = {"unet": 0.0, "vae": 0.0}
         self.start()
@@ -131,4 +152,4 @@ class Stopwatch:
     def keep(self) -> None:
         """Keeps it for the next run, if anything was measured."""
         if any(seconds >= ENOUGH for seconds in self._seconds.values()):
-            keep(self._native, self.each)
+            self._machine.keep(self.each)

@@ -7,6 +7,7 @@ wrong is found out there and before the base pass: errors of the WebUI's callbac
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
@@ -31,7 +32,7 @@ from accdiff_lib.parts.regions import Region, check_regions
 from accdiff_lib.settings import SAME
 from accdiff_lib.webui import controlnets, guides, hires, neighbours, regional, upscalers
 from accdiff_lib.webui.arguments import COMMENTS_KEY, GUIDES, RAN_KEY, Enlargement, parse, stamped
-from accdiff_lib.webui.effort import Effort, of_part, of_work
+from accdiff_lib.webui.effort import Effort, Machine, of_part, of_work
 from accdiff_lib.webui.extras import Extras
 from accdiff_lib.webui.hosts import webui as webui_host
 from accdiff_lib.webui.hosts.samplers import stage_solver
@@ -158,6 +159,8 @@ class Batch:
             check_regions(regions, self._settings, self._plan.pixels)
         upscalers.check(self._settings.enlarger)
         self._guide = asked.guide
+        self._devices = options_page.helping(asked.devices)
+        self._machine = Machine(self._session.native, [name for name, _ in self._devices])
         for note in self._settings.notes:
             p.comment(f"AccDiffusion: {note}")
         if (self._session.prediction == "v_prediction" and self._session.guidance > 1
@@ -206,7 +209,8 @@ class Batch:
                     self._stamp([])
                     return base.latent if isinstance(base, GivenLatent) else original()
                 with (self._session.stages(given), regional.silenced(p),
-                      neighbours.own_forward(self._session.unet) as changed):
+                      neighbours.own_forward(self._session.unet) as changed,
+                      self._session.helped(self._devices)):
                     self._say_what_acts(changed)
                     results = self._results(len(given["seeds"]), base)
                 self._stamp(results)
@@ -302,8 +306,11 @@ class Batch:
         request = Request(prompt, self._seed(index), self._session.guidance, of(settings), settings, plan,
                           intermediate=self._extras.wants_stages, given=_of_picture(base, index),
                           regions=regions, guide=self._guide)
+        helpers, begin = self._session.helpers, time.perf_counter()
         with host.attached():
-            result = Extrapolation(host, settings.window_batch).run(request)
+            result = Extrapolation(host, settings.window_batch, helpers=helpers).run(request)
+        if helpers is not None:
+            self._machine.keep_gain(helpers.gain(time.perf_counter() - begin))
         shared.state.skipped = False  # the next picture of the batch may still be wanted
         self._extras.compare(result, host)
         self._extras.explain(result, plan, host, self._extras.judge(result))
@@ -343,7 +350,7 @@ class Batch:
         base = of_work([Work("picture", 2 * self._p.steps, *self._plan.base, guided=False)], native)
         # Of the base picture only its decode follows.
         picture = sum((of_part(part, native) if part.stage else Effort(vae=part.decoded) for part in parts), Effort())
-        return Bar(self._p, base=Effort(base), native=native, picture=picture,
+        return Bar(self._p, base=Effort(base), machine=self._machine, picture=picture,
                    sampled=not given and (self._settings.base_pass or not self._plan.stages))
 
     def _shown(self, picture: Picture) -> Picture:

@@ -6,7 +6,7 @@ import copy
 import os
 import time
 from dataclasses import replace
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from accdiff_lib.engine import ranks as ranks_module
 from accdiff_lib.engine.extrapolate import Extrapolation
 from accdiff_lib.engine.ranks import Ranks
 from accdiff_lib.engine.resume import Kept
+from accdiff_lib.engine.shares import Speeds
 from accdiff_lib.engine.spread import Divided, Latents
 from accdiff_lib.engine.together import SharedHost, SharedStore
 from accdiff_lib.errors import InputError, Interrupted, NotFinite, OutOfMemory, RankFailed, RankLost
@@ -91,22 +92,23 @@ def test_the_faster_one_does_more():
     found, toys = divided(2, befalls)
     assert torch.equal(found[0], EXPECTED) and torch.equal(found[1], EXPECTED)
     assert len(toys[0].parts) > len(toys[1].parts) > 0
-    ranks = SimpleNamespace(members=[0, 1, 2], rank=0)
-    batcher = Divided(SimpleNamespace(), 1, ranks)
-    latents = [Latents(7, 1, 1, lambda part: None, kind="slow"), Latents(6, 1, 1, lambda part: None, kind="fast")]
-    units = [SimpleNamespace(latents=number, part=slice(each, each + 1)) for number, many in enumerate((7, 6))
-             for each in range(many)]
-    assert [len(share) for share in batcher._shares(latents, units).values()] == [5, 4, 4]  # nothing is known
-    batcher._learn(latents, {rank: [(4.0, 2), (2.0, 2)] for rank in (0, 1, 2)})
-    loads = [sum(2 if number < 7 else 1 for number in share) for share in batcher._shares(latents, units).values()]
+    speeds, parts = Speeds(), 7 * [("slow", 1)] + 6 * [("fast", 1)]
+
+    def learn(**seconds: Any) -> None:
+        for kind, each in seconds.items():
+            speeds.learn(kind, dict(enumerate(each)))
+
+    assert [len(share) for share in speeds.shares(parts, range(3)).values()] == [5, 4, 4]  # nothing is known
+    learn(slow=3 * [(4.0, 2)], fast=3 * [(2.0, 2)])
+    loads = [sum(2 if number < 7 else 1 for number in share) for share in speeds.shares(parts, range(3)).values()]
     assert sorted(loads) == [6, 7, 7]  # by what they cost, not by how many they are
     for _ in range(8):
-        batcher._learn(latents, {0: [(2.0, 2), (1.0, 2)], 1: [(4.0, 2), (2.0, 2)], 2: [(400.0, 2), (200.0, 2)]})
-    shares = batcher._shares(latents, units)
+        learn(slow=[(2.0, 2), (4.0, 2), (400.0, 2)], fast=[(1.0, 2), (2.0, 2), (200.0, 2)])
+    shares = speeds.shares(parts, range(3))
     assert not shares[2] and len(shares[0]) > 1.5 * len(shares[1])
     for _ in range(60):  # one that was slow once is tried again
-        batcher._learn(latents, {0: [(2.0, 2), (1.0, 2)], 1: [(4.0, 2), (2.0, 2)], 2: [(0.0, 0), (0.0, 0)]})
-    assert batcher._shares(latents, units)[2]
+        learn(slow=[(2.0, 2), (4.0, 2), (0.0, 0)], fast=[(1.0, 2), (2.0, 2), (0.0, 0)])
+    assert speeds.shares(parts, range(3))[2]
 
 
 def test_too_little_memory_on_one_is_so_on_all(monkeypatch):

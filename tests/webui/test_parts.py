@@ -40,7 +40,7 @@ def client(webui):  # noqa: F811
 
 def test_options_are_a_schema(client):
     schema = client.get("/accdiffusion/v1/options").json()
-    assert set(schema["properties"]) == {*POSITIONAL, "regions", "control_image", "control_map"}
+    assert set(schema["properties"]) == {*POSITIONAL, "regions", "control_image", "control_map", "devices"}
     assert schema["x-positional"] == list(POSITIONAL)
     assert schema["properties"]["scale"] == {
         "type": "number", "title": "scale", "description": OPTIONS["scale"].help, "default": 2.0, "minimum": 1,
@@ -120,7 +120,8 @@ def test_the_line_says_what_will_really_run(client):
 
 def test_the_line_has_the_time_that_the_last_run_took(client, monkeypatch):
     cost = planned(client)["text"]
-    monkeypatch.setattr(effort, "kept", lambda native: effort.Effort(1e-5, 2e-5) if native == 128 else None)
+    monkeypatch.setattr(effort.Machine, "kept", lambda machine: effort.Effort(1e-5, 2e-5) if machine.native == 128
+                        else None)
     assert planned(client)["text"] == "about 1:19 min" and planned(client, batch=50)["text"] == "about 1:05 h"
     assert planned(client, native=64)["text"] != planned(client)["text"] != cost
     assert [line.clock(seconds) for seconds in (0.2, 59.4, 59.6, 130, 3599.7, 3900)] == [
@@ -361,10 +362,52 @@ def test_settings_page(webui, monkeypatch):  # noqa: F811
     assert {info.section for info in shared.opts.data_labels.values()} == {
         ("accdiffusion", "AccDiffusion", "accdiffusion")}
     assert options.categories.mapping["accdiffusion"] == "AccDiffusion"  # not among the uncategorized
-    assert set(shared.opts.data_labels) == {f"accdiffusion_{name}" for name in options_page.DEFAULTS}
+    assert set(shared.opts.data_labels) == {
+        f"accdiffusion_{name}" for name in options_page.DEFAULTS if name != "devices"}  # there are no GPUs here
     assert shared.opts.data_labels["accdiffusion_controlnet_model"].component_args()["choices"] == ["None"]
     shared.opts.data["accdiffusion_vae_tile"] = 64
     assert options_page.defaults()["vae_tile"] == 64 and options_page.value("explain") is False
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Three GPUs, of which the WebUI works on the second."""
+    from modules import devices as own
+
+    names = ["NVIDIA GeForce RTX 3090", "NVIDIA H100", "NVIDIA GeForce RTX 3090"]
+    monkeypatch.setattr(own, "device", torch.device("cuda:1"))
+    for name, value in {"is_available": lambda: True, "device_count": lambda: len(names),
+                        "get_device_name": lambda: names[1],
+                        "get_device_properties": lambda device: SimpleNamespace(
+                            name=names[device.index], total_memory=24 * 2**30)}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+
+
+def test_other_gpus_are_listed_and_those_that_are_ticked_help(webui, gpus, monkeypatch):  # noqa: F811
+    from modules import shared
+
+    monkeypatch.setitem(sys.modules, "gradio", SimpleNamespace(Dropdown=object, Slider=object, CheckboxGroup=object))
+    options_page.register()
+    listed = shared.opts.data_labels["accdiffusion_devices"].component_args()["choices"]
+    assert listed == ["0: NVIDIA GeForce RTX 3090, 24 GB", "2: NVIDIA GeForce RTX 3090, 24 GB"]
+    assert options_page.helping(None) == ()
+    shared.opts.data["accdiffusion_devices"] = [listed[1], "3: one that was taken out, 8 GB"]
+    assert options_page.helping(None) == [("GPU 2", torch.device("cuda:2"))] and options_page.helping(()) == ()
+    both = [("GPU 0", torch.device("cuda:0")), ("GPU 2", torch.device("cuda:2"))]
+    for asked in (["all"], "0,1,2", ["cuda:0", 2], [0, 0, 2], " all "):
+        given = arguments.parse([{"devices": asked}])
+        assert options_page.helping(given.devices) == both, asked
+        assert not [value for value in arguments.infotext(given).values() if "cuda" in value]
+        assert arguments.infotext(given) == arguments.infotext(arguments.parse([{}]))
+    for wrong in (["3"], ["cuda:9"], 5, [True], {"0": 1}, ["first"], [None]):
+        with pytest.raises(InputError, match=r"^devices: .*is not allowed"):
+            arguments.parse([{"devices": wrong}])
+
+
+def test_the_line_says_how_many_gpus_and_what_they_gained(client, gpus, monkeypatch):
+    assert ", 3 of 3 GPUs" in planned(client, devices=["all"])["text"] and "GPU" not in planned(client)["text"]
+    monkeypatch.setattr(effort.Machine, "gain", lambda machine: 1.87 if [*machine.helpers] == ["GPU 2"] else None)
+    assert ", 2 of 3 GPUs, 1.9x" in planned(client, devices=["2"])["text"]
 
 
 def test_controlnet_models(tmp_path, webui):  # noqa: F811

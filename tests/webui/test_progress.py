@@ -15,6 +15,7 @@ from accdiff_lib.webui.ui import progress
 from tests.webui_stand_in import webui  # noqa: F401 (a fixture)
 
 NATIVE, STEPS = 128, 30
+MACHINE = effort.Machine(NATIVE)
 
 
 class Clock:
@@ -54,7 +55,7 @@ class Run:
         self.seen: list[tuple[float, float, str]] = []
         for iteration in range(2):
             self.p = SimpleNamespace(n_iter=2, iteration=iteration, seeds=[1, 2], steps=STEPS)
-            bar = progress.Bar(self.p, base=self.base, sampled=True, picture=picture, native=NATIVE)
+            bar = progress.Bar(self.p, base=self.base, sampled=True, picture=picture, machine=MACHINE)
             clock.now += self.base.unet * seconds.unet
             for index in range(2):
                 bar.begin(index)
@@ -119,21 +120,21 @@ def test_the_time_left_is_right(clock, options, control, vae):
 def test_the_next_run_knows_the_machine(clock):
     """A VAE that takes ten times what its FLOPs say, and is run only at the end."""
     options, seconds = {"start": 0.9, "tolerance": 0.0}, Effort(1e-5, 15e-5)
-    assert effort.kept(NATIVE) is None and max(Run(clock, seconds, options).errors()) > 0.2
-    assert (effort.kept(NATIVE).unet, effort.kept(NATIVE).vae) == pytest.approx((1e-5, 15e-5), rel=0.02)
+    assert MACHINE.kept() is None and max(Run(clock, seconds, options).errors()) > 0.2
+    assert (MACHINE.kept().unet, MACHINE.kept().vae) == pytest.approx((1e-5, 15e-5), rel=0.02)
     assert max(Run(clock, seconds, options).errors()) < 0.2
-    assert effort.kept(64) is None  # another kind of checkpoint
+    assert effort.Machine(64).kept() is None  # another kind of checkpoint
 
 
 def test_what_cannot_be_read_or_kept_is_as_before_the_first_run(clock, monkeypatch):
     from modules import paths
 
-    for text in ("", "[]", "{", f'{{"{effort._key(NATIVE)}": [1]}}', f'{{"{effort._key(NATIVE)}": [-1.0, "x"]}}'):
+    for text in ("", "[]", "{", f'{{"{MACHINE._key}": [1]}}', f'{{"{MACHINE._key}": [-1.0, "x"]}}'):
         effort._file().write_text(text)
-        assert effort.kept(NATIVE) is None
+        assert MACHINE.kept() is None
     monkeypatch.setattr(paths, "models_path", "/no/such/folder")
-    effort.keep(NATIVE, Effort(1.0, 1.0))
-    assert effort.kept(NATIVE) is None
+    MACHINE.keep(Effort(1.0, 1.0))
+    assert MACHINE.kept() is None
 
 
 def test_the_decode_says_where_it_is(clock):
@@ -147,7 +148,8 @@ def test_more_work_than_was_foreseen_does_not_overrun(clock):
     from modules import shared
 
     p = SimpleNamespace(n_iter=1, iteration=0, seeds=[1], steps=STEPS)
-    bar = progress.Bar(p, base=Effort(100.0), sampled=True, picture=Effort(500.0, 100.0), native=NATIVE)
+    bar = progress.Bar(p, base=Effort(100.0), sampled=True, picture=Effort(500.0, 100.0),
+                       machine=MACHINE)
     bar.begin(0)
     for _ in range(30):
         bar.add(vae=100.0)
@@ -163,7 +165,7 @@ def test_the_preview_is_small(clock, monkeypatch):
     shown = []
     monkeypatch.setattr(sd_samplers_common, "store_latent", lambda latent: shown.append(latent.shape), raising=False)
     p = SimpleNamespace(n_iter=1, iteration=0, seeds=[1], steps=STEPS)
-    bar = progress.Bar(p, base=Effort(1.0), sampled=True, picture=Effort(1.0, 1.0), native=NATIVE)
+    bar = progress.Bar(p, base=Effort(1.0), sampled=True, picture=Effort(1.0, 1.0), machine=MACHINE)
     bar.begin(0)
     progress.WebUIProgress(p, bar, NATIVE, lambda _: None).preview(torch.zeros(1, 4, 512, 256))
     assert shown == [(1, 4, 256, 128)] and shared.state.sampling_steps == 100

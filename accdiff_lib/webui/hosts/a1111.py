@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from accdiff_lib.engine.host import Conditioning, Progress, Solver
 from accdiff_lib.engine.vae_runner import VaeRunner
-from accdiff_lib.errors import InputError
+from accdiff_lib.errors import CannotHelp, InputError
 from accdiff_lib.parts.noise_levels import NoiseLevels
 from accdiff_lib.webui.hosts.a1111_units import PicturePrompt
+from accdiff_lib.webui.hosts.copies import copied
+from accdiff_lib.webui.hosts.division import Networks, Part
 from accdiff_lib.webui.hosts.halves import CountedHalves
 from accdiff_lib.webui.hosts.ldm.controlnet import LdmControlNet
 from accdiff_lib.webui.hosts.webui import WebUI
@@ -130,11 +132,49 @@ class A1111Session(Session):
         finally:
             sd_models.apply_token_merging(p.sd_model, p.get_token_merging_ratio())
 
+    def _copied(self, device: torch.device) -> Networks:
+        if _block_by_block(self.p.sd_model):
+            raise CannotHelp("with --lowvram the model's blocks come one by one")
+        return super()._copied(device)
+
+    def networks(self) -> A1111Networks:
+        """See Session."""
+        webui, model = self.webui, self.p.sd_model
+        return A1111Networks(webui.unet(model), webui.device(model), self.control)
+
     def host(self, *, prompt: str, negatives: Sequence[str], size: tuple[int, int], solver: Solver, progress: Progress,
              vae_tile: int) -> A1111Host:
         """See Session."""
         return A1111Host(self, prompt=prompt, negatives=negatives, size=size, solver=solver, progress=progress,
                          vae_tile=vae_tile)
+
+
+class A1111Networks(Networks):
+    """See Networks. The ControlNet is attached to the UNet."""
+
+    def __init__(self, unet: Any, device: torch.device, control: LdmControlNet | None) -> None:
+        super().__init__(unet, device)
+        self._control = control
+
+    def predict(self, part: Part, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """See Networks."""
+        asked = part.call.conditioning
+        if self._control is None or not asked.steered:
+            return self.forward(*args, **kwargs)
+        return self._control.steered(self.forward, args, kwargs, part.hints(self.device), asked.strength, part.places)
+
+    def control_networks(self) -> list[nn.Module]:
+        """See Networks."""
+        return [] if self._control is None else [self._control.network]
+
+    def on(self, device: torch.device) -> A1111Networks:
+        """See Networks."""
+        unet = copied(self.unet, device, self._control.hooks if self._control is not None else ())
+        control = None
+        if self._control is not None:
+            control = self._control.on(copied(self._control.network, device))
+            control.attach(unet)  # for as long as the copies are there
+        return A1111Networks(unet, device, control)
 
 
 # --- a picture -------------------------------------------------------------------------------------------------
@@ -181,7 +221,8 @@ class A1111Host(WindowHost):
                     unconditional: Callable[[Tensor], None] | None = None) -> Iterator[None]:
         bring_unet(self._model)
         with ExitStack() as stack:
-            if self._controlnet is not None and conditioning.steered:
+            is_divided = stack.enter_context(self._divided(x, conditioning))
+            if self._controlnet is not None and conditioning.steered and not is_divided:
                 hints = conditioning.all_hints.to(self.device)
                 self._controlnet.set(hints, conditioning.strength, self._images)
                 stack.callback(self._controlnet.clear)
@@ -227,9 +268,9 @@ def bring_unet(sd_model: Any) -> None:
     """Brings the UNet on the device; with --lowvram only makes room, as its blocks come one by one."""
     if not _one_at_a_time(sd_model):
         return
-    from modules import lowvram, shared
+    from modules import lowvram
 
-    if not shared.cmd_opts.lowvram:
+    if not _block_by_block(sd_model):
         _bring(sd_model.model)
     elif not _is_within(lowvram.module_in_gpu, sd_model.model):
         lowvram.send_everything_to_cpu()
@@ -237,6 +278,12 @@ def bring_unet(sd_model: Any) -> None:
 
 def _one_at_a_time(sd_model: Any) -> bool:
     return bool(getattr(sd_model, "lowvram", False))
+
+
+def _block_by_block(sd_model: Any) -> bool:
+    from modules import shared
+
+    return _one_at_a_time(sd_model) and bool(shared.cmd_opts.lowvram)
 
 
 def _is_within(module: nn.Module | None, whole: nn.Module) -> bool:

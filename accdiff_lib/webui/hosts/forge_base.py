@@ -6,6 +6,7 @@ finds it, with the patches that a hires pass of the WebUI's own would have. Its 
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,6 +22,7 @@ from accdiff_lib.errors import InputError
 from accdiff_lib.parts.noise_levels import NoiseLevels
 from accdiff_lib.webui import regional
 from accdiff_lib.webui.hosts import forge_control
+from accdiff_lib.webui.hosts.division import DeferredControl
 from accdiff_lib.webui.hosts.halves import MarkedHalves
 from accdiff_lib.webui.hosts.ldm import unet as ldm_unet
 from accdiff_lib.webui.hosts.samplers import POST_CFG
@@ -213,6 +215,11 @@ class ForgeSession(Session):
             p.modified_noise = None  # meant for the WebUI's own pass
         return adapters
 
+    def networks(self) -> forge_control.ForgeNetworks:
+        """See Session."""
+        webui, model = self.webui, self.p.sd_model
+        return forge_control.ForgeNetworks(webui.unet(model), webui.device(model), self.control)
+
     def host(self, *, prompt: str, negatives: Sequence[str], size: tuple[int, int], solver: Solver, progress: Progress,
              vae_tile: int) -> ForgeHost:
         """See Session."""
@@ -261,6 +268,20 @@ class StageUNet:
             self._webui.cleanup(self.patcher)
         finally:
             self.patcher.controlnet_linked_list = None
+
+    @contextmanager
+    def divided(self, part: float, *, steered: bool) -> Iterator[None]:
+        """Within it a call that is divided asks for the memory of the largest `part` of it (a share), and where it is
+        `steered` the ControlNet of each part."""
+        patcher, model = self.patcher, self.patcher.model
+        before = model.memory_required
+        vars(model)["memory_required"] = lambda shape, **more: before([math.ceil(part * shape[0]), *shape[1:]], **more)
+        patcher.controlnet_linked_list = DeferredControl() if steered else None
+        try:
+            yield
+        finally:
+            patcher.controlnet_linked_list = None
+            del vars(model)["memory_required"]
 
     @contextmanager
     def steered(self, hint: Tensor, strength: float) -> Iterator[None]:
@@ -323,6 +344,11 @@ class ForgeHost(WindowHost):
         self._stage.put_away()  # the WebUI loads the text encoders, and may make room for them
         return super().encode_texts(prompts)
 
+    def _can_divide(self, conditioning: Conditioning) -> bool:
+        """See WindowHost. Patches of the UNet that a ControlNet makes are for the whole call."""
+        patched = conditioning.steered and isinstance(self._session.control, forge_control.PatchingControl)
+        return super()._can_divide(conditioning) and not patched
+
     def latents_that_fit(self, height: int, width: int) -> int:
         """See engine.host.Host."""
         # What is free is known when the weights are where they belong.
@@ -343,9 +369,14 @@ class ForgeHost(WindowHost):
     @contextmanager
     def _evaluating(self, x: Tensor, sigma: Tensor, conditioning: Conditioning,
                     unconditional: Callable[[Tensor], None] | None = None) -> Iterator[None]:
+        count, size = len(x), self.at_once(len(x))
         with ExitStack() as stack:
-            self._stage.require(x)
-            if self.has_control and conditioning.steered:
+            self._stage.require(x[:size])
+            is_divided = stack.enter_context(self._divided(x, conditioning))
+            steered = self.has_control and conditioning.steered
+            if is_divided:
+                stack.enter_context(self._stage.divided(size / count, steered=steered))
+            elif steered:
                 hints = conditioning.all_hints.to(self.device)
                 stack.enter_context(self._stage.steered(hints, conditioning.strength))
             if conditioning.whole and self._stage.adapters:

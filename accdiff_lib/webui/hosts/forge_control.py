@@ -7,6 +7,7 @@ and its memory management go on working. Where it cannot load a file, ours takes
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from accdiff_lib.errors import CannotHelp
 from accdiff_lib.parts import union_control
+from accdiff_lib.webui.hosts.copies import copied
+from accdiff_lib.webui.hosts.division import Deferred, Networks, Part
 from accdiff_lib.webui.hosts.ldm.controlnet import LdmControlNet, layers_per_level
 from accdiff_lib.webui.hosts.ldm.controlnet_file import (
     ControlNetFile,
@@ -154,6 +158,10 @@ class OwnControl:
         self.cond_hint: Tensor | None = None
         self.strength = 1.0
 
+    def move(self, device: torch.device) -> None:
+        """Takes a copy of the network on a device."""
+        self._controlnet = self._controlnet.on(copied(self._controlnet.network, device))
+
     def set_cond_hint(self, hint: Tensor, strength: float = 1.0,
                       _range: tuple[float, float] = (0.0, 1.0)) -> OwnControl:
         """Hints [M, 3, 8h, 8w] in 0..1 of a batch of images."""
@@ -192,3 +200,50 @@ class OwnControl:
         for residual in (*down, middle):
             residual.mul_(self.strength)
         return {"input": [], "middle": [middle], "output": down}  # the UNet takes them from the end
+
+
+# --- on several devices ------------------------------------------------------------------------------------------
+
+class ForgeNetworks(Networks):
+    """See Networks. The ControlNet has the form of the WebUI's own."""
+
+    def __init__(self, unet: Any, device: torch.device, control: Any) -> None:
+        super().__init__(unet, device)
+        self._control = control
+
+    def predict(self, part: Part, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """See Networks."""
+        asked, control = kwargs.get("control"), self._control
+        if not isinstance(asked, Deferred):
+            return self.forward(*args, **kwargs)
+        control.set_cond_hint(part.hints(self.device), part.call.conditioning.strength, (0.0, 1.0))
+        control.cond_hint = None
+        control.transformer_options = kwargs["transformer_options"]
+        try:
+            return self.forward(*args, **{**kwargs, "control": control.get_control(*asked.args)})
+        finally:
+            control.cond_hint_original = control.cond_hint = None
+
+    def control_networks(self) -> list[nn.Module]:
+        """See Networks."""
+        return [] if self._control is None else [patcher.model for patcher in self._control.get_models()]
+
+    def on(self, device: torch.device) -> ForgeNetworks:
+        """See Networks."""
+        unet = copied(self.unet, device)
+        if self._control is None or isinstance(self._control, PatchingControl):
+            return ForgeNetworks(unet, device, None)
+        return ForgeNetworks(unet, device, _copied(self._control, device))
+
+
+def _copied(control: Any, device: torch.device) -> Any:
+    """A ControlNet of the WebUI's form, or ours in it, with its network on a device. Raises CannotHelp."""
+    made = copy(control)
+    if isinstance(control, OwnControl):
+        made.move(device)
+        return made
+    if not isinstance(getattr(control, "control_model", None), nn.Module):
+        raise CannotHelp("the ControlNet is of a kind that cannot be copied")
+    made.control_model = copied(control.control_model, device)
+    made.device = device
+    return made

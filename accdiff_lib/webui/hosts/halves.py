@@ -28,6 +28,10 @@ class Halves(ABC):
     def conditional(self, batch: int) -> slice:
         """Which of the running UNet call's `batch` are conditional."""
 
+    @abstractmethod
+    def images(self, batch: int) -> list[int]:
+        """The image of each of the running UNet call's `batch`; fewer or none where that cannot be told."""
+
 
 class CountedHalves(Halves):
     """By counting, from one CFGDenoiser call to the next: A1111's.
@@ -62,7 +66,7 @@ class CountedHalves(Halves):
         return slice(0, min(max(self._cond - self._done, 0), batch))
 
     def images(self, batch: int) -> list[int]:
-        """The image of each of the running UNet call's `batch`."""
+        """See Halves."""
         repeats = self.repeats or [1] * self._cond
         images = list(chain.from_iterable(repeat(image, count) for image, count in enumerate(repeats)))
         images += range(self._uncond)
@@ -106,3 +110,8 @@ class MarkedHalves(Halves):
             return slice(0, 0)
         size = batch // len(chunks)
         return slice(places[0] * size, (places[-1] + 1) * size)
+
+    def images(self, batch: int) -> list[int]:
+        """See Halves."""
+        chunks = len(self._chunks)
+        return [] if not chunks or batch % chunks else list(range(batch // chunks)) * chunks

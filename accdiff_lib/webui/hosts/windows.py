@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from accdiff_lib.engine import memory
 from accdiff_lib.engine.finite import advice
+from accdiff_lib.engine.helpers import Helper, Helpers
 from accdiff_lib.engine.host import Conditioning, Progress, Solver
 from accdiff_lib.engine.vae_runner import VaeRunner
 from accdiff_lib.errors import InputError, Interrupted, Skipped
@@ -27,11 +29,13 @@ from accdiff_lib.parts.guidance import guided
 from accdiff_lib.parts.prediction import denoised, output_of
 from accdiff_lib.parts.prompts import Word
 from accdiff_lib.webui import upscalers
+from accdiff_lib.webui.hosts.copies import check_memory
+from accdiff_lib.webui.hosts.division import Networks, NotDivided, divided
 from accdiff_lib.webui.hosts.halves import Halves
 from accdiff_lib.webui.hosts.ldm import unet as ldm_unet
 from accdiff_lib.webui.hosts.ldm.convolutions import joints_of_ldm, structure_of_ldm
 from accdiff_lib.webui.hosts.samplers import own_view
-from accdiff_lib.webui.hosts.text import WebUIText, apart
+from accdiff_lib.webui.hosts.text import WebUIText, apart, tokens
 from accdiff_lib.webui.hosts.webui import WebUI, loaded_once
 
 #: Channels beside the latent's with which the WebUIs fill an inpainting model's input in txt2img: mask and picture.
@@ -67,6 +71,8 @@ class Session(ABC):
         self._levels = webui.levels(model)
         #: What the UNet's output is: "epsilon" or "v_prediction".
         self.prediction = webui.prediction(model)
+        #: Within `helped`: other devices that evaluate a share.
+        self.helpers: Helpers | None = None
 
     @property
     def has_control(self) -> bool:
@@ -114,6 +120,32 @@ class Session(ABC):
         """Around the stages of the batch's pictures: with the model, LoRAs and patches that the WebUI's own hires pass
         would have. `given` are the keywords of `p.sample`."""
 
+    @contextmanager
+    def helped(self, devices: Sequence[tuple[str, torch.device]]) -> Iterator[None]:
+        """Within it devices, by their names, help with the stages. Only within `stages`."""
+        if not devices:
+            yield
+            return
+        self.helpers = Helpers([Helper(name, device, partial(self._copied, device)) for name, device in devices])
+        try:
+            yield
+        finally:
+            helpers, self.helpers = self.helpers, None
+            helpers.close()
+
+    def _copied(self, device: torch.device) -> Networks:
+        """Copies of the networks. Raises OutOfMemory, or CannotHelp where they cannot be copied."""
+        own = self.networks()
+        cell = int(own.unet.model_channels) * self.webui.dtype(self.p.sd_model).itemsize
+        at_once = 1 if self.helpers is None else max(1, self.helpers.size)
+        window = 2 * at_once * memory.UNET_NUMBERS * cell * self.native ** 2
+        check_memory([own.unet, *own.control_networks()], device, window)
+        return own.on(device)
+
+    @abstractmethod
+    def networks(self) -> Networks:
+        """The networks that evaluate the windows, on the picture's own device."""
+
     @abstractmethod
     def host(self, *, prompt: str, negatives: Sequence[str], size: tuple[int, int], solver: Solver, progress: Progress,
              vae_tile: int) -> WindowHost:
@@ -151,7 +183,7 @@ class WindowHost(ABC):
         self.attention_halvings, halvings = ldm_unet.halvings(self._unet)
         self.multiple = 2 ** halvings
         self.has_control = session.has_control
-        self._halves = session.halves
+        self._halves, self._session = session.halves, session
         self._dtype, self._precise = webui.dtype(model), webui.precise
         #: What may make NaN, by its name in messages.
         self._networks: dict[str, nn.Module] = {"UNet": self._unet}
@@ -217,6 +249,9 @@ class WindowHost(ABC):
         from modules.sd_samplers_common import InterruptedException
 
         count, canvas, guidance = len(conditioning), conditioning.canvas, conditioning.guidance
+        size = self.at_once(count)
+        if size < count and not self._can_divide(conditioning):
+            return self._in_turn(x, sigma, conditioning, size, unconditional)
         filling = self._filling((x.shape[-2], x.shape[-1])).to(x)  # before the UNet is brought, as it needs the VAE
         conds, unconds = [], []
         for text, origin in zip(conditioning.texts, conditioning.origins, strict=True):
@@ -235,15 +270,57 @@ class WindowHost(ABC):
         try:
             # What weights take when `_evaluating` loads them is not the latents', nor is LoRA merged in less precision.
             with (self._evaluating(x, sigma, conditioning, unconditional), computing,
-                  self._memory.measured(2 * count, *x.shape[-2:])):
+                  self._memory.measured(2 * size, *x.shape[-2:])):
                 return denoiser(
                     x, sigma.to(x).flatten()[:1].expand(count), uncond=unconds,
                     cond=MulticondLearnedConditioning((count,), conds), cond_scale=guidance, s_min_uncond=no_uncond,
                     image_cond=filling.expand(count, *filling.shape[1:])).to(x.dtype)
         except InterruptedException:  # no Exception: it would pass by everything that waits for one
             raise (Skipped if shared.state.skipped else Interrupted) from None
+        except NotDivided:
+            pass
         finally:  # the preview shows the canvas, not a window
             shared.state.current_latent, shared.state.sampling_step = preview, step
+        return self._in_turn(x, sigma, conditioning, size, unconditional)
+
+    # --- several devices ---------------------------------------------------------------------------------------
+
+    def at_once(self, count: int) -> int:
+        """How many latents a device evaluates at once of a call of so many."""
+        helpers = self._session.helpers
+        return count if helpers is None or not helpers.size else min(count, helpers.size)
+
+    def _can_divide(self, conditioning: Conditioning) -> bool:
+        """Whether a call may be divided. Not where an IP-Adapter acts, which remembers the batch before; nor where
+        texts are of several lengths: the WebUI makes those of a call as long as the longest, so what a latent gives
+        would depend on its neighbours."""
+        if conditioning.whole and self._session.has_picture_prompt:
+            return False
+        return len({len(tokens(cond)) for text in conditioning.texts for cond, _ in text.parts}) == 1
+
+    def _in_turn(self, x: Tensor, sigma: Tensor, conditioning: Conditioning, size: int,
+                 unconditional: Callable[[Tensor], None] | None) -> Tensor:
+        """What `denoise` gives, by so many latents at a time."""
+        found: list[Tensor] = []
+        told: list[Tensor] = []
+        for first in range(0, len(x), size):
+            rows = range(first, min(first + size, len(x)))
+            some = conditioning.some(rows, [conditioning.texts[row] for row in rows])
+            found.append(self.denoise(x[first:rows.stop], sigma, some,
+                                      unconditional=told.append if unconditional is not None else None))
+        if unconditional is not None and told:
+            unconditional(torch.cat(told))
+        return torch.cat(found)
+
+    @contextmanager
+    def _divided(self, x: Tensor, conditioning: Conditioning) -> Iterator[bool]:
+        """Around the call of the denoiser: within it the call of the UNet is divided, if it is to be; gives whether."""
+        helpers = self._session.helpers
+        if helpers is None or self.at_once(len(x)) == len(x):
+            yield False
+            return
+        with divided(self._session.networks(), self._halves, helpers, conditioning, self.progress):
+            yield True
 
     def _filling(self, size: tuple[int, int]) -> Tensor:
         """What the WebUI gives a UNet beside a latent of `size` = (height, width) in txt2img: to an inpainting model's
@@ -258,8 +335,11 @@ class WindowHost(ABC):
 
     def _guided(self, x: Tensor, level: float, cond: Tensor, combined: Tensor, conditioning: Conditioning) -> Tensor:
         """The x0 after CFG, of the conditional x0 and of what the WebUI has combined: all [M, C, h, w]."""
+        size = self.at_once(len(x))
         cond, combined = (output_of(x, level, each, self._prediction) for each in (cond, combined))
-        output = guided(cond, None, conditioning.guidance, conditioning.rescale, combined=combined)
+        # By as many as are evaluated at once: deviations of more at a time may differ in rounding.
+        output = torch.cat([guided(one, None, conditioning.guidance, conditioning.rescale, combined=other)
+                            for one, other in zip(cond.split(size), combined.split(size), strict=True)])
         return denoised(x, level, output, self._prediction)
 
     def wider(self) -> AbstractContextManager[str] | None:
@@ -306,7 +386,11 @@ class WindowHost(ABC):
         return self.device
 
     def latents_that_fit(self, height: int, width: int) -> int:
-        """See engine.host.Host."""
+        """See engine.host.Host. With helpers on GPUs one, which keeps a GPU busy: how many fit is another number on
+        each."""
+        helpers = self._session.helpers
+        if helpers is not None and helpers.devices > 1 and self.device.type == "cuda":
+            return 1
         return self._memory.fit(height, width)
 
     # --- the VAE -----------------------------------------------------------------------------------------------

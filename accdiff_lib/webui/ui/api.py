@@ -20,7 +20,7 @@ from accdiff_lib.errors import InputError, named
 from accdiff_lib.methods import METHODS, OPTIONS, names
 from accdiff_lib.settings import LARGEST, PRESETS, Option
 from accdiff_lib.webui import model
-from accdiff_lib.webui.arguments import BY_NAME_ONLY, EXTRA, NONE, POSITIONAL, REGIONS, Enlargement, parse
+from accdiff_lib.webui.arguments import BY_NAME_ONLY, DEVICES, EXTRA, NONE, POSITIONAL, REGIONS, Enlargement, parse
 from accdiff_lib.webui.hosts import webui as webui_host
 from accdiff_lib.webui.ui import options_page
 
@@ -73,7 +73,10 @@ _BY_NAME_ONLY = {REGIONS: _REGIONS} | {name: {
     "type": "string", "contentEncoding": "base64", "title": name.replace("_", " "), "x-group": "control",
     "description": f"A picture whose {what} through the ControlNet, in place of the last picture's edges.",
 } for name, what in (("control_image", "edges guide the stages"), ("control_map", "levels guide the stages as they are "
-                     "(a depth map, say)"))}
+                     "(a depth map, say)"))} | {DEVICES: {
+    "type": "array", "items": {"type": "string"}, "title": DEVICES, "x-group": "panel",
+    "description": 'The numbers of GPUs that help beside the WebUI\'s own, or ["all"]; the picture stays the same. '
+                   "Without it those that the settings page says."}}
 
 
 def schema() -> dict[str, Any]:
@@ -114,7 +117,8 @@ def plan(body: Mapping[str, Any]) -> dict[str, Any]:
         multiple, has_control=asked.controlnet != NONE, from_image=given.from_image,
         regions=asked.regions, has_guide=asked.guide is not None))
     return {**outline.as_json(cost, given.batch), "native": native, "notes": list(settings.notes),
-            "text": line.text(cost, native, pictures=given.batch, tile=settings.vae_tile),
+            "text": line.text(cost, native, pictures=given.batch, tile=settings.vae_tile,
+                              devices=options_page.helping(asked.devices)),
             "says": line.says(cost, asked, settings, given, ticked=ticked)}
 
 

@@ -10,6 +10,7 @@ from accdiff_lib.methods import OPTIONS, without_control
 from accdiff_lib.settings import Settings
 from accdiff_lib.webui import effort, model
 from accdiff_lib.webui.arguments import NONE, Enlargement
+from accdiff_lib.webui.devices import Devices, in_words
 from accdiff_lib.webui.outline import Cost
 
 #: Checkpoints by the side of their own latent.
@@ -19,15 +20,18 @@ _KINDS = {128: "SDXL", 96: "SD2", 64: "SD1.5"}
 _SMALL, _LARGE = 0.7, 1.5
 
 
-def text(cost: Cost, native: int, *, pictures: int = 1, tile: int = 0) -> str:
-    """How long it takes, by this machine's speed in the last run, or before the first one in base pictures; and the
-    memory, with a VAE tile of `tile` cells."""
+def text(cost: Cost, native: int, *, pictures: int = 1, tile: int = 0, devices: Devices = ()) -> str:
+    """How long it takes, by this machine's speed in the last run, or before the first one in base pictures; which of
+    its GPUs take part, if several do, and how much that gained; and the memory, with a VAE tile of `tile` cells."""
     if not cost.plan.stages:
         return "the base picture's size, so there is nothing to enlarge"
-    each = effort.kept(native)
+    machine = effort.Machine(native, [name for name, _ in devices])
+    each = machine.kept()
     relative = f"{cost.relative:.1f}" if cost.relative < 10 else f"{cost.relative:.0f}"
     time = f"{relative} x the base picture's time" if each is None else clock(pictures * cost.effort.at(each))
-    return ", ".join([f"about {time}", *(f"{name} {_size_of(need, free)}"
+    gain = machine.gain()
+    several = [in_words(devices)] + ([f"{gain:.1f}x"] if gain else []) if devices else []
+    return ", ".join([f"about {time}", *several, *(f"{name} {_size_of(need, free)}"
                                          for name, need, free in model.memory(cost, tile))])
 
 

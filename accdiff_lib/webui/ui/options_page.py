@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from accdiff_lib.methods import OPTIONS
-from accdiff_lib.webui import controlnets
+from accdiff_lib.webui import controlnets, devices
 from accdiff_lib.webui.arguments import NONE
 
 PREFIX = "accdiffusion_"
 #: The settings and their values where nobody has changed them.
 DEFAULTS: dict[str, Any] = {"controlnet_model": NONE, "vae_tile": OPTIONS["vae_tile"].default, "save_stages": False,
-                            "compare": False, "explain": False}
+                            "compare": False, "explain": False, "devices": []}
 #: The section, and the heading above it among the WebUI's own.
 _NAME, _LABEL = "accdiffusion", "AccDiffusion"
 
@@ -40,6 +40,11 @@ def register() -> None:
             DEFAULTS["explain"], "Add a sheet to the gallery that explains the run",
             ).info("windows with their prompts, every word's attention map and mask, or what else the method has"),
     }
+    if devices.others():  # else there is nothing to choose
+        infos["devices"] = OptionInfo(
+            DEFAULTS["devices"], "Other GPUs that help with large pictures", gr.CheckboxGroup,
+            lambda: {"choices": [devices.label(device) for device in devices.others()]},
+            ).info("each gets a copy of the model for the time of a generation; the picture stays the same")
     options.categories.register_category(_NAME, _LABEL)
     for name, info in options_section((_NAME, _LABEL, _NAME), infos).items():
         shared.opts.add_option(PREFIX + name, info)
@@ -55,3 +60,8 @@ def value(name: str) -> Any:
 def defaults() -> dict[str, Any]:
     """The settings that are first values of options; see arguments.parse."""
     return {name: value(name) for name in ("controlnet_model", "vae_tile")}
+
+
+def helping(asked: tuple[str, ...] | None) -> devices.Devices:
+    """The devices that help: those asked for, else those that are ticked. Raises InputError."""
+    return devices.helping(devices.ticked(value("devices")) if asked is None else asked)

@@ -12,7 +12,7 @@ from torch import Tensor
 from accdiff_lib.engine.host import Picture
 from accdiff_lib.engine.method import Work
 from accdiff_lib.engine.plan import Stage
-from accdiff_lib.webui.effort import ENCODE, Effort, Stopwatch, of_work
+from accdiff_lib.webui.effort import ENCODE, Effort, Machine, Stopwatch, of_work
 
 #: Longest side in latent cells of a preview: 2048 pixels.
 PREVIEW = 256
@@ -29,12 +29,12 @@ class Bar:
     base passes' work.
     """
 
-    def __init__(self, p: Any, *, base: Effort, sampled: bool, picture: Effort, native: int) -> None:
+    def __init__(self, p: Any, *, base: Effort, sampled: bool, picture: Effort, machine: Machine) -> None:
         """The work of a batch: its base pass, where that is `sampled`, and what follows of each picture."""
         from modules import shared
 
         self._p, self._pictures = p, len(p.seeds)
-        self.watch = Stopwatch(native)
+        self.watch = Stopwatch(machine)
         each = self.watch.each
         self._base, self._picture = base if sampled else Effort(), picture
         batch = self._base + self._pictures * picture

@@ -33,7 +33,7 @@ Images = Sequence[int] | Callable[[int], Sequence[int]]
 
 _ENCODER = ("time_embed", "label_emb", "input_blocks", "middle_block")
 #: What LoRA loaders leave on the UNet's layers; a layer with it would get the LoRA's weights, or the UNet's own back.
-_OF_LORA_LOADERS = ("network_", "lyco_")
+OF_LORA_LOADERS = ("network_", "lyco_")
 
 
 class LdmControlNet:
@@ -141,22 +141,10 @@ class LdmControlNet:
     def attached(self, unet: nn.Module) -> Iterator[LdmControlNet]:
         """Within it, every call of this UNet gets what `set` said last; nothing at all before the first `set`.
 
-        At the end, however it comes, all hooks are gone and the hint is forgotten. Raises RuntimeError when it is
-        attached already, and ValueError for a UNet that it was not loaded for.
+        At the end, however it comes, all hooks are gone and the hint is forgotten. Raises as `attach`.
         """
-        if self._handles:
-            raise RuntimeError("this ControlNet is attached already")
-        if not self.fits(unet):
-            raise ValueError(f"{self.path.name} was loaded for a UNet of another structure")
-        parts: Any = unet
+        self.attach(unet)
         try:
-            keep = self._handles.append
-            keep(unet.register_forward_pre_hook(self._before, with_kwargs=True))
-            # Also after an error: residuals must not lie in memory while a host makes room and tries again.
-            keep(unet.register_forward_hook(self._after, always_call=True))
-            keep(parts.middle_block.register_forward_hook(self._into_middle))
-            for index, block in enumerate(parts.output_blocks):
-                keep(block.register_forward_pre_hook(partial(self._into_skip, index)))
             yield self
         finally:
             for handle in self._handles:
@@ -164,9 +152,47 @@ class LdmControlNet:
             self._handles = []
             self.clear()
 
+    def attach(self, unet: nn.Module) -> None:
+        """The same for as long as the UNet is there. Raises RuntimeError when it is attached already, ValueError for a
+        UNet that it was not loaded for."""
+        if self._handles:
+            raise RuntimeError("this ControlNet is attached already")
+        if not self.fits(unet):
+            raise ValueError(f"{self.path.name} was loaded for a UNet of another structure")
+        parts: Any = unet
+        keep = self._handles.append
+        keep(unet.register_forward_pre_hook(self._before, with_kwargs=True))
+        # Also after an error: residuals must not lie in memory while a host makes room and tries again.
+        keep(unet.register_forward_hook(self._after, always_call=True))
+        keep(parts.middle_block.register_forward_hook(self._into_middle))
+        for index, block in enumerate(parts.output_blocks):
+            keep(block.register_forward_pre_hook(partial(self._into_skip, index)))
+
+    def steered(self, forward: Callable[..., Tensor], args: tuple, kwargs: Mapping[str, Any], hint: Tensor,
+                strength: float, images: Sequence[int]) -> Tensor:
+        """What `forward(*args, **kwargs)` gives, which is that of the UNet it is attached to, by itself: without the
+        hooks that a call of the UNet has around it. The rest is as in `set`."""
+        self.set(hint, strength, images)
+        try:
+            self._before(None, args, kwargs)
+            output = forward(*args, **kwargs)
+            self._after(None, args, output)
+            return output
+        finally:
+            self.clear()
+
+    def on(self, encoder: Encoder) -> LdmControlNet:
+        """The same with a copy of its network."""
+        return LdmControlNet(encoder, self.path, self._shape)
+
+    @property
+    def hooks(self) -> Collection[int]:
+        """The ids of its hooks on the UNet."""
+        return [handle.id for handle in self._handles]
+
     # --------------------------------------------------------------------------------------------- hooks
 
-    def _before(self, unet: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
+    def _before(self, unet: nn.Module | None, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """The UNet is about to run: runs the encoder on the same inputs."""
         self._drop()
         if self._strength == 0:
@@ -222,7 +248,7 @@ class LdmControlNet:
             skip += residual.to(skip)  # in place: the UNet has just made this tensor
             self._taken.add(index)
 
-    def _after(self, unet: nn.Module, args: tuple, output: Tensor | None) -> None:
+    def _after(self, unet: nn.Module | None, args: tuple, output: Tensor | None) -> None:
         """The UNet has run, or failed (then the output is None)."""
         missing = set(range(-1, len(self._residuals))) - self._taken if self._middle is not None else set()
         self._drop()
@@ -339,7 +365,7 @@ def _without_weights(module: nn.Module) -> Any:
     for name, value in vars(module).items():
         # A method that lies on the object is somebody's wrapper, or the original that he put aside.
         method = isinstance(value, MethodType) or (callable(value) and hasattr(kind, name))
-        if name not in vars(bare) and not (method or isinstance(value, Tensor) or name.startswith(_OF_LORA_LOADERS)):
+        if name not in vars(bare) and not (method or isinstance(value, Tensor) or name.startswith(OF_LORA_LOADERS)):
             setattr(bare, name, value)
     for name, weight in module.named_parameters(recurse=False):
         bare.register_parameter(name, nn.Parameter(torch.empty(weight.shape, device="meta"), requires_grad=False))

@@ -1,0 +1,221 @@
+"""Other devices that help with a generation: in the stand-in of A1111, with the CPU a second time as the other one."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from types import MethodType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from accdiff_lib.errors import CannotHelp
+from accdiff_lib.webui.hosts import a1111, copies
+from accdiff_lib.webui.hosts.copies import copied
+from tests.webui.test_run import (  # noqa: F401 - fixtures
+    CANNY,
+    controlnet,
+    hooked,
+    nothing_is_left,
+    out_of_memory,
+    plain,
+    same,
+    unet,
+    webui,
+    weights,
+)
+from tests.webui_stand_in.generation import OPTIONS
+
+HELPED = {**OPTIONS, "devices": ["cpu"], "window_batch": 1}
+QUICK = {**HELPED, "method": "multidiffusion", "stage_steps": 2}
+HELPER = "accdiff-helper"
+
+
+@pytest.fixture(scope="module")
+def quick(webui):  # noqa: F811
+    """The picture of QUICK without help."""
+    return webui.generate({**QUICK, "devices": []}).picture
+
+
+@pytest.fixture
+def worked(monkeypatch):
+    """Parts evaluated by each thread; `worked.befalls(thread)` is called before each."""
+    counts: Any = Counter()
+    evaluated = a1111.A1111Networks.predict
+    counts.befalls = lambda thread: None
+
+    def predict(self: Any, *args: Any) -> Any:
+        thread = threading.current_thread().name.partition("_")[0]
+        counts[thread] += 1
+        counts.befalls(thread)
+        return evaluated(self, *args)
+
+    monkeypatch.setattr(a1111.A1111Networks, "predict", predict)
+    return counts
+
+
+# --- the same picture ------------------------------------------------------------------------------------------
+
+#: What is computed for several latents together.
+WAYS: dict[str, dict[str, Any]] = {
+    "windows and views, ControlNet": {**HELPED, **CANNY, "window_batch": 1},
+    "three at once, rescaled": {**QUICK, "guidance_rescale": 0.7, "window_batch": 3},
+    "elastic": {"scale": 2, "stage_steps": 2, "method": "elasticdiffusion", "resampling_steps": 0, "window_batch": 1,
+                "devices": ["cpu"]},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_picture_is_the_same_bit_by_bit(webui, controlnet, worked, way):  # noqa: F811
+    helped = webui.generate(WAYS[way])
+    assert worked[HELPER] > 1 and worked["MainThread"] > 1
+    alone = webui.generate({**WAYS[way], "devices": []})
+    assert np.array_equal(helped.picture, alone.picture)
+    assert helped.processed.infotexts == alone.processed.infotexts and helped.comments == alone.comments
+
+
+def test_texts_of_several_lengths_are_evaluated_as_without_help(webui, quick, monkeypatch):  # noqa: F811
+    """The WebUI makes those of a call as long as the longest, which would change what the others give."""
+    monkeypatch.setattr(a1111.A1111Host, "_can_divide", lambda *_: False)
+    assert np.array_equal(webui.generate(QUICK).picture, quick)
+
+
+# --- one that cannot help --------------------------------------------------------------------------------------
+
+def left_out(answer: Any, why: str) -> bool:
+    """One line says it."""
+    said = [line for line in answer.comments.splitlines() if "does not help" in line]
+    return len(said) == 1 and said[0].startswith("AccDiffusion: the CPU does not help (") and why in said[0]
+
+
+def test_a_layer_that_another_extension_has_replaced(webui, quick, worked):  # noqa: F811
+    layer = unet(webui).time_embed
+    own = layer.forward
+    layer.forward = lambda *args: own(*args)
+    try:
+        answer = webui.generate(QUICK)
+    finally:
+        del layer.forward
+    assert left_out(answer, "another extension has replaced the model's") and np.array_equal(answer.picture, quick)
+    assert not worked[HELPER]
+
+
+def test_what_another_extension_does_to_the_original_alone(webui, worked):  # noqa: F811
+    layer = unet(webui).middle_block
+    with hooked(layer, lambda module, _args, output: output * 3 if module is layer else None, after=True):
+        answer = webui.generate(QUICK)
+        assert left_out(answer, "what another extension does") and worked[HELPER]
+        assert np.array_equal(answer.picture, webui.generate({**QUICK, "devices": []}).picture)
+
+
+def test_hooks_of_other_extensions_come_along(webui, worked):  # noqa: F811
+    with hooked(unet(webui).middle_block, lambda _module, _args, output: output * 3, after=True):
+        answer = webui.generate(QUICK)
+        assert "does not help" not in answer.comments and worked[HELPER]
+        assert np.array_equal(answer.picture, webui.generate({**QUICK, "devices": []}).picture)
+
+
+def test_no_memory_for_a_copy(webui, quick, worked, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(copies.memory, "free_main_bytes", lambda: 2.0 ** 20)
+    answer = webui.generate(QUICK)
+    assert left_out(answer, "of which 0.0 GB are free") and np.array_equal(answer.picture, quick)
+    assert not worked[HELPER]
+
+
+def test_memory_that_runs_out_there(webui, quick, worked):  # noqa: F811
+    worked.befalls = lambda thread: out_of_memory() if thread == HELPER and worked[HELPER] > 2 else None
+    answer = webui.generate(QUICK)
+    assert left_out(answer, "its memory does not suffice") and np.array_equal(answer.picture, quick)
+
+
+def test_with_lowvram_there_is_no_copy(webui, quick, worked, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(a1111, "_block_by_block", lambda model: True)
+    monkeypatch.setattr(a1111, "bring_unet", lambda model: None)
+    answer = webui.generate(QUICK)
+    assert left_out(answer, "--lowvram") and np.array_equal(answer.picture, quick) and not worked[HELPER]
+
+
+# --- what ends a run -------------------------------------------------------------------------------------------
+
+def test_too_little_memory_here_is_fewer_at_once_on_all(webui, worked):  # noqa: F811
+    sizes = []
+
+    def befalls(thread: str) -> None:
+        if thread == "MainThread" and not sizes:
+            sizes.append(thread)
+            out_of_memory()
+
+    worked.befalls = befalls
+    answer = webui.generate({**QUICK, "window_batch": 2})
+    assert sizes and np.array_equal(answer.picture, webui.generate({**QUICK, "devices": []}).picture)
+
+
+@pytest.mark.parametrize("stop", ["interrupt", "skip"])
+def test_a_stop_is_heeded_between_two_windows(webui, plain, worked, stop):  # noqa: F811
+    counted = []
+
+    def befalls(thread: str) -> None:
+        counted.append(thread)
+        if len(counted) == 3:
+            getattr(webui.state, stop)()
+
+    worked.befalls = befalls
+    answer = webui.generate(HELPED)
+    assert len(counted) <= 4
+    assert f"{'interrupted' if stop == 'interrupt' else 'skipped'}; the picture" in answer.comments
+    assert same(answer.picture, plain)
+
+
+def test_an_error_of_the_model_is_raised_as_without_help(webui, worked):  # noqa: F811
+    def befalls(thread: str) -> None:
+        raise ValueError("broken")
+
+    worked.befalls = befalls
+    with pytest.raises(ValueError, match="broken"):
+        webui.generate(QUICK)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(HELPER)]
+
+
+# --- a copy ----------------------------------------------------------------------------------------------------
+
+class Network(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(2, 2), nn.Linear(2, 2)
+        self.second.weight = self.first.weight
+        self.register_buffer("table", torch.ones(2))
+        self.network_weights_backup = torch.ones(2)
+        self.state = torch.ones(2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.second(self.first(x)) * self.table + self.state
+        return found
+
+
+def test_a_copy_has_weights_of_its_own_and_all_else():
+    network, x = Network().eval(), torch.randn(3, 2)
+    ours = network.first.register_forward_hook(lambda *_: pytest.fail("ours stays behind"))
+    network.first.register_forward_hook(lambda _module, _args, output: 2 * output)
+    network.second.forward = MethodType(lambda self, x: nn.Linear.forward(self, x) + 1, network.second)
+    copy = copied(network, torch.device("cpu"), [ours.id])
+    ours.remove()
+    expected = network(x)
+    assert torch.equal(copy(x), expected) and type(copy) is Network and not copy.training
+    with torch.no_grad():
+        for weight in network.parameters():
+            weight.zero_()
+        network.table.zero_()
+    assert torch.equal(copy(x), expected)
+    assert copy.first.weight is copy.second.weight and copy.second.forward.__self__ is copy.second
+    assert copy.network_weights_backup is network.network_weights_backup  # only for the LoRA's end
+    before = dict(network.first._forward_hooks)
+    copy.first.register_forward_hook(lambda *_: None)
+    assert network.first._forward_hooks == before
+
+
+def test_weights_that_are_elsewhere_cannot_be_copied():
+    with pytest.raises(CannotHelp, match="not in memory"):
+        copied(nn.Linear(2, 2, device="meta"), torch.device("cpu"))
