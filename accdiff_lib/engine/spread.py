@@ -96,11 +96,15 @@ class Batcher:
             begin = whole.stop
 
     def _evaluated(self, latents: Latents, part: slice) -> tuple[slice, Tensor | None]:
-        """A part, or where helpers divide it what begins with it, and its predictions; None where memory ran out."""
+        """A part, or where helpers divide it what begins with it, and its predictions; None where memory ran out.
+
+        What is divided has parts of one size, as a program may ask for how many it is called.
+        """
         helpers, size = self._helpers, part.stop - part.start
         if helpers is None or latents.halves:
             return part, memory.attempt(latents.evaluate, part)
-        whole = slice(part.start, min(part.start + helpers.at_once(size), latents.count))
+        parts = max(1, min(helpers.at_once(size), latents.count - part.start) // size)
+        whole = slice(part.start, part.start + parts * size)
         with helpers.dividing(size):
             return whole, memory.attempt(latents.evaluate, whole)
 

@@ -70,7 +70,7 @@ def host(model: Any) -> A1111Host:
     found._model = model
     found._runner = SimpleNamespace(place=lambda: model.first_stage_model.place)  # type: ignore[assignment]
     found._memory = SimpleNamespace(fit=lambda *_: model.model.place)  # type: ignore[assignment]
-    found._controlnet = None
+    found._controlnet, found._session = None, SimpleNamespace(helpers=None)  # type: ignore[assignment]
     return found
 
 

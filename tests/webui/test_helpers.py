@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from types import MethodType
+from contextlib import closing
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,14 @@ import pytest
 import torch
 from torch import nn
 
+from accdiff_lib.engine.helpers import Helper, Helpers
+from accdiff_lib.engine.host import Conditioning, Unwatched
 from accdiff_lib.errors import CannotHelp
 from accdiff_lib.webui.hosts import a1111, copies
 from accdiff_lib.webui.hosts.copies import copied
+from accdiff_lib.webui.hosts.forge_base import ForgeHost, ForgeSession, StageUNet
+from accdiff_lib.webui.hosts.forge_control import ForgeNetworks
+from accdiff_lib.webui.hosts.halves import MarkedHalves
 from tests.webui.test_run import (  # noqa: F401 - fixtures
     CANNY,
     controlnet,
@@ -177,6 +183,124 @@ def test_an_error_of_the_model_is_raised_as_without_help(webui, worked):  # noqa
     with pytest.raises(ValueError, match="broken"):
         webui.generate(QUICK)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith(HELPER)]
+
+
+# --- calls of Forge's form -------------------------------------------------------------------------------------
+
+class ForgeUNet(nn.Module):
+    """Remembers what it is called with, and mixes all of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(2.0))
+        self.seen: list[Any] = []
+
+    def forward(self, x, timesteps, context=None, control=None, transformer_options=None, **_):
+        self.seen.append(transformer_options)
+        transformer_options["block"] = threading.get_ident()  # as the program does
+        residual = 0 if control is None else control["middle"][0]
+        return self.weight * x + timesteps[:, None, None, None] + context.mean((1, 2))[:, None, None, None] + residual
+
+
+class Hint(nn.Module):
+    """A ControlNet's network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x, hint):
+        return [self.weight * hint[:, :1, ::8, ::8] * x]
+
+
+class ForgeControl:
+    """A ControlNet of the program's form."""
+
+    previous_controlnet = None
+    transformer_options: Any = None
+    cond_hint = cond_hint_original = None
+    strength = 1.0
+
+    def __init__(self) -> None:
+        self.control_model = Hint()
+
+    def set_cond_hint(self, hint, strength, _range):
+        self.cond_hint_original, self.strength = hint, strength
+
+    def get_models(self):
+        return [SimpleNamespace(model=self.control_model)]
+
+    def get_control(self, x, sigma, cond, chunks, options=None):
+        assert self.transformer_options["cond_or_uncond"] and cond["c_crossattn"].shape[0] == len(x) == len(sigma)
+        assert self.cond_hint_original is not None
+        middle = self.control_model(x, self.cond_hint_original.repeat(chunks, 1, 1, 1))
+        return {"middle": [each * self.strength for each in middle], "input": [], "output": []}
+
+
+def sampled(patcher: Any, x: torch.Tensor, sigma: torch.Tensor, conds: list[torch.Tensor]) -> torch.Tensor:
+    """As the program's calc_cond_uncond_batch, with memory for four latents' halves together."""
+    unet, control, found = patcher.model.diffusion_model, patcher.controlnet_linked_list, {}
+    together = patcher.model.memory_required([2 * len(x), *x.shape[1:]]) < 9
+    for chunks in ([[1, 0]] if together else [[1], [0]]):
+        batch = torch.cat([x] * len(chunks))
+        options: dict[str, Any] = {"cond_or_uncond": chunks, "sigmas": sigma, "patches": {},
+                                   "cond_mark": torch.tensor(chunks).repeat_interleave(len(x)),
+                                   "cond_indices": [row for row in range(len(batch)) if not chunks[row // len(x)]]}
+        c: dict[str, Any] = {"c_crossattn": torch.cat([conds[kind] for kind in chunks]), "transformer_options": options}
+        if control is not None:
+            control.transformer_options = options
+            c["control"] = control.get_control(batch, torch.cat([sigma] * len(chunks)), c, len(chunks), options)
+        output = unet(batch, torch.cat([sigma] * len(chunks)), context=c["c_crossattn"], control=c.get("control"),
+                      transformer_options=options)
+        found.update(zip(chunks, output.chunk(len(chunks)), strict=True))
+    return found[1] + 3 * (found[0] - found[1])
+
+
+@pytest.mark.parametrize("memory", [1, 2], ids=["halves together", "one after the other"])
+@pytest.mark.parametrize("has_control", [True, False])
+def test_a_call_of_forge_is_divided_into_what_one_device_is_called_with(has_control, memory):
+    unet, count, size = ForgeUNet(), 9, 3
+    patcher = SimpleNamespace(model=nn.Module(), model_options={}, controlnet_linked_list=None)
+    patcher.model.diffusion_model, patcher.model.memory_required = unet, lambda shape: memory * shape[0]
+    control = ForgeControl() if has_control else None
+    generator = torch.Generator().manual_seed(1)
+    x, hints = (torch.randn(count, *shape, generator=generator) for shape in ((4, 8, 8), (3, 64, 64)))
+    conds = [torch.randn(count, 5, 6, generator=generator) for _ in range(2)]
+    progress, session, host = Unwatched(), ForgeSession.__new__(ForgeSession), ForgeHost.__new__(ForgeHost)
+    halves = session.halves = host._halves = MarkedHalves()
+    session.helpers, session.control, host._session, host.progress = None, control, session, progress
+    host.device, host.has_control = torch.device("cpu"), has_control
+    host._stage = StageUNet(patcher, control, SimpleNamespace(prepare=lambda *_: None))  # type: ignore[arg-type]
+    patcher.extra_model_patchers_during_sampling = []
+    own = ForgeNetworks(unet, host.device, control)
+    session.networks = lambda: own  # type: ignore[method-assign]
+
+    def evaluated(rows: range) -> torch.Tensor:
+        asked = Conditioning(["a"] * len(rows), [(0, 0)] * len(rows), (64, 64), 3.0, strength=0.7,
+                             hints=(lambda numbers: hints[rows.start:][list(numbers)]) if has_control else None)
+        with halves.following(unet), host._evaluating(x[rows.start:rows.stop], torch.tensor(2.0), asked):
+            return sampled(patcher, x[rows.start:rows.stop], torch.full((len(rows),), 2.0),
+                           [each[rows.start:rows.stop] for each in conds])
+
+    expected = torch.cat([evaluated(range(3)), evaluated(range(3, 6)), evaluated(range(6, 9))])
+    marks = [{**each, "block": None} for each in unet.seen]
+    unet.seen.clear()
+    session.helpers = Helpers([Helper("a GPU", host.device, lambda: own.on(host.device))])
+    with closing(session.helpers), session.helpers.dividing(size):
+        assert torch.equal(evaluated(range(count)), expected) and session.helpers.devices == 2
+        unet.seen.clear()
+        assert torch.equal(evaluated(range(count)), expected)
+    assert "forward" not in vars(unet) and "memory_required" in vars(patcher.model)
+    assert patcher.model.memory_required([5]) == 5 * memory and patcher.controlnet_linked_list is None
+    assert len(unet.seen) == len(marks)  # the copy has the same list
+    for seen in unet.seen:
+        assert any(_alike({**seen, "block": None}, each) for each in marks), seen
+
+
+def _alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return one.keys() == other.keys() and all(
+        torch.equal(value, other[name]) if isinstance(value, torch.Tensor) else value == other[name]
+        for name, value in one.items())
 
 
 # --- a copy ----------------------------------------------------------------------------------------------------

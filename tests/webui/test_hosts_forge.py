@@ -603,18 +603,23 @@ def conditioning(**options: Any) -> Conditioning:
     return Conditioning(["a", "b"], [(0, 0), (0, 64)], (64, 128), 5.0, hints=hints, **options)
 
 
+#: A session without other devices.
+ALONE: Any = SimpleNamespace(helpers=None)
+
+
 def forge_host(patcher: Any, control: Any) -> forge_base.ForgeHost:
     """As far as these tests need one."""
     found = forge_base.ForgeHost.__new__(forge_base.ForgeHost)
     found.device, found.has_control, found._prediction = torch.device("cpu"), control is not None, "v_prediction"
     found._stage = forge_base.StageUNet(patcher, control, Program())  # type: ignore[arg-type]
+    found._session = ALONE
     return found
 
 
 def a1111_host(controlnet: Any) -> A1111Host:
     found = A1111Host.__new__(A1111Host)
     found.device, found._controlnet, found._prediction = torch.device("cpu"), controlnet, "v_prediction"
-    found._model, found._images = SimpleNamespace(lowvram=False), list
+    found._model, found._images, found._session = SimpleNamespace(lowvram=False), list, ALONE
     return found
 
 

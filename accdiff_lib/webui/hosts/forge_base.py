@@ -274,14 +274,20 @@ class StageUNet:
         """Within it a call that is divided asks for the memory of the largest `part` of it (a share), and where it is
         `steered` the ControlNet of each part."""
         patcher, model = self.patcher, self.patcher.model
-        before = model.memory_required
-        vars(model)["memory_required"] = lambda shape, **more: before([math.ceil(part * shape[0]), *shape[1:]], **more)
+        own, required = vars(model).get("memory_required"), model.memory_required
+
+        def of_part(shape: Sequence[int], **more: Any) -> Any:
+            return required([math.ceil(part * shape[0]), *shape[1:]], **more)
+
+        vars(model)["memory_required"] = of_part
         patcher.controlnet_linked_list = DeferredControl() if steered else None
         try:
             yield
         finally:
             patcher.controlnet_linked_list = None
-            del vars(model)["memory_required"]
+            vars(model).pop("memory_required")
+            if own is not None:
+                vars(model)["memory_required"] = own
 
     @contextmanager
     def steered(self, hint: Tensor, strength: float) -> Iterator[None]:
