@@ -142,8 +142,6 @@ class Divided(Batcher):
         self._ranks = ranks
         #: Seconds that a latent of a kind takes each rank.
         self._seconds: dict[Hashable, dict[int, float]] = {}
-        #: Seconds that all ranks together have evaluated, and that they took for it, since `gain` was last asked.
-        self.busy = self.took = 0.0
 
     def run_all(self, *latents: Latents) -> Sequence[Predictions]:
         """See Batcher; everything is evaluated now."""
@@ -160,16 +158,10 @@ class Divided(Batcher):
                 self._advance(-self._counted(latents, units, done))
                 units, done = fitting, {}
             found = self._divided(latents, units, done)
-        self.took += time.perf_counter() - begin
+        self._ranks.took += time.perf_counter() - begin
         predicted = list(zip(units, found, strict=True))
         return [iter([(unit.part, tensor) for unit, tensor in predicted if unit.latents == number])
                 for number in range(len(latents))]
-
-    def gain(self, seconds: float) -> float:
-        """How many times as long all would have taken one device, where it took `seconds`; the count begins anew."""
-        alone = seconds - self.took + self.busy
-        self.busy = self.took = 0.0
-        return alone / seconds
 
     def _divided(self, latents: Sequence[Latents], units: Sequence[_Unit],
                  done: dict[int, Tensor]) -> list[Tensor] | None:
@@ -238,15 +230,9 @@ class Divided(Batcher):
     # --- who evaluates what ------------------------------------------------------------------------------------
 
     def _shares(self, latents: Sequence[Latents], units: Sequence[_Unit]) -> dict[int, list[int]]:
-        """The numbers of the units that each rank evaluates: the longest first, each by who is done with it first."""
+        """The numbers of the units that each rank evaluates."""
         costs = [self._costs(latents[unit.latents].kind, unit.part.stop - unit.part.start) for unit in units]
-        shares: dict[int, list[int]] = {rank: [] for rank in self._ranks.members}
-        ends = dict.fromkeys(shares, 0.0)
-        for number in sorted(range(len(units)), key=lambda number: -max(costs[number].values())):
-            rank = min(shares, key=lambda rank: ends[rank] + costs[number][rank])
-            shares[rank].append(number)
-            ends[rank] += costs[number][rank]
-        return {rank: sorted(share) for rank, share in shares.items()}
+        return shared_out(costs)
 
     def _costs(self, kind: Hashable, count: int) -> dict[int, float]:
         """Seconds that each rank needs for so many latents of a kind: as it did, or as the others or other kinds do."""
@@ -260,8 +246,25 @@ class Divided(Batcher):
             known = self._seconds.setdefault(each.kind, {})
             for rank, told in heard.items():
                 seconds, count = told[number]
-                self.busy += seconds
+                self._ranks.busy += seconds
                 if count:
                     known[rank] = (known.get(rank, seconds / count) + seconds / count) / 2
                 elif rank in known:
                     known[rank] *= 0.9
+        paces: dict[int, list[float]] = {}
+        for known in self._seconds.values():
+            for rank, one in known.items():
+                paces.setdefault(rank, []).append(one / min(known.values()))
+        self._ranks.paces = {rank: sum(each) / len(each) for rank, each in paces.items()}
+
+
+def shared_out(costs: Sequence[Mapping[int, float]]) -> dict[int, list[int]]:
+    """Of some units, by what each costs each rank, the numbers of those that each gets: the longest first, each by who
+    is done with it first."""
+    shares: dict[int, list[int]] = {rank: [] for rank in costs[0]}
+    ends = dict.fromkeys(shares, 0.0)
+    for number in sorted(range(len(costs)), key=lambda number: -max(costs[number].values())):
+        rank = min(shares, key=lambda rank: ends[rank] + costs[number][rank])
+        shares[rank].append(number)
+        ends[rank] += costs[number][rank]
+    return {rank: sorted(share) for rank, share in shares.items()}
