@@ -254,7 +254,7 @@ class Divided(Batcher):
         paces: dict[int, list[float]] = {}
         for known in self._seconds.values():
             for rank, one in known.items():
-                paces.setdefault(rank, []).append(one / min(known.values()))
+                paces.setdefault(rank, []).append(one / max(min(known.values()), 1e-9))
         self._ranks.paces = {rank: sum(each) / len(each) for rank, each in paces.items()}
 
 

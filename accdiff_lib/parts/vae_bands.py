@@ -91,6 +91,15 @@ class Division:
         edges = [strips * i // bands for i in range(bands + 1)]
         return Phase(sweeps, [self._band(sweeps, self.edges[a:b + 1], whole) for a, b in pairwise(edges)])
 
+    def work(self, sweep: Sweep, span: Span, flops: Sequence[float]) -> float:
+        """Floating point operations of a band in a sweep; `flops`: of a row of each piece's map."""
+        bottom, found = span.edges[-1], 0.0
+        for i in range(sweep.start, sweep.end):
+            after = self._out(i, i + 1, bottom)
+            found += flops[i] * (after * self.pieces[i].down / self.pieces[i].up - span.first[i])
+            bottom = after
+        return found
+
     def _band(self, sweeps: Sequence[Sweep], edges: Sequence[int], whole: int | None) -> Band:
         """The band between these latent rows; the last sweep keeps the map `whole`, or makes the result."""
         own = [range(edges[0] * cells, edges[-1] * cells) for cells in self.cells]

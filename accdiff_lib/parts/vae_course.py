@@ -12,9 +12,9 @@ from torch import nn
 
 from accdiff_lib.errors import InputError
 from accdiff_lib.parts import vae_bands
-from accdiff_lib.parts.vae_bands import Division, Phase
+from accdiff_lib.parts.vae_bands import Division, Phase, Span
 from accdiff_lib.parts.vae_layers import Piece, as_is, nodes
-from accdiff_lib.parts.vae_plan import Plan, plan
+from accdiff_lib.parts.vae_plan import Plan, Sweep, plan
 
 #: Bytes that a pass may take of each memory.
 Room = Mapping[torch.device, float]
@@ -55,13 +55,22 @@ class Course:
         self._size = batch * itemsize * self.height * self.width
         self.place, self.plan = self._planned({self.device: inf} if self.whole or not room else room)
         bands = vae_bands.count(self.height, len(self.edges) - 1) if divided else 1
-        self.phases: list[Phase] = Division(pieces, self.edges, self.cells, bands).phases(
-            self.plan.sweeps, [node.flops for node in self._nodes])
+        self._division = Division(pieces, self.edges, self.cells, bands)
+        self.phases: list[Phase] = self._division.phases(self.plan.sweeps, [node.flops for node in self._nodes])
 
     @property
     def flops(self) -> float:
         """Floating point operations."""
         return self.plan.flops * self.height * self.width
+
+    def band_flops(self, sweep: Sweep, span: Span) -> float:
+        """Those of a band in a sweep."""
+        rows = [node.flops * self.width / cells for node, cells in zip(self._nodes, self.cells, strict=True)]
+        return self._division.work(sweep, span, rows)
+
+    def numbers(self, i: int) -> float:
+        """Numbers of the map that piece i reads, or of the result."""
+        return self._nodes[i].numbers * self.height * self.width
 
     @property
     def tiles(self) -> int:

@@ -91,7 +91,7 @@ def test_the_faster_one_does_more():
     found, toys = divided(2, befalls)
     assert torch.equal(found[0], EXPECTED) and torch.equal(found[1], EXPECTED)
     assert len(toys[0].parts) > len(toys[1].parts) > 0
-    ranks = SimpleNamespace(members=[0, 1, 2], rank=0)
+    ranks = SimpleNamespace(members=[0, 1, 2], rank=0, busy=0.0)
     batcher = Divided(SimpleNamespace(), 1, ranks)
     latents = [Latents(7, 1, 1, lambda part: None, kind="slow"), Latents(6, 1, 1, lambda part: None, kind="fast")]
     units = [SimpleNamespace(latents=number, part=slice(each, each + 1)) for number, many in enumerate((7, 6))
@@ -104,6 +104,7 @@ def test_the_faster_one_does_more():
         batcher._learn(latents, {0: [(2.0, 2), (1.0, 2)], 1: [(4.0, 2), (2.0, 2)], 2: [(400.0, 2), (200.0, 2)]})
     shares = batcher._shares(latents, units)
     assert not shares[2] and len(shares[0]) > 1.5 * len(shares[1])
+    assert ranks.paces[0] == 1 and ranks.paces[1] == pytest.approx(2, rel=0.1) and ranks.paces[2] > 100
     for _ in range(60):  # one that was slow once is tried again
         batcher._learn(latents, {0: [(2.0, 2), (1.0, 2)], 1: [(4.0, 2), (2.0, 2)], 2: [(0.0, 0), (0.0, 0)]})
     assert batcher._shares(latents, units)[2]

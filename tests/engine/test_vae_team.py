@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from accdiff_lib.engine import memory
+from accdiff_lib.engine import memory, vae_runner
 from accdiff_lib.engine import ranks as ranks_module
-from accdiff_lib.engine import vae_runner
 from accdiff_lib.engine.extrapolate import Extrapolation
 from accdiff_lib.engine.together import SharedHost
 from accdiff_lib.engine.vae_runner import VaeRunner
