@@ -260,7 +260,6 @@ class Pictures:
         from accdiff_lib.command.making import request_of
         from accdiff_lib.command.resume import Disk
         from accdiff_lib.engine.resume import Kept
-        from accdiff_lib.engine.spread import Divided
         from accdiff_lib.engine.together import SharedStore
 
         job, terminal = self.job, self.terminal
@@ -291,8 +290,8 @@ class Pictures:
             record["quality"] = None if quality is None else quality.values
             record |= {"width": result.pictures[-1].latent.shape[3] * CELL,
                        "height": result.pictures[-1].latent.shape[2] * CELL}
-        if self.ranks is not None and self.ranks.count > 1 and isinstance(self.extrapolation.batches, Divided):
-            record["speed_up"] = round(self.extrapolation.batches.gain(time.perf_counter() - begin), 2)
+        if self.ranks is not None and self.ranks.count > 1:
+            record["speed_up"] = round(self.ranks.gain(time.perf_counter() - begin), 2)
             terminal.say(f"{len(self.ranks.members)} devices, {record['speed_up']:.1f}x")
         record["resumed"] = kept.resumed
         if not record["stopped"]:

@@ -40,6 +40,8 @@ SHARE = 0.8
 MAIN_SHARE = 0.5
 #: Main memory that the VAE's maps may take though less is free: at 4096 x 4096 its attention needs most of it anyway.
 LEAST_MAIN = 7 * 2**28
+#: A larger latent than SDXL's own is worth to be decoded by several GPUs.
+MOST_ALONE = 128 * 128
 #: More latents at once make a GPU no faster.
 MOST_LATENTS = 32
 #: More latents at once leave a CPU's cache: tiny models with a ControlNet are fastest with these, large ones with 1 or
@@ -247,13 +249,15 @@ def _latent_numbers(unet: Mapping[str, Any], control: bool) -> int:
     return numbers * int(unet["block_out_channels"][0])
 
 
-def vae_tile(device: torch.device, height: int, width: int, channels: int, itemsize: int) -> int:
-    """The tile for a latent of height x width cells: 0 (all at once) where memory allows, else as fits a device.
+def vae_tile(device: torch.device, height: int, width: int, channels: int, itemsize: int, *, alone: bool = True) -> int:
+    """The tile for a latent of height x width cells: 0 (all at once) where memory allows and no other GPUs wait for
+    their part, else as fits a device.
 
     `channels`: of the VAE's outermost blocks; `itemsize`: bytes of a number.
     """
     fits = VAE_NUMBERS * channels * itemsize * 64 * height * width <= free_bytes(device)
-    return 0 if fits else small_tile(device)
+    whole = alone or device.type == "cpu" or height * width <= MOST_ALONE
+    return 0 if fits and whole else small_tile(device)
 
 
 def small_tile(device: torch.device) -> int:

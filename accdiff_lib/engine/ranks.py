@@ -12,8 +12,8 @@ import io
 import json
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -68,6 +68,10 @@ class Ranks:
         #: Rank 0 is at something that the others wait for.
         self.working_alone = False
         self.progress: Progress | None = None
+        #: How long each takes for what takes the fastest 1, as far as it is known.
+        self.paces: dict[int, float] = {}
+        #: Seconds that all together have worked, and that they took for it, since `gain` was last asked.
+        self.busy = self.took = 0.0
         self._store, self._gone = store, gone
         #: By what carries tensors: those that are there.
         self._groups: dict[str, Any] = {}
@@ -125,19 +129,21 @@ class Ranks:
                 assert failed is not None
                 return error if failed == self.rank else self._error(failed, heard[failed]["error"])
 
-    def stopping(self) -> bool:
-        """This rank or another was asked to stop: asked between two evaluations, so that all stop soon."""
+    def stopping(self, *, skips: bool = True) -> bool:
+        """This rank or another was asked to stop (or, where it `skips`, to skip): asked between two evaluations, so
+        that all stop soon."""
         key = f"{self._number}/stop"
-        if self._asked():
+        progress = self.progress
+        if progress is not None and (progress.interrupted or (skips and progress.skipped)):
             self._store.set(key, "")
             return True
         return self.count > 1 and self._store.check([key])
 
-    def _asked(self) -> bool:
-        progress = self.progress
-        return progress is not None and (progress.interrupted or progress.skipped)
-
     def _exchange(self, at: str, told: Any, error: Exception | None) -> dict[int, dict[str, Any]]:
+        with self._pulse.paused() if self._pulse else nullcontext():
+            return self._exchanged(at, told, error)
+
+    def _exchanged(self, at: str, told: Any, error: Exception | None) -> dict[int, dict[str, Any]]:
         self._number += 1
         here, progress = f"{self._number}", self.progress
         said = {"at": at, "told": told, "error": None if error is None else {
@@ -220,6 +226,17 @@ class Ranks:
         """Around an evaluation: where that never ends, this rank is as good as lost."""
         return self._pulse or nullcontext()
 
+    def goes_on(self) -> None:
+        """What was an evaluation so far has come to an end, and another begins."""
+        if self._pulse is not None:
+            self._pulse.__enter__()
+
+    def gain(self, seconds: float) -> float:
+        """How many times as long all would have taken one device, where it took `seconds`; the count begins anew."""
+        alone = seconds - self.took + self.busy
+        self.busy = self.took = 0.0
+        return alone / seconds
+
     def alone(self, work: Callable[[], T]) -> T:
         """What rank 0 makes by `work()`, on all ranks; what is on its device is on theirs then."""
         if self.working_alone or self.count == 1:
@@ -297,6 +314,16 @@ class _Pulse(AbstractContextManager[None]):
 
     def __exit__(self, *_: object) -> None:
         self._begun = float("inf")
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what waits for others, which is no evaluation."""
+        before, self._begun = self._begun, float("inf")
+        try:
+            yield
+        finally:
+            if before < float("inf"):
+                self._begun = time.monotonic()
 
     def stop(self) -> None:
         self._over.set()

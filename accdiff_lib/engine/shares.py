@@ -13,16 +13,9 @@ class Speeds:
         self.seconds: dict[Hashable, dict[int, float]] = {}
 
     def shares(self, parts: Sequence[tuple[Hashable, int]], workers: Iterable[int]) -> dict[int, list[int]]:
-        """The numbers of the parts, each of so many latents of a kind, that each worker evaluates: the longest first,
-        each by who is done with it first."""
-        shares: dict[int, list[int]] = {worker: [] for worker in workers}
-        costs = [self._costs(kind, count, shares) for kind, count in parts]
-        ends = dict.fromkeys(shares, 0.0)
-        for number in sorted(range(len(parts)), key=lambda number: -max(costs[number].values())):
-            worker = min(shares, key=lambda worker: ends[worker] + costs[number][worker])
-            shares[worker].append(number)
-            ends[worker] += costs[number][worker]
-        return {worker: sorted(share) for worker, share in shares.items()}
+        """The numbers of the parts, each of so many latents of a kind, that each worker evaluates."""
+        there = list(workers)
+        return shared_out([self._costs(kind, count, there) for kind, count in parts], there)
 
     def _costs(self, kind: Hashable, count: int, workers: Iterable[int]) -> dict[int, float]:
         """Seconds that each needs for so many latents of a kind: as it did, or as the others or other kinds do."""
@@ -39,3 +32,23 @@ class Speeds:
                 known[worker] = (known.get(worker, seconds / count) + seconds / count) / 2
             elif worker in known:
                 known[worker] *= 0.9
+
+    def paces(self) -> dict[int, float]:
+        """How long each takes for what takes the fastest 1, on average over the kinds."""
+        found: dict[int, list[float]] = {}
+        for known in self.seconds.values():
+            for worker, one in known.items():
+                found.setdefault(worker, []).append(one / max(min(known.values()), 1e-9))
+        return {worker: sum(each) / len(each) for worker, each in found.items()}
+
+
+def shared_out(costs: Sequence[Mapping[int, float]], workers: Iterable[int]) -> dict[int, list[int]]:
+    """Of some parts, by what each costs each worker, the numbers of those that each gets: the longest first, each by
+    who is done with it first."""
+    shares: dict[int, list[int]] = {worker: [] for worker in workers}
+    ends = dict.fromkeys(shares, 0.0)
+    for number in sorted(range(len(costs)), key=lambda number: -max(costs[number].values())):
+        worker = min(shares, key=lambda worker: ends[worker] + costs[number][worker])
+        shares[worker].append(number)
+        ends[worker] += costs[number][worker]
+    return {worker: sorted(share) for worker, share in shares.items()}

@@ -157,8 +157,6 @@ class Divided(Batcher):
         self.divides = True
         self._ranks = ranks
         self.speeds = Speeds()
-        #: Seconds that all ranks together have evaluated, and that they took for it, since `gain` was last asked.
-        self.busy = self.took = 0.0
 
     def run_all(self, *latents: Latents) -> Sequence[Predictions]:
         """See Batcher; everything is evaluated now."""
@@ -175,16 +173,10 @@ class Divided(Batcher):
                 self._advance(-self._counted(latents, units, done))
                 units, done = fitting, {}
             found = self._divided(latents, units, done)
-        self.took += time.perf_counter() - begin
+        self._ranks.took += time.perf_counter() - begin
         predicted = list(zip(units, found, strict=True))
         return [iter([(unit.part, tensor) for unit, tensor in predicted if unit.latents == number])
                 for number in range(len(latents))]
-
-    def gain(self, seconds: float) -> float:
-        """How many times as long all would have taken one device, where it took `seconds`; the count begins anew."""
-        alone = seconds - self.took + self.busy
-        self.busy = self.took = 0.0
-        return alone / seconds
 
     def _divided(self, latents: Sequence[Latents], units: Sequence[_Unit],
                  done: dict[int, Tensor]) -> list[Tensor] | None:
@@ -256,4 +248,5 @@ class Divided(Batcher):
         """What the ranks took."""
         for number, each in enumerate(latents):
             self.speeds.learn(each.kind, {rank: (told[number][0], told[number][1]) for rank, told in heard.items()})
-            self.busy += sum(told[number][0] for told in heard.values())
+            self._ranks.busy += sum(told[number][0] for told in heard.values())
+        self._ranks.paces = self.speeds.paces()

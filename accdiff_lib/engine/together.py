@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast, runtime_checkable
 
 import numpy as np
 from torch import Tensor
 
 from accdiff_lib.engine.host import Host, Progress
 from accdiff_lib.engine.resume import Store
+from accdiff_lib.engine.vae_team import VaeTeam
 
 if TYPE_CHECKING:
     from accdiff_lib.engine.ranks import Ranks
+
+T = TypeVar("T")
+
+
+@runtime_checkable
+class SharesVae(Protocol):
+    """A host whose VAE several can run together."""
+
+    def vae_by(self, team: VaeTeam) -> AbstractContextManager[None]:
+        """Within it all of the team make the same calls."""
+        ...
 
 
 class SharedHost:
@@ -29,11 +42,18 @@ class SharedHost:
 
     def decode(self, latent: Tensor, *, interruptible: bool = True) -> np.ndarray:
         """See Host."""
-        return self._ranks.alone(lambda: self._host.decode(latent, interruptible=interruptible))
+        return self._by_all(lambda: self._host.decode(latent, interruptible=interruptible))
 
     def encode_image(self, image: np.ndarray) -> Tensor:
         """See Host."""
-        return self._ranks.alone(lambda: self._host.encode_image(image))
+        return self._by_all(lambda: self._host.encode_image(image))
+
+    def _by_all(self, work: Callable[[], T]) -> T:
+        """What the VAE makes."""
+        if self._ranks.working_alone or not isinstance(self._host, SharesVae):
+            return self._ranks.alone(work)
+        with self._host.vae_by(VaeTeam(self._ranks)):
+            return work()
 
     def latents_that_fit(self, height: int, width: int) -> int:
         """See Host: what does not depend on how much memory each device has left, so one on a GPU, which that keeps

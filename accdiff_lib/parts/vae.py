@@ -10,62 +10,87 @@ last map that was kept. Which maps are kept is planned by the room there is for 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import count
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from accdiff_lib.errors import InputError, NotFinite
-from accdiff_lib.parts.vae_course import Course, Room
+from accdiff_lib.parts.vae_bands import Band, Phase, Span
+from accdiff_lib.parts.vae_course import Course, Room, bands
 from accdiff_lib.parts.vae_layers import Piece, as_is, call, decoder_pieces, encoder_pieces
 from accdiff_lib.parts.vae_maps import FeatureMap, Strip
 
 Check = Callable[[], None]
 OnTile = Callable[[int, int], None]
+Finish = Callable[[Tensor], Tensor]
 Affine = tuple[Tensor, Tensor]
+Take = Callable[[Strip], None]
+
+_CPU = torch.device("cpu")
+
+__all__ = ["Course", "Moments", "NotFinite", "Room", "Team", "bands", "decode", "decoding", "encode", "encoding",
+           "width"]
+
+
+class Team(Protocol):
+    """Several that make a pass together, each some of its bands. All make the same calls."""
+
+    def share(self, bands: int) -> Collection[int]:
+        """Which of so many bands are this one's."""
+        ...
+
+    def gathered(self, own: Mapping[int, Tensor], device: torch.device) -> list[Tensor]:
+        """The tensors of all bands on a device, of which this one has its own."""
+        ...
 
 
 def decode(vae: nn.Module, latent: Tensor, *, tile: int = 64, room: Room | None = None, check: Check | None = None,
-           on_tile: OnTile | None = None) -> Tensor:
+           on_tile: OnTile | None = None, finish: Finish = as_is, team: Team | None = None) -> Tensor:
     """The image [B, 3, 8h, 8w] (about -1..1, float32 on the CPU) of a latent [B, C, h, w].
 
     `latent` is already divided by the scaling factor; a `post_quant_conv` is included. A tile is a strip of as many
     latent cells as a square of side `tile` has; 0 is the whole image in one. Maps wait on a device that `room` names;
     by default on the VAE's, as many as there are. `check()` is called before each layer's work on a part of a tile and
-    may raise; `on_tile(done, total)` is called after each tile of each sweep.
+    may raise; `on_tile(done, total)` is called after each tile of each sweep. `finish` is done to each number of the
+    result, rows by rows. A `team` divides the bands of the picture; each of it gets the whole.
 
     The VAE must be on its device already: hooks of whole models do not run, those of single layers do.
     Raises InputError (a VAE of another architecture, a bad tile) and NotFinite. The VAE is never modified.
     """
     _require_image(latent, "latent")
-    return _run(decoding(vae, latent.shape[2:], tile=tile, room=room, batch=len(latent)), latent, check, on_tile)
+    course = decoding(vae, latent.shape[2:], tile=tile, room=room, batch=len(latent), divided=team is not None)
+    return _Pass(course, check, on_tile, finish, team).run(latent)
 
 
 def encode(vae: nn.Module, image: Tensor, *, tile: int = 64, room: Room | None = None, check: Check | None = None,
-           on_tile: OnTile | None = None) -> Tensor:
+           on_tile: OnTile | None = None, finish: Finish = as_is, team: Team | None = None) -> Tensor:
     """The moments [B, 2C, H/8, W/8] (mean, log-variance; float32 on the CPU) of an image [B, 3, H, W] in -1..1.
 
     They include `quant_conv` and are not scaled. The rest is as in `decode`; InputError also if a side
     of the image is no multiple of 8 (more exactly, of the VAE's downsampling factor).
     """
     _require_image(image, "image")
-    return _run(encoding(vae, image.shape[2:], tile=tile, room=room, batch=len(image)), image, check, on_tile)
+    course = encoding(vae, image.shape[2:], tile=tile, room=room, batch=len(image), divided=team is not None)
+    return _Pass(course, check, on_tile, finish, team).run(image)
 
 
 def decoding(vae: nn.Module, size: Sequence[int], *, tile: int = 64, room: Room | None = None, batch: int = 1,
-             device: torch.device | None = None) -> Course:
+             device: torch.device | None = None, divided: bool = False) -> Course:
     """The decode of a latent of `size` (height, width), planned; for `device` if the VAE is not where it will be.
 
     Raises InputError.
     """
     decoder, pieces = decoder_pieces(vae)
-    return Course(decoder, pieces, size, 1, tile=tile, room=room, batch=batch, device=device)
+    return Course(decoder, pieces, size, 1, tile=tile, room=room, batch=batch, device=device,
+                  divided=divided)
 
 
 def encoding(vae: nn.Module, size: Sequence[int], *, tile: int = 64, room: Room | None = None, batch: int = 1,
-             device: torch.device | None = None) -> Course:
+             device: torch.device | None = None, divided: bool = False) -> Course:
     """The same for the encode of an image of `size` in pixels."""
     encoder, pieces = encoder_pieces(vae)
     factor = 2 ** sum(piece.down == 2 for piece in pieces)
@@ -73,7 +98,7 @@ def encoding(vae: nn.Module, size: Sequence[int], *, tile: int = 64, room: Room 
     if height % factor or width % factor:
         raise InputError(f"the sides of an image must be multiples of {factor} px, not {width} x {height}")
     return Course(encoder, pieces, (height // factor, width // factor), factor, tile=tile, room=room, batch=batch,
-                  device=device)
+                  device=device, divided=divided)
 
 
 def width(vae: nn.Module) -> int:
@@ -87,10 +112,12 @@ class Moments:
     def __init__(self, *, whole: bool = False) -> None:
         """`whole`: the map comes as one strip."""
         self._whole = whole
-        self._parts: list[tuple[int, Tensor, Tensor]] = []
+        #: By band: of each part of it how many numbers a channel has, their mean and their variance.
+        self._parts: dict[int, list[tuple[int, Tensor, Tensor]]] = {}
+        self._tables: list[Tensor] | None = None
         self._dtype = torch.float32
 
-    def add(self, strip: Strip) -> None:
+    def add(self, strip: Strip, band: int = 0) -> None:
         """Takes in a strip."""
         self._dtype, x = strip.x.dtype, strip.x.float()
         if x.device.type == "cpu" and not self._whole:  # var_mean is slow there
@@ -98,14 +125,31 @@ class Moments:
             mean, var = (torch.stack(moments) for moments in zip(*each, strict=True))
         else:
             var, mean = torch.var_mean(x, dim=(2, 3), correction=0)
-        self._parts.append((x.shape[2] * x.shape[3], mean, var))
+        self._parts.setdefault(band, []).append((x.shape[2] * x.shape[3], mean, var))
+
+    @property
+    def tables(self) -> dict[int, Tensor]:
+        """By band, of each part: how many numbers a channel of an image has, their means and their variances, float64
+        on the CPU [parts, B, 1 + 2C]."""
+        if not self._parts:
+            return {}
+        parts = [part for band in self._parts.values() for part in band]
+        # One copy for all: the CPU waits for the device here.
+        moments = torch.stack([torch.cat(part[1:], dim=1) for part in parts]).cpu().double()
+        counts = torch.tensor([part[0] for part in parts], dtype=torch.float64)[:, None, None]
+        table = torch.cat([counts.expand(-1, moments.shape[1], -1), moments], dim=2)
+        return dict(zip(self._parts, table.split([len(band) for band in self._parts.values()]), strict=True))
+
+    def take(self, tables: list[Tensor]) -> None:
+        """Goes on with those of all bands, in their order."""
+        self._tables = tables
 
     def merged(self) -> tuple[int, Tensor, Tensor]:
         """Count, mean and sum of squared deviations of all. Raises NotFinite."""
         count, mean, deviations = 0, torch.zeros(()), torch.zeros(())
-        # One copy for all: the CPU waits for the device here.
-        moments = torch.stack([torch.stack(part[1:]) for part in self._parts]).cpu().double()
-        for (n, *_), (one, var) in zip(self._parts, moments, strict=True):
+        for part in torch.cat(self._tables or list(self.tables.values())):
+            n = int(part[0, 0])
+            one, var = part[:, 1:].chunk(2, dim=1)
             delta, total = one - mean, count + n
             mean = mean + delta * (n / total)
             deviations = deviations + var * n + delta**2 * (count * n / total)
@@ -131,17 +175,21 @@ class Moments:
 class Work:
     """A piece at work in a sweep: takes the rows of its map as they come and gives those of the next."""
 
-    def __init__(self, piece: Piece, affine: Affine | None, height: int, *, whole: bool) -> None:
-        """`affine`: its norm; `height`: rows of its map; `whole`: they come all at once."""
+    def __init__(self, piece: Piece, affine: Affine | None, height: int, first: int, *, whole: bool) -> None:
+        """`affine`: its norm; `height`: rows of its map; `first`: the first whose result is needed; `whole`: they come
+        all at once."""
         self._piece, self._affine, self._height = piece, affine, height
         self._unpadded = None if whole else piece.unpadded()
         #: Rows that the next ones need above them, and the first row whose result is not out yet.
         self._kept: Strip | None = None
-        self._next = 0
+        self._next = first
 
     def joined(self, strip: Strip) -> Strip:
-        """The rows below those that were kept."""
-        return strip if self._kept is None else self._kept.with_below(strip)
+        """The rows below those that were kept, or the first that are needed."""
+        if self._kept is not None:
+            return self._kept.with_below(strip)
+        needed = min(max(strip.top, self._next - self._piece.halo), strip.bottom)
+        return strip if needed == strip.top else strip.rows(needed, strip.bottom)
 
     def of(self, strip: Strip) -> list[Strip]:
         """The result of joined rows, if there are enough: it lacks those whose margin has not come yet."""
@@ -177,88 +225,137 @@ def _normalised(x: Tensor, scale: Tensor, shift: Tensor, *, in_place: bool = Fal
     return y.add_(shift).to(x.dtype)
 
 
-@torch.no_grad()
-def _run(course: Course, x: Tensor, check: Check | None, on_tile: OnTile | None) -> Tensor:
-    """Sends the first map through all pieces: the last, float32 on the CPU. Raises NotFinite."""
-    last = len(course.pieces)
-    maps, result = _map(course, 0, x), _Result(course.height * course.cells[last])
-    affines: dict[int, Affine] = {}
-    pace, done = _Pace(course.device), count(1)
+class _Pass:
+    """A course, run: the first map is sent through all pieces."""
 
-    def tile_done() -> None:
-        pace.keep()
-        if on_tile:
-            on_tile(next(done), course.tiles)
+    def __init__(self, course: Course, check: Check | None, on_tile: OnTile | None, finish: Finish,
+                 team: Team | None) -> None:
+        self._course, self._check, self._finish, self._team = course, check, finish, team
+        self._affines: dict[int, Affine] = {}
+        #: By phase: the bands of it that are computed here.
+        self._mine = [{number: phase.bands[number] for number in sorted(
+            team.share(len(phase.bands)) if team is not None and phase.divided else range(len(phase.bands)))}
+            for phase in course.phases]
+        tiles = sum(len(span.edges) - 1 for mine in self._mine for band in mine.values() for span in band.spans)
+        pace, done = _Pace(course.device), count(1)
 
-    for start, end, stored in course.plan.sweeps:
-        attention, moments = course.pieces[start].attention, Moments(whole=course.whole)
-        if attention is not None:
-            attention.look((_normalised(strip.x, *affines[start]) for strip in maps.read(course.layout)),
-                           course.height * course.width * course.cells[start]**2)
-        reached: dict[int, list[Callable[[Strip], None]]] = {end: [moments.add]}
-        if end == last:
-            reached[end].append(result.write)
-        if stored is not None:
-            kept = _map(course, stored)
-            reached.setdefault(stored, []).append(kept.write)
-        works = {i: Work(course.pieces[i], affines.get(i), course.height * course.cells[i], whole=course.whole)
-                 for i in range(start, end)}
-        strips = maps.read(course.layout, free=stored is not None or end == last)
-        _sweep(strips, works, reached, course.part, check, tile_done)
-        if attention is not None:
-            attention.forget()
-        if stored is not None:
-            maps = kept
-        if end < last:
-            affines[end] = moments.affine(course.pieces[end].norm, course.device)
-        else:
-            moments.merged()
-    return result.x
+        def tile_done() -> None:
+            pace.keep()
+            if on_tile:
+                on_tile(next(done), tiles)
+
+        self._tile_done = tile_done
+
+    @torch.no_grad()
+    def run(self, x: Tensor) -> Tensor:
+        """The last map of the first, float32 on the CPU and finished. Raises NotFinite."""
+        course, maps = self._course, _whole(self._course, 0, x)
+        for phase, mine in zip(course.phases, self._mine, strict=True):
+            made, stored = self._phase(phase, mine, maps), phase.sweeps[-1].stored
+            if stored is None:
+                break
+            if phase.divided:
+                own = {band: each.joined() for band, each in made.items()}
+                maps = _whole(course, stored, self._joined(phase, own, course.place))
+            else:
+                maps = cast(FeatureMap, made[0])
+        return self._joined(phase, {band: self._finish(each.joined()) for band, each in made.items()}, _CPU)
+
+    def _joined(self, phase: Phase, own: dict[int, Tensor], device: torch.device) -> Tensor:
+        """The rows of all bands."""
+        rows = self._team.gathered(own, device) if self._team and phase.divided else list(own.values())
+        return rows[0] if len(rows) == 1 else torch.cat(rows, dim=2)
+
+    def _phase(self, phase: Phase, mine: Mapping[int, Band], whole: FeatureMap) -> dict[int, FeatureMap | _Result]:
+        """A phase that begins at a map that is there as a whole: by band its own rows of the end."""
+        course, maps = self._course, dict.fromkeys(mine, whole)
+        results = {number: _Result(*band.ends) for number, band in mine.items()}
+        for i, (start, end, stored) in enumerate(phase.sweeps):
+            attention, moments = course.pieces[start].attention, Moments(whole=course.whole)
+            if attention is not None:
+                seen = whole if phase.divided else maps[0]
+                attention.look((_normalised(strip.x, *self._affines[start]) for strip in seen.read(course.layout)),
+                               course.height * course.width * course.cells[start]**2)
+            ends = end == len(course.pieces)
+            kept: dict[int, FeatureMap] = {}
+            for number, band in mine.items():
+                measured: list[Take] = [partial(moments.add, band=number)]
+                all_rows: dict[int, Take] = {}
+                if ends:
+                    measured.append(results[number].write)
+                if stored is not None:
+                    kept[number] = FeatureMap(band.kept[stored], course.place, course.device)
+                    all_rows[stored] = kept[number].write
+                shared = phase.divided and maps[number] is whole
+                strips = maps[number].read(course.layout, edges=band.spans[i].edges,
+                                           free=(ends or stored is not None) and not shared)
+                self._sweep(strips, start, end, band.spans[i], measured, all_rows)
+            if attention is not None:
+                attention.forget()
+            if stored is not None:
+                whole.forget()
+                maps = kept
+            if not ends:
+                if self._team is not None and phase.divided:
+                    moments.take(self._team.gathered(moments.tables, _CPU))
+                self._affines[end] = moments.affine(course.pieces[end].norm, course.device)
+            elif mine:
+                moments.merged()
+        return {**results} if stored is None else {**maps}
+
+    def _sweep(self, strips: Iterator[Strip], start: int, end: int, span: Span, measured: Sequence[Take],
+               all_rows: Mapping[int, Take]) -> None:
+        """Sends strips of a map through pieces, in parts: always the one that has come farthest.
+
+        `measured` get the band's own rows of map `end`, `all_rows` everything that comes of other maps.
+        """
+        course = self._course
+        works = {i: Work(course.pieces[i], self._affines.get(i), course.height * course.cells[i], span.first[i],
+                         whole=course.whole) for i in range(start, end)}
+        for strip in strips:
+            todo, own = [(start, strip)], strip.top in span.own
+            del strip  # every name for it would keep it in memory
+            while todo:
+                i, strip = todo.pop()
+                if i == end and own:
+                    for take in measured:
+                        take(strip)
+                if i in all_rows:
+                    all_rows[i](strip)
+                if i == end:
+                    continue
+                cut = strip.top + course.part(i, strip.x.shape[2])
+                if cut < strip.bottom:
+                    todo.append((i, strip.rows(cut, strip.bottom)))
+                    strip = strip.rows(strip.top, cut)
+                if self._check:
+                    self._check()
+                strip = works[i].joined(strip)
+                todo += [(i + 1, made) for made in works[i].of(strip)]
+            self._tile_done()
 
 
-def _sweep(strips: Iterator[Strip], works: Mapping[int, Work], reached: Mapping[int, Sequence[Callable[[Strip], None]]],
-           part: Callable[[int, int], int], check: Check | None, tile_done: Callable[[], None]) -> None:
-    """Sends strips of a map through pieces by number, in parts: always the one that has come farthest.
-
-    `reached` gets the rows of the map that a piece reads; after the last piece there is only that.
-    """
-    first = min(works)
-    for strip in strips:
-        todo = [(first, strip)]
-        del strip  # every name for it would keep it in memory
-        while todo:
-            i, strip = todo.pop()
-            for take in reached.get(i, ()):
-                take(strip)
-            if i not in works:
-                continue
-            cut = strip.top + part(i, strip.x.shape[2])
-            if cut < strip.bottom:
-                todo.append((i, strip.rows(cut, strip.bottom)))
-                strip = strip.rows(strip.top, cut)
-            if check:
-                check()
-            strip = works[i].joined(strip)
-            todo += [(i + 1, made) for made in works[i].of(strip)]
-        tile_done()
-
-
-def _map(course: Course, i: int, x: Tensor | None = None) -> FeatureMap:
-    edges = [edge * course.cells[i] for edge in course.edges]
-    return FeatureMap(edges, course.place, course.device) if x is None else FeatureMap.of(x, edges, course.device)
+def _whole(course: Course, i: int, x: Tensor) -> FeatureMap:
+    """A map that is there as a whole."""
+    return FeatureMap.of(x, [edge * course.cells[i] for edge in course.edges], course.device)
 
 
 class _Result:
-    """The last map, in main memory."""
+    """Rows of the last map, in main memory."""
 
-    def __init__(self, height: int) -> None:
-        self._height = height
-        self.x = torch.empty(0)
+    def __init__(self, top: int, bottom: int) -> None:
+        self._top, self._height = top, bottom - top
+        self._x = torch.empty(0)
 
     def write(self, strip: Strip) -> None:
-        if not self.x.numel():
-            self.x = torch.empty(*strip.x.shape[:2], self._height, strip.x.shape[3])
-        self.x[:, :, strip.top:strip.bottom] = strip.x
+        """Keeps these."""
+        if not self._x.numel():
+            self._x = torch.empty(*strip.x.shape[:2], self._height, strip.x.shape[3])
+        self._x[:, :, strip.top - self._top:strip.bottom - self._top] = strip.x
+
+    def joined(self) -> Tensor:
+        """All of them."""
+        return self._x
 
 
 class _Pace:

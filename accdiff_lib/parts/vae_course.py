@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from accdiff_lib.errors import InputError
+from accdiff_lib.parts import vae_bands
+from accdiff_lib.parts.vae_bands import Division, Phase, Span
 from accdiff_lib.parts.vae_layers import Piece, as_is, nodes
-from accdiff_lib.parts.vae_plan import Plan, plan
+from accdiff_lib.parts.vae_plan import Plan, Sweep, plan
 
 #: Bytes that a pass may take of each memory.
 Room = Mapping[torch.device, float]
@@ -25,8 +27,9 @@ class Course:
     """The way of an image of one size through the pieces of a network."""
 
     def __init__(self, half: nn.Module, pieces: Sequence[Piece], size: Sequence[int], cell: int, *, tile: int,
-                 room: Room | None, batch: int, device: torch.device | None = None) -> None:
-        """`size`: latent cells; `cell`: rows of the first map per latent row. Raises InputError."""
+                 room: Room | None, batch: int, device: torch.device | None = None, divided: bool = False) -> None:
+        """`size`: latent cells; `cell`: rows of the first map per latent row; `divided`: among several. Raises
+        InputError."""
         self.pieces, (self.height, self.width) = pieces, size
         self.device = device or next(half.parameters()).device
         itemsize = max(parameter.element_size() for parameter in half.parameters())
@@ -51,11 +54,23 @@ class Course:
         #: Bytes of a map of one number per latent cell.
         self._size = batch * itemsize * self.height * self.width
         self.place, self.plan = self._planned({self.device: inf} if self.whole or not room else room)
+        bands = vae_bands.count(self.height, len(self.edges) - 1) if divided else 1
+        self._division = Division(pieces, self.edges, self.cells, bands)
+        self.phases: list[Phase] = self._division.phases(self.plan.sweeps, [node.flops for node in self._nodes])
 
     @property
     def flops(self) -> float:
         """Floating point operations."""
         return self.plan.flops * self.height * self.width
+
+    def band_flops(self, sweep: Sweep, span: Span) -> float:
+        """Those of a band in a sweep."""
+        rows = [node.flops * self.width / cells for node, cells in zip(self._nodes, self.cells, strict=True)]
+        return self._division.work(sweep, span, rows)
+
+    def numbers(self, i: int) -> float:
+        """Numbers of the map that piece i reads, or of the result."""
+        return self._nodes[i].numbers * self.height * self.width
 
     @property
     def tiles(self) -> int:
@@ -132,6 +147,11 @@ class Course:
             plans.append((found.numbers > numbers, found.cost, place, found))
         *_, place, found = min(plans, key=lambda each: each[:2])
         return place, found
+
+
+def bands(height: int, width: int, tile: int) -> int:
+    """How many bands a pass of so many latent cells makes when it is divided. Raises InputError."""
+    return vae_bands.count(height, len(_edges(height, width, tile)) - 1)
 
 
 def _edges(height: int, width: int, tile: int) -> list[int]:

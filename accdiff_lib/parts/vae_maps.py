@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import partial, reduce
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -43,7 +44,7 @@ class Strip(NamedTuple):
 
 
 class FeatureMap:
-    """A map in strips, which are written in parts of any height, from the top, and read whole."""
+    """Rows of a map in strips, which are written in parts of any height, from the top, and read whole."""
 
     def __init__(self, edges: Sequence[int], place: torch.device, device: torch.device) -> None:
         """`edges`: the first row of each strip and the row after the last; `place`: where they wait; `device`: where
@@ -60,7 +61,12 @@ class FeatureMap:
         return made
 
     def write(self, strip: Strip) -> None:
-        """Keeps these rows."""
+        """Keeps these rows, as far as they are the map's."""
+        first, last = self._edges[0], self._edges[-1]
+        if strip.top < first or strip.bottom > last:
+            if strip.bottom <= first or strip.top >= last:
+                return
+            strip = strip.rows(max(strip.top, first), min(strip.bottom, last))
         i = bisect_right(self._edges, strip.top) - 1
         while i < len(self._strips) and self._edges[i] < strip.bottom:
             top, bottom = self._edges[i:i + 2]
@@ -78,20 +84,35 @@ class FeatureMap:
                     self._copy(part.aside, there.aside)
             i += 1
 
-    def read(self, layout: torch.memory_format, *, free: bool = False) -> Iterator[Strip]:
-        """All strips from the top, on the device; with `free` each is given up."""
+    def read(self, layout: torch.memory_format, *, edges: Sequence[int] | None = None,
+             free: bool = False) -> Iterator[Strip]:
+        """All strips from the top, on the device, or those between other edges; with `free` what was read is given up.
+        """
         if self._beside:
             self._beside.finish()
-        for i in range(len(self._strips)):
-            yield self._take(i, layout, free)
+        for top, bottom in pairwise(edges or self._edges):
+            yield reduce(Strip.with_below, self._take(top, bottom, layout, free))
 
-    def _take(self, i: int, layout: torch.memory_format, free: bool) -> Strip:
-        strip = self._strips[i]
-        assert strip is not None
-        if free:
-            self._strips[i] = None
+    def _take(self, top: int, bottom: int, layout: torch.memory_format, free: bool) -> Iterator[Strip]:
         fetch = self._beside.fetch if self._beside else Tensor.to
-        return strip.moved(lambda x: fetch(x, self._device, memory_format=layout))
+        for i in range(bisect_right(self._edges, top) - 1, bisect_left(self._edges, bottom)):
+            strip = self._strips[i]
+            assert strip is not None
+            if free:
+                self._strips[i] = None
+            part = strip.rows(max(top, strip.top), min(bottom, strip.bottom))
+            del strip
+            yield part.moved(lambda x: fetch(x, self._device, memory_format=layout))
+
+    def joined(self) -> Tensor:
+        """All rows where they wait, without what is set aside."""
+        if self._beside:
+            self._beside.finish()
+        return torch.cat([strip.x for strip in self._strips if strip is not None], dim=2)
+
+    def forget(self) -> None:
+        """Gives up what is left."""
+        self._strips = [None] * len(self._strips)
 
     def _copy(self, source: Tensor, target: Tensor) -> None:
         if self._beside:

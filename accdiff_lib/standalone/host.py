@@ -31,6 +31,7 @@ from accdiff_lib.standalone.samplers import counted_steps, solver
 from accdiff_lib.standalone.text import TextEmbedding, TextEncoder
 
 if TYPE_CHECKING:
+    from accdiff_lib.engine.vae_team import VaeTeam
     from accdiff_lib.standalone.embeddings import Embeddings
     from accdiff_lib.standalone.loading import Models
     from accdiff_lib.standalone.text import Encoded
@@ -342,6 +343,15 @@ class StandaloneHost:
         self._hints.forget()
         self._residency.use(self._vae)
         return self._runner.decode(latent, interruptible=interruptible)
+
+    @contextmanager
+    def vae_by(self, team: VaeTeam) -> Iterator[None]:
+        """See engine.together.SharesVae."""
+        self._runner.team = team
+        try:
+            yield
+        finally:
+            self._runner.team = None
 
     def enlarge(self, image: np.ndarray, height: int, width: int, enlarger: str) -> np.ndarray:
         """See engine.host.Host."""

@@ -106,6 +106,8 @@ def test_the_faster_one_does_more():
         learn(slow=[(2.0, 2), (4.0, 2), (400.0, 2)], fast=[(1.0, 2), (2.0, 2), (200.0, 2)])
     shares = speeds.shares(parts, range(3))
     assert not shares[2] and len(shares[0]) > 1.5 * len(shares[1])
+    paces = speeds.paces()
+    assert paces[0] == 1 and paces[1] == pytest.approx(2, rel=0.1) and paces[2] > 100
     for _ in range(60):  # one that was slow once is tried again
         learn(slow=[(2.0, 2), (4.0, 2), (0.0, 0)], fast=[(1.0, 2), (2.0, 2), (0.0, 0)])
     assert speeds.shares(parts, range(3))[2]

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from accdiff_lib.engine.memory import CPU_TILE, LEAST_MAIN
 from accdiff_lib.errors import InputError, Interrupted
 from accdiff_lib.parts import vae as tiled
+from accdiff_lib.parts import vae_bands
 from accdiff_lib.parts.vae_layers import Attention, Doubled, Rows
 from accdiff_lib.parts.vae_maps import Strip
 from benchmarks.peak import of_decode, peak
@@ -97,6 +98,38 @@ def test_decode_equals_untiled(height: int, width: int, tile: int, room: int) ->
 def test_encode_equals_untiled(height: int, width: int, tile: int, room: int) -> None:
     vae, x = make(), picture(8 * height, 8 * width)
     assert close(tiled.encode(vae, x, tile=tile, room={CPU: 4 * height * width * room}), moments(vae, x))
+
+
+class Everybody:
+    """A team of one, who has all bands."""
+
+    def share(self, bands: int) -> range:
+        return range(bands)
+
+    def gathered(self, own: dict[int, Tensor], device: torch.device) -> list[Tensor]:
+        return [own[band] for band in sorted(own)]
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.integers(2, 12), st.integers(1, 5), st.integers(1, 5), ROOMS, st.sampled_from([0.0, 0.1]), st.booleans())
+def test_bands_equal_untiled(height: int, width: int, tile: int, room: int, little: float, encodes: bool) -> None:
+    """Of a strip or a few, with the rows that they need above and below, and with and without maps that go around."""
+    vae, keywords = make(), {"tile": tile, "room": {CPU: 4 * height * width * room}, "team": Everybody()}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(vae_bands, "ROWS", 1)
+        patched.setattr(vae_bands, "LITTLE", little)
+        if encodes:
+            x = picture(8 * height, 8 * width)
+            assert close(tiled.encode(vae, x, **keywords), moments(vae, x))
+        else:
+            z = latent(height, width)
+            assert close(tiled.decode(vae, z, **keywords), vae.decode(z).sample)
+
+
+@pytest.mark.parametrize("height, strips, bands", [(128, 4, 4), (63, 16, 1), (64, 16, 2), (384, 39, 8), (512, 64, 16),
+                                                   (1024, 9, 8), (300, 1, 1)])
+def test_bands_are_large_and_a_power_of_two(height: int, strips: int, bands: int) -> None:
+    assert vae_bands.count(height, strips) == bands
 
 
 @pytest.mark.parametrize("options", [

@@ -400,11 +400,11 @@ def test_nan_of_a_half_precision_vae_is_retried_in_float32():
 def test_out_of_memory_in_the_vae_takes_smaller_tiles(monkeypatch):
     real, tried = tiled_vae.decode, []
 
-    def decode(vae, latent, *, tile, room, check, on_tile):
+    def decode(vae, latent, *, tile, room, **how):
         tried.append((tile, room))
         if tile not in range(1, 13):
             raise RuntimeError("CUDA out of memory")
-        return real(vae, latent, tile=tile, room=room, check=check, on_tile=on_tile)
+        return real(vae, latent, tile=tile, room=room, **how)
 
     host, latent = make_host(), latents(1, 8, 8)
     expected = host.decode(latent)
@@ -414,8 +414,8 @@ def test_out_of_memory_in_the_vae_takes_smaller_tiles(monkeypatch):
     (before, now) = (sum(room.values()) for _, room in tried[1:])
     assert now == pytest.approx(before / 2, rel=0.2)  # half of what is free at that time
     with pytest.raises(RuntimeError, match="out of memory"):
-        make_host(vae_tile=1000)._runner._run((8, 8), lambda dtype, tile, room: decode(
-            None, None, tile=99, room=room, check=None, on_tile=None))
+        make_host(vae_tile=1000)._runner._run((8, 8), lambda dtype, tile, room, team: decode(
+            None, None, tile=99, room=room))
 
 
 def test_nan_in_float32_is_an_error():
