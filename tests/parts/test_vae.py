@@ -299,6 +299,26 @@ def test_the_work_is_what_was_planned(direction: str) -> None:
         assert (done[1] - done[0]) / (planned[1] - planned[0]) == pytest.approx(1, abs=0.1)
 
 
+def test_the_work_of_a_band_is_what_was_planned() -> None:
+    vae, x, keywords = make(6, channels=(8, 16, 16)), latent(64, 8), {"tile": 8, "room": {CPU: 10**9}}
+
+    def measured(team: Any) -> int:
+        with FlopCounterMode(display=False) as counter:
+            tiled.decode(vae, x, team=team, **keywords)
+        return counter.get_total_flops()
+
+    def planned(course: tiled.Course) -> float:
+        return sum(course.band_flops(sweep, band.spans[i]) for phase in course.phases
+                   for i, sweep in enumerate(phase.sweeps) for band in phase.bands)
+
+    divided = tiled.decoding(vae, x.shape[2:], divided=True, **keywords)
+    whole = tiled.decoding(vae, x.shape[2:], **keywords)
+    assert planned(whole) == pytest.approx(whole.flops)
+    assert max(len(phase.bands) for phase in divided.phases) == 2
+    assert 1.02 < planned(divided) / planned(whole) < 1.2
+    assert measured(Everybody()) / measured(None) == pytest.approx(planned(divided) / planned(whole), abs=0.02)
+
+
 @pytest.mark.parametrize(("tile", "room"), [(0, 0), (16, 0), (16, 10**9)])
 @pytest.mark.parametrize(("run", "plan", "side"),
                          [(tiled.decode, tiled.decoding, 1), (tiled.encode, tiled.encoding, 4)])
