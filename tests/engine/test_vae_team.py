@@ -167,7 +167,7 @@ def test_stopping_one_stops_all(monkeypatch, stops, picture):
 
     found, hosts = together(2, Z, befalls)
     assert all(isinstance(each, Interrupted) for each in found)
-    assert all(host.tiles < host.total / 2 for host in hosts.values())
+    assert all(host.tiles < host.total for host in hosts.values())  # one may be a sweep ahead
     found, _ = together(2, Z, befalls, interruptible=False, encodes=False)
     assert all(np.array_equal(image, picture) for image, _ in found), found
 
