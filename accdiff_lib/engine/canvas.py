@@ -21,7 +21,7 @@ from accdiff_lib.engine.plan import Plan, Stage
 from accdiff_lib.engine.schedule import Script
 from accdiff_lib.engine.spread import check_stop
 from accdiff_lib.engine.unconditional import Answers
-from accdiff_lib.parts import reference
+from accdiff_lib.parts import forecast, reference
 from accdiff_lib.parts.regions import Region
 from accdiff_lib.parts.structure import Guide
 from accdiff_lib.parts.window_prompts import WordMask
@@ -77,6 +77,27 @@ class Predictor(Protocol):
         ...
 
 
+class Seen:
+    """The latest predictions of one kind, and what they foretell."""
+
+    def __init__(self) -> None:
+        self._guided: bool | None = None
+        self._found: list[tuple[float, Tensor]] = []
+
+    def note(self, call: Call, prediction: Tensor) -> None:
+        """Keeps the prediction of a call that was computed."""
+        if self._guided != call.guided:  # with CFG they are others
+            self._guided, self._found = call.guided, []
+        if call.first:
+            self._found = [*self._found[1 - forecast.HISTORY:], (call.timestep, prediction.clone())]
+
+    def foretold(self, call: Call) -> Tensor:
+        """The prediction of a call that is not computed."""
+        timesteps, predictions = zip(*self._found, strict=True)
+        shares = forecast.weights(timesteps, call.timestep).tolist()
+        return torch.stack([share * prediction for share, prediction in zip(shares, predictions, strict=True)]).sum(0)
+
+
 class Canvas:
     """The x0 prediction of one stage of one image; a sampler's model.
 
@@ -98,6 +119,8 @@ class Canvas:
         #: The latest prediction, for previews and for Skip.
         self.denoised: Tensor | None = None
         self._calls = iter(script.calls)
+        #: The latest predictions, from which others are foretold, and the unconditional ones.
+        self._seen, self._seen_unconditional = Seen(), Seen()
         #: The low band of what the stage holds on to, where it does.
         self._low: Tensor | None = None
         if inputs.upsampled is not None and settings.structure_guidance:
@@ -119,6 +142,8 @@ class Canvas:
         denoised = self._finite.prediction(
             lambda x, sigma, control: self._predicted(x, sigma, replace(call, control=control)), x, sigma.flatten()[0],
             call.sigma, f"at step {call.step + 1} of {self.inputs.stage.name}", control=call.control)
+        if self.script.forecasts and not call.forecast:
+            self._seen.note(call, denoised)
         if unconditional is not None:
             unconditional(self._beside(self._unconditional(before, call, denoised), whole))
         if self._low is not None:
@@ -136,6 +161,8 @@ class Canvas:
         return torch.cat([denoised, self.inputs.upsampled.to(denoised)])
 
     def _predicted(self, x: Tensor, sigma: Tensor, call: Call) -> Tensor:
+        if call.forecast:
+            return self._seen.foretold(call).to(x)
         answers = self._answers
         if answers is None:
             return self.predictor(x, sigma, call)
@@ -144,8 +171,13 @@ class Canvas:
     def _unconditional(self, x: Tensor, call: Call, denoised: Tensor) -> Tensor:
         if self._answers is None:
             return denoised
+        if call.forecast:
+            return self._seen_unconditional.foretold(call).to(x)
         with self._answers.second():
-            return self.predictor(x, torch.tensor(call.sigma), replace(call, factor=0.0))
+            found = self.predictor(x, torch.tensor(call.sigma), replace(call, factor=0.0))
+        if self.script.forecasts:
+            self._seen_unconditional.note(call, found)
+        return found
 
     def run(self, solver: Solver, seed: int) -> Tensor:
         """Samples the stage with `solver`: its latent [1, C, h, w].

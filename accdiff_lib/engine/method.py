@@ -77,6 +77,8 @@ class Call:
     work: tuple[Work, ...] = ()
     #: What the sampler multiplies CFG scales by; at 0 it asks for the unconditional prediction.
     factor: float = 1.0
+    #: Nothing is evaluated: the prediction is foretold from those before.
+    forecast: bool = False
 
     @property
     def first(self) -> bool:

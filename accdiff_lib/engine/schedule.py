@@ -42,6 +42,11 @@ class Script:
     calls: tuple[Call, ...]
 
     @property
+    def forecasts(self) -> bool:
+        """Whether any call is foretold from those before."""
+        return any(call.forecast for call in self.calls)
+
+    @property
     def latents(self) -> int:
         """Latents that the model evaluates, CFG's two as one."""
         return sum(work.count for call in self.calls for work in call.work)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from accdiff_lib.engine.method import Call, Columns, Method, Outlook, Work
 from accdiff_lib.engine.plan import Stage
 from accdiff_lib.errors import InputError
+from accdiff_lib.parts import forecast
 from accdiff_lib.parts.windows import Window, count_starts, grid
 from accdiff_lib.settings import Settings, option
 
@@ -122,6 +123,10 @@ class FusedSettings(Settings):
     dilated_guidance: float = option(
         0.0, "dilated guidance", "CFG scale of the dilated pass; auto takes that of the base pass.",
         group="dilated pass", minimum=0, maximum=30, step=0.5, title="CFG scale of the dilated pass", auto=True)
+
+    forecast: bool = option(
+        False, "forecast", "Foretells most steps from those before instead of computing them, in stages of 20 and more "
+        "steps: the look of all steps for a third of the work.", group="stages", title="Foretell steps")
 
     @property
     def records_attention(self) -> bool:
@@ -239,21 +244,34 @@ def calls(plain: Sequence[Call], outlook: Outlook) -> list[Call]:
     """Gives every call of a stage its passes and its work."""
     settings = outlook.settings
     assert isinstance(settings, FusedSettings)
-    kinds = _kinds(Columns.of(plain), outlook)
+    columns = Columns.of(plain)
+    kinds = _kinds(columns, outlook)
     windows = _windows(outlook)
     works = {kind: _work(kind, windows, outlook) for kind in set(kinds)}
-    return [replace(call, control=kind.control, work=works[kind], method=Passes(
+    return [replace(call, control=kind.control, work=() if foretold else works[kind], forecast=foretold, method=Passes(
         kind.local, kind.dilated, _c2(call.k, settings), 0.99 * call.k ** settings.cosine_scale_3 + 0.01))
-        for call, kind in zip(plain, kinds, strict=True)]
+        for call, kind, foretold in zip(plain, kinds, _foretold(columns, settings), strict=True)]
 
 
 def tally(columns: Columns, outlook: Outlook) -> Counter[tuple[Work, ...]]:
     """How many calls have which work."""
     found: Counter[tuple[Work, ...]] = Counter()
-    windows = _windows(outlook)
-    for kind, count in Counter(_kinds(columns, outlook)).items():
-        found[_work(kind, windows, outlook)] += count  # without CFG several kinds have the same
+    windows, kinds = _windows(outlook), _kinds(columns, outlook)
+    assert isinstance(outlook.settings, FusedSettings)
+    counted = Counter(zip(kinds, _foretold(columns, outlook.settings), strict=True))
+    for (kind, foretold), count in counted.items():  # without CFG several kinds have the same work
+        found[() if foretold else _work(kind, windows, outlook)] += count
     return found
+
+
+def _foretold(columns: Columns, settings: FusedSettings) -> list[bool]:
+    """Which calls are foretold from those before: all of a step, or none."""
+    steps = columns.step.tolist()
+    if not settings.forecast:
+        return [False] * len(steps)
+    kinds = dict(zip(steps, zip(columns.guided.tolist(), columns.control.tolist(), strict=True), strict=True))
+    computed = dict(zip(kinds, forecast.computed(list(kinds.values())), strict=True))
+    return [not computed[step] for step in steps]
 
 
 class _Kind(NamedTuple):

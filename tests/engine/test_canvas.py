@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from accdiff_lib.engine.canvas import Canvas, StageInputs, match_statistics
+from accdiff_lib.engine.canvas import Canvas, Seen, StageInputs, match_statistics
+from accdiff_lib.engine.method import Call
 from accdiff_lib.engine.plan import make_plan
 from accdiff_lib.engine.schedule import make_script
 from accdiff_lib.engine.spread import Batcher
@@ -274,6 +275,40 @@ def test_progress_counts_every_latent_and_sees_a_preview_a_step(sampler, calls):
     assert len(script.calls) == calls
     assert host.progress.latents == script.latents == sum(host.batches)
     assert host.progress.previews == 4
+
+
+@pytest.mark.parametrize("sampler", ["Euler", "Heun", "DPM++ 2M"])
+def test_foretold_steps_are_near_the_computed_ones(sampler):
+    """Of a model whose predictions change evenly."""
+    class Even(Toy):
+        def denoise(self, x, sigma, conditioning):
+            super().denoise(x, sigma, conditioning)
+            return torch.full_like(x, LEVELS.timestep(float(sigma)) / 1000 - 2)
+
+    predicted, batches = [], []
+    for forecast in (False, True):
+        host, values = Even(), {"tolerance": 0, "skip_residual": False, "gaussian": False, "forecast": forecast}
+        canvas, made, scene, script = made_canvas(host, settings=make(values), sampler=sampler, steps=30)
+        seen = []
+        made.integrate(lambda x, sigma, canvas=canvas, seen=seen, **_: seen.append(canvas(x, sigma)) or seen[-1],
+                       scene.trajectory(float(script.sigmas[0])), script.sigmas, 0)
+        predicted.append(torch.cat(seen))
+        batches.append(len(host.batches))
+        assert host.progress.latents == script.latents == sum(host.batches)
+    assert batches[1] < 0.7 * batches[0]
+    assert 0 < (predicted[1] - predicted[0]).abs().max() < 0.15  # of 1 from the first step to the last
+
+
+def test_what_is_foretold_has_one_guidance():
+    """With CFG predictions are others; what was seen before it ended says nothing of later ones."""
+    seen = Seen()
+    for step in range(6):
+        seen.note(Call(step, 0, 1.0, timestep=900.0 - 20 * step), torch.full((1, 4, 2, 2), 5.0))
+    for step in (6, 7):
+        seen.note(Call(step, 0, 1.0, timestep=900.0 - 20 * step, guided=False), torch.full((1, 4, 2, 2), 2.0))
+    seen.note(Call(7, 1, 1.0, timestep=770.0, guided=False), torch.full((1, 4, 2, 2), 9.0))  # a trial point
+    torch.testing.assert_close(seen.foretold(Call(8, 0, 1.0, timestep=740.0, guided=False)),
+                               torch.full((1, 4, 2, 2), 2.0))
 
 
 def test_without_a_picture_the_trajectory_is_noise():

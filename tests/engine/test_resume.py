@@ -34,6 +34,7 @@ RUNS = {
     "v1, ancestral": ("accdiffusion-v1", "Euler a", {}, {}),
     "demofusion, a path of noise": ("demofusion", "DPM++ SDE", {}, {}),
     "multidiffusion, regions": ("multidiffusion", "LMS", {"stride": 8}, {"regions": (Region("a star", None, MASK),)}),
+    "v1, most steps foretold": ("accdiffusion-v1", "Euler", {"forecast": True, "windows": False}, {}),
     "scalecrafter, three steps back": ("scalecrafter", "DPM++ 3M SDE", {}, {}),
     "elasticdiffusion, which rewrites x": ("elasticdiffusion", "DPM++ 2M", {"resampling_steps": 1}, {}),
 }
@@ -93,7 +94,8 @@ def attempt(run: str, kept: Kept, stop_at: int = 0, kill: bool = False,
             cls: type = Watched) -> tuple[Result | None, int]:
     """One process: its result, None where it was stopped at its n-th model call; and how many calls it made."""
     method, sampler, values, more = RUNS[run]
-    host = make_host(tiny.sdxl(sample_size=8), sampler=sampler, scheduler="Karras", steps=3, cls=cls)
+    host = make_host(tiny.sdxl(sample_size=8), sampler=sampler, scheduler="Karras",
+                     steps=12 if values.get("forecast") else 3, cls=cls)
 
     def watch(number: int) -> None:
         if number == stop_at:

@@ -134,11 +134,20 @@ def test_the_dilated_pass_and_cfg_have_their_parts_of_the_steps():
     assert all(call.method.dilated for call in alone)
 
 
+@pytest.mark.parametrize("sampler", ["Euler", "Heun"])
+def test_whole_steps_are_foretold_and_evaluate_nothing(sampler):
+    settings = make({"forecast": True})
+    calls = make_script(METHODS["accdiffusion-v2"], solver(sampler, "Leading", 40, LEVELS), settings, LEVELS.timestep,
+                        STAGE, guidance=7.5, has_control=True).calls
+    foretold = {call.step for call in calls if call.forecast}
+    assert len(foretold) > 15 and all(call.forecast == (call.step in foretold) == (not call.work) for call in calls)
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("guidance", [1.0, 7.5])
 @pytest.mark.parametrize("values", [
     {}, {"tolerance": 0}, {"tolerance": 0.01, "guidance_end": 0.7, "control_start": 0.3},
-    {"start": 0.5, "dilated_end": 0.6, "local_guidance": 1.0}])
+    {"start": 0.5, "dilated_end": 0.6, "local_guidance": 1.0}, {"forecast": True, "guidance_end": 0.5}])
 def test_a_tally_is_the_count_of_the_calls(method, values, guidance):
     """Of its works, in the order in which they come first."""
     settings = make({**{name: value for name, value in values.items() if name in names(method)}, "method": method})
