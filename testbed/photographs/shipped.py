@@ -17,7 +17,7 @@ Picture = NDArray[np.uint8]
 #: Sides are multiples of this, so that a quarter of them is whole latent cells.
 _UNIT = 32
 #: The longest side.
-LARGEST = 320
+LARGEST = 256
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def folder(package: str) -> Path:
 
 
 def read(photograph: Photograph) -> Picture:
-    """The middle of a photograph, reduced to RGB uint8 [S, S, 3], S a multiple of 32 and at most 320.
+    """The middle of a photograph, reduced to RGB uint8 [S, S, 3], S a multiple of 32 and at most 256.
 
     Raises InputError.
     """

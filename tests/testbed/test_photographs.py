@@ -72,7 +72,7 @@ def test_photographs_are_read_from_where_the_package_is(tmp_path, monkeypatch):
     cv2.imwrite(str(tmp_path / "skimage" / "data" / "brick.png"), np.full((100, 75), 7, np.uint8))
     monkeypatch.syspath_prepend(str(tmp_path))
     named = {each.name: each for each in PHOTOGRAPHS}
-    assert (read(named["astronaut"]) == [30, 20, 10]).all() and read(named["astronaut"]).shape == (320, 320, 3)
+    assert (read(named["astronaut"]) == [30, 20, 10]).all() and read(named["astronaut"]).shape == (256, 256, 3)
     assert read(named["brick"]).shape == (64, 64, 3) and (read(named["brick"]) == 7).all()
     with pytest.raises(InputError, match="has no picture camera"):
         read(named["camera"])
