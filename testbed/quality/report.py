@@ -21,7 +21,8 @@ from testbed.quality.tasks import Setup
 
 SIGNIFICANT = 1 - LEVEL
 _MARK = "\\*"
-#: The preset that users begin with is compared with these, by these metrics.
+#: The preset that users begin with, and the one that measures best, are compared with these by these metrics.
+OURS = (SUGGESTED, "best")
 RIVALS = ("lanczos", "demofusion", SUBJECT)
 COMPARED = ("exact", "extra", "ghosts", "patches", "iou", "psnr", "true_detail")
 
@@ -41,7 +42,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Versus:
-    """The suggested preset less a rival on the scenes that both have: differences and their p values by metric."""
+    """A contender less a rival on the scenes that both have: differences and their p values by metric."""
+    name: str
     rival: str
     scenes: int
     differences: dict[str, Estimate]
@@ -69,8 +71,8 @@ def tabulate(blocks: Sequence[Block], only: Sequence[str], setup: Setup,
                 for contender in contenders(block, only) if found[contender.name]]
         if rows:
             tables.append(Table(block, rows, [
-                _versus(found[SUGGESTED], rival, found[rival]) for rival in RIVALS
-                if set(found.get(SUGGESTED, ())) & set(found.get(rival, ()))]))
+                _versus(name, found[name], rival, found[rival]) for name in OURS for rival in RIVALS
+                if set(found.get(name, ())) & set(found.get(rival, ()))]))
     return tables
 
 
@@ -81,11 +83,11 @@ def _row(contender: Contender, records: Records, subject: Records) -> Row:
                sum(record["seconds"] for record in records.values()) / len(records), len(records))
 
 
-def _versus(records: Records, rival: str, others: Records) -> Versus:
+def _versus(name: str, records: Records, rival: str, others: Records) -> Versus:
     both = sorted(set(records) & set(others))
-    return Versus(rival, len(both), {name: difference(_values(records, both, name), _values(others, both, name))
-                                     for name in COMPARED},
-                  {name: _paired(records, others, name) for name in COMPARED})
+    return Versus(name, rival, len(both), {
+        metric: difference(_values(records, both, metric), _values(others, both, metric)) for metric in COMPARED},
+        {metric: _paired(records, others, metric) for metric in COMPARED})
 
 
 def _paired(records: Records, others: Records, name: str) -> float:
@@ -110,10 +112,11 @@ def as_json(tables: Sequence[Table]) -> list[dict[str, Any]]:
                  **{name: {"mean": plain(found.mean), "low": plain(found.low), "high": plain(found.high),
                            "count": found.count, "p": plain(row.p[name])} for name, found in row.estimates.items()}}
                  for row in table.rows},
-             "differences": {SUGGESTED: {versus.rival: {
-                 name: {"mean": plain(found.mean), "low": plain(found.low), "high": plain(found.high),
-                        "count": found.count, "p": plain(versus.p[name])}
-                 for name, found in versus.differences.items()} for versus in table.versus}}} for table in tables]
+             "differences": {name: {versus.rival: {
+                 metric: {"mean": plain(found.mean), "low": plain(found.low), "high": plain(found.high),
+                          "count": found.count, "p": plain(versus.p[metric])}
+                 for metric, found in versus.differences.items()} for versus in table.versus if versus.name == name}
+                 for name in OURS}} for table in tables]
 
 
 def markdown(tables: Sequence[Table], setup: Setup, command: str, notes: Sequence[str],
@@ -157,10 +160,10 @@ def _table(table: Table) -> str:
 
 
 def _differences(table: Table) -> str:
-    lines = [[f"*{SUGGESTED}*", "scenes", *(METRICS[name].label for name in COMPARED)]]
+    lines = [["differences", "scenes", *(METRICS[name].label for name in COMPARED)]]
     lines.append(["---"] * len(lines[0]))
     for versus in table.versus:
-        lines.append([f"less {versus.rival}", str(versus.scenes), *(
+        lines.append([f"*{versus.name}* less {versus.rival}", str(versus.scenes), *(
             _change(METRICS[name], versus.differences[name], versus.p[name]) for name in COMPARED)])
     return f"Differences on the same scenes, with the p values of their signs' flips:\n\n{_rows(lines)}"
 

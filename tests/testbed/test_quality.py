@@ -380,9 +380,9 @@ def test_the_suggested_preset_is_compared_scene_by_scene(tmp_path):
     text = report.markdown(tables, setup, "", [], {})
     lines = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
              for line in text.splitlines() if line.startswith("|")}
-    assert lines["less lanczos"][0] == "9"
-    assert lines[f"less {SUBJECT}"][:3] == ["8", "+0.00, p = 1", "+1.00, p = 0.0078"]
-    assert lines["less demofusion"][4] == "-" and "Scenes: 8 to 9." in text
+    assert lines["*balanced* less lanczos"][0] == "9"
+    assert lines[f"*balanced* less {SUBJECT}"][:3] == ["8", "+0.00, p = 1", "+1.00, p = 0.0078"]
+    assert lines["*balanced* less demofusion"][4] == "-" and "Scenes: 8 to 9." in text
     assert lines[f"**{SUBJECT}**"][0] == "8" and lines["balanced"][0] == "9"
     found = report.as_json(tables)[0]["differences"]["balanced"][SUBJECT]["extra"]
     assert found["count"] == 8 and found["mean"] == 1 and found["p"] == pytest.approx(2 / 256, abs=1e-6)
