@@ -43,6 +43,7 @@ class _Layer:
             return torch.stack([factor * x for factor, x in zip(factors, given, strict=True)]).sum(0)
         if self.kind == "Interp":
             return F.interpolate(given[0], scale_factor=(self.values[1], self.values[2]), mode="nearest")
+        assert self.weight is not None
         x = F.conv2d(given[0], self.weight, self.bias, padding=int(self.values.get(4, 0)))
         return F.leaky_relu(x, self.arrays[10][0], inplace=True) if self.values.get(9) == 2 else x
 
