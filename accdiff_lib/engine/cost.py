@@ -60,7 +60,7 @@ class Part:
 
 def decodes_all(settings: Settings, has_control: bool, has_guide: bool) -> bool:
     """Whether every part's picture is needed, and not only the last: for its edges, or to be enlarged."""
-    return any(each.reference == "mixed" for each in settings.each) or (
+    return any(each.reference != "latent" for each in settings.each) or (
         has_control and settings.wants_control and not has_guide)
 
 
@@ -102,7 +102,7 @@ def estimate(method: Method, plan: Plan, settings: Settings, *, base_solver: Sol
         canvas, from_picture = stage.height * stage.width, has_base or stage is not plan.stages[0]
         parts.append(Part(stage, stage.pixels, len(stage_rehearsal.sigmas) - 1, sum(tally.values()), *_summed(tally),
                           decoded=canvas if all_pictures or stage is plan.stages[-1] else 0,
-                          encoded=canvas if own.reference == "mixed" and from_picture else 0))
+                          encoded=canvas if own.reference != "latent" and from_picture else 0))
     return parts if list(weights) == [1] else [_composed(part, weights) for part in parts]
 
 

@@ -390,8 +390,9 @@ class Extrapolation:
         upsampled = seen = guide = None
         if last is not None:
             upsampled = F.interpolate(last.latent.to(device), size, mode="bicubic", align_corners=False)
-            if request.settings.reference == "mixed":
-                upsampled = self._mixed(request, stage, last, upsampled)
+            if request.settings.reference != "latent":
+                sharp = self._enlarged(request, stage, last).to(upsampled)
+                upsampled = sharp if request.settings.reference == "picture" else reference.mixed(sharp, upsampled)
         if steered:
             guide = request.guide
             if guide is None:
@@ -402,8 +403,8 @@ class Extrapolation:
         return StageInputs(request.plan, stage, upsampled, noise, request.prompt, self.texts, request.guidance,
                            request.seed, words, seen, guide, request.regions)
 
-    def _mixed(self, request: Request, stage: Stage, last: Picture, upsampled: Tensor) -> Tensor:
-        """The enlarged latent, with the high band of the enlarged picture."""
+    def _enlarged(self, request: Request, stage: Stage, last: Picture) -> Tensor:
+        """The enlarged picture, encoded again."""
         image = last.image
         if last.stage is None and isinstance(request.given, GivenImage):  # sharper than what the VAE made of it
             crop = request.plan.crop
@@ -411,7 +412,7 @@ class Extrapolation:
                                         CELL * crop.left:CELL * (crop.left + crop.width)]
         assert image is not None
         large = self.host.enlarge(image, *stage.pixels, request.settings.enlarger)
-        return reference.mixed(self.host.encode_image(large).to(upsampled), upsampled)
+        return self.host.encode_image(large)
 
 
 def _why_stopped(error: Exception) -> str | None:

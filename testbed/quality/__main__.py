@@ -27,15 +27,17 @@ from accdiff_lib.standalone.samplers import find_sampler, find_scheduler
 from testbed.quality import report
 from testbed.quality.contenders import SCALES, SUBJECT, TRACKS, find_contender
 from testbed.quality.forms import LONG, SHORT, Block, Form, tasks
-from testbed.quality.running import complete
+from testbed.quality.running import complete, records
 from testbed.quality.sheets import contact_sheet
-from testbed.quality.tasks import REPORTED, Setup
+from testbed.quality.tasks import REPORTED, Setup, Task
 from testbed.sampling import GUIDANCE
 
 #: Results are published up to this size, in bytes.
 _LARGEST_RESULTS = 1_000_000
 #: On a GPU pictures are measured on the CPU while other jobs use it.
 _JOBS_OF_GPU = 4
+#: What of a picture stays the same when code changes.
+_NAMES = ("track", "scale", "contender", "scene")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,8 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         form = LONG if options.long else SHORT
         setup, blocks = prepare(options, form)
         wanted = tasks(blocks, options.only)
-        print(f"{len(wanted)} pictures, {options.jobs or jobs(setup)} jobs; results in {setup.out}", file=sys.stderr)
-        results = complete(wanted, setup, options.jobs or jobs(setup))
+        if options.summarise:
+            results = kept(wanted, setup)
+        else:
+            number = options.jobs or jobs(setup)
+            print(f"{len(wanted)} pictures, {number} jobs; results in {setup.out}", file=sys.stderr)
+            results = complete(wanted, setup, number)
     except InputError as error:
         print(f"quality: {error}", file=sys.stderr)
         return 2
@@ -104,13 +110,24 @@ def jobs(setup: Setup) -> int:
     return min(cores, _JOBS_OF_GPU) if setup.device.startswith("cuda") else cores
 
 
+def kept(wanted: Sequence[Task], setup: Setup) -> dict[str, dict[str, Any]]:
+    """By the keys of today those results that OUT has, of whatever code and machine. Raises InputError for none."""
+    named = {tuple(record[name] for name in _NAMES): record for record in records(setup.out / "results.jsonl").values()}
+    found = {setup.key(task): named[names] for task in wanted
+             if (names := tuple(getattr(task, name) for name in _NAMES)) in named}
+    if not found:
+        raise InputError(f"--summarise: {setup.out} has no results of these pictures")
+    return found
+
+
 def write(blocks: Sequence[Block], only: Sequence[str], setup: Setup, results: dict[str, dict[str, Any]], command: str,
           notes: Sequence[str]) -> list[Path]:
     """Writes the report and the contact sheets; their paths, the report first."""
     tables = report.tabulate(blocks, only, setup, results)
     sheets = {table.block: setup.out / f"{table.block.track}-{table.block.scale}x.jpg" for table in tables}
-    for block, path in sheets.items():
-        contact_sheet(block, only, setup, path)
+    for block, path in list(sheets.items()):
+        if not contact_sheet(block, only, setup, path):
+            del sheets[block]
     text, summary = setup.out / "README.md", setup.out / "summary.json"
     text.write_text(report.markdown(tables, setup, command, notes, sheets), encoding="utf-8")
     summary.write_text(json.dumps(report.as_json(tables), indent=1) + "\n", encoding="utf-8")
@@ -133,6 +150,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--long", action="store_true", help="40 scenes of everything as in the paper, for a GPU")
     add("--scenes", type=_positive, metavar="N", help="scenes of every table")
+    add("--summarise", action="store_true", help="make nothing: sum up what OUT/results.jsonl has, of whatever code "
+        "and machine, also where some contenders have fewer scenes; contact sheets show what pictures there are")
     add("--tracks", nargs="+", choices=TRACKS, default=TRACKS)
     add("--scales", nargs="+", type=int, choices=SCALES, default=SCALES)
     add("--only", nargs="+", metavar="NAME", default=[], help="these contenders")

@@ -112,7 +112,7 @@ def measure(image: Picture, scene: Scene, truth: Picture, scale: int, base: Pict
         "area": _ratio(sum(thing.area for thing in every), sum(thing.area for thing in things)),
         "iou": NAN if base is None else iou(every, things),
         "psnr": psnr(image, truth) if aligned else NAN,
-        "coarse": psnr(_reduced(image, scale), _reduced(truth, scale)) if aligned else NAN,
+        "coarse": psnr(reduced(image, scale), reduced(truth, scale)) if aligned else NAN,
         "sharpness": _ratio(detail(image, scale), detail(truth, scale)),
         "true_detail": true_detail(image, truth, scale) if aligned else NAN,
         "patches": NAN if base is None else float(patches(image, base, things)),
@@ -162,7 +162,7 @@ def psnr(image: Picture, truth: Picture) -> float:
     return float(10 * np.log10(255**2 / max(error, 255**2 * 1e-10)))
 
 
-def _reduced(image: Picture, factor: int) -> Picture:
+def reduced(image: Picture, factor: int) -> Picture:
     """The picture with sides divided by `factor`, averaged."""
     height, width = image.shape[0] // factor, image.shape[1] // factor
     return np.asarray(cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA), np.uint8)

@@ -5,21 +5,29 @@ from __future__ import annotations
 import math
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from accdiff_lib.settings import SUGGESTED
 from testbed.quality.contenders import CLEAN, SUBJECT, Contender
 from testbed.quality.forms import Block, contenders, task
 from testbed.quality.metrics import METRICS, Metric
-from testbed.quality.statistics import LEVEL, Estimate, estimate, paired_p
+from testbed.quality.statistics import LEVEL, Estimate, difference, estimate, paired_p
 from testbed.quality.tasks import Setup
 
 SIGNIFICANT = 1 - LEVEL
 _MARK = "\\*"
+#: The preset that users begin with, and the one that measures best, are compared with these by these metrics.
+OURS = (SUGGESTED, "best")
+RIVALS = ("lanczos", "demofusion", SUBJECT)
+COMPARED = ("exact", "extra", "ghosts", "patches", "iou", "psnr", "true_detail")
+
+#: Of one contender, by scene.
+Records = Mapping[int, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -29,6 +37,17 @@ class Row:
     estimates: dict[str, Estimate]
     p: dict[str, float]
     seconds: float
+    scenes: int
+
+
+@dataclass(frozen=True)
+class Versus:
+    """A contender less a rival on the scenes that both have: differences and their p values by metric."""
+    name: str
+    rival: str
+    scenes: int
+    differences: dict[str, Estimate]
+    p: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -36,32 +55,50 @@ class Table:
     """One track at one scale."""
     block: Block
     rows: list[Row]
+    versus: list[Versus]
 
 
 def tabulate(blocks: Sequence[Block], only: Sequence[str], setup: Setup,
              results: Mapping[str, Mapping[str, Any]]) -> list[Table]:
-    """Sums up the results (records by key) of all blocks."""
+    """Sums up the results (records by key) of all blocks; a contender may have some scenes only, or none."""
     tables = []
     for block in blocks:
-        found = {contender.name: [results[setup.key(task(block, contender, number))] for number in range(block.scenes)]
-                 for contender in contenders(block, only)}
-        if found:
-            tables.append(Table(block, [_row(contender, found[contender.name], found.get(SUBJECT))
-                                        for contender in contenders(block, only)]))
+        found: dict[str, Records] = {}
+        for contender in contenders(block, only):
+            keys = {number: setup.key(task(block, contender, number)) for number in range(block.scenes)}
+            found[contender.name] = {number: results[key] for number, key in keys.items() if key in results}
+        rows = [_row(contender, found[contender.name], found.get(SUBJECT, {}))
+                for contender in contenders(block, only) if found[contender.name]]
+        if rows:
+            tables.append(Table(block, rows, [
+                _versus(name, found[name], rival, found[rival]) for name in OURS for rival in RIVALS
+                if set(found.get(name, ())) & set(found.get(rival, ()))]))
     return tables
 
 
-def _row(contender: Contender, records: Sequence[Mapping[str, Any]],
-         subject: Sequence[Mapping[str, Any]] | None) -> Row:
-    tested = subject if contender.name != SUBJECT else None
-    return Row(contender, {name: estimate(_values(records, name)) for name in METRICS},
-               {name: paired_p(_values(records, name), _values(tested, name)) if tested else math.nan
-                for name in METRICS},
-               sum(record["seconds"] for record in records) / len(records))
+def _row(contender: Contender, records: Records, subject: Records) -> Row:
+    tested = {} if contender.name == SUBJECT else subject
+    return Row(contender, {name: estimate(_values(records, records, name)) for name in METRICS},
+               {name: _paired(records, tested, name) for name in METRICS},
+               sum(record["seconds"] for record in records.values()) / len(records), len(records))
 
 
-def _values(records: Sequence[Mapping[str, Any]], name: str) -> list[float]:
-    return [math.nan if record["metrics"][name] is None else record["metrics"][name] for record in records]
+def _versus(name: str, records: Records, rival: str, others: Records) -> Versus:
+    both = sorted(set(records) & set(others))
+    return Versus(name, rival, len(both), {
+        metric: difference(_values(records, both, metric), _values(others, both, metric)) for metric in COMPARED},
+        {metric: _paired(records, others, metric) for metric in COMPARED})
+
+
+def _paired(records: Records, others: Records, name: str) -> float:
+    both = sorted(set(records) & set(others))
+    return paired_p(_values(records, both, name), _values(others, both, name))
+
+
+def _values(records: Records, scenes: Iterable[int], name: str) -> list[float]:
+    """A metric of some scenes; nan where it has no meaning or was not measured yet."""
+    found = [records[number]["metrics"].get(name) for number in scenes]
+    return [math.nan if value is None else value for value in found]
 
 
 def as_json(tables: Sequence[Table]) -> list[dict[str, Any]]:
@@ -71,10 +108,15 @@ def as_json(tables: Sequence[Table]) -> list[dict[str, Any]]:
 
     return [{"track": table.block.track, "scale": table.block.scale, "scenes": table.block.scenes,
              "stage_steps": table.block.stage_steps, "contenders": {row.contender.name: {
-                 "seconds": round(row.seconds, 3),
+                 "scenes": row.scenes, "seconds": round(row.seconds, 3),
                  **{name: {"mean": plain(found.mean), "low": plain(found.low), "high": plain(found.high),
                            "count": found.count, "p": plain(row.p[name])} for name, found in row.estimates.items()}}
-                 for row in table.rows}} for table in tables]
+                 for row in table.rows},
+             "differences": {name: {versus.rival: {
+                 metric: {"mean": plain(found.mean), "low": plain(found.low), "high": plain(found.high),
+                          "count": found.count, "p": plain(versus.p[metric])}
+                 for metric, found in versus.differences.items()} for versus in table.versus if versus.name == name}
+                 for name in OURS}} for table in tables]
 
 
 def markdown(tables: Sequence[Table], setup: Setup, command: str, notes: Sequence[str],
@@ -88,25 +130,55 @@ def markdown(tables: Sequence[Table], setup: Setup, command: str, notes: Sequenc
             *([f"changed in AccDiffusion v2 and its variations: {changes}"] if changes else []), *notes]
     parts = ["# Quality on drawn scenes", "\n".join(f"* {line}" for line in head)]
     for table in tables:
-        parts += [_title(table.block), _table(table)]
+        parts += [_title(table), _table(table)]
+        if table.versus:
+            parts.append(_differences(table))
         if table.block in sheets:
             parts.append(f"![{table.block.track}, {table.block.scale}x]({sheets[table.block].name})")
     return "\n\n".join([*parts, _legend(tables)]) + "\n"
 
 
-def _title(block: Block) -> str:
+def _title(table: Table) -> str:
+    block, counts = table.block, sorted({row.scenes for row in table.rows})
     what = ("the scene's own render is enlarged; the render of the target size is the exact answer"
             if block.track == CLEAN else "the base picture is sampled from the caption")
+    scenes = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
     return (f"## {block.track.capitalize()} start, {block.scale}x\n\n{what[0].upper()}{what[1:]}. "
-            f"Scenes: {block.scenes}. Steps of a stage: {block.stage_steps}.")
+            f"Scenes: {scenes}. Steps of a stage: {block.stage_steps}.")
 
 
 def _table(table: Table) -> str:
     shown = [metric for metric in METRICS.values() if any(row.estimates[metric.name].count for row in table.rows)]
-    lines = [["", *(metric.label for metric in shown), "seconds"], ["---"] * (len(shown) + 2)]
+    uneven = len({row.scenes for row in table.rows}) > 1
+    lines = [["", *["scenes"] * uneven, *(metric.label for metric in shown), "seconds"]]
+    lines.append(["---"] * len(lines[0]))
     for row in table.rows:
         name = f"**{row.contender.name}**" if row.contender.name == SUBJECT else row.contender.name
-        lines.append([name, *(_entry(metric, row) for metric in shown), f"{row.seconds:.1f}"])
+        lines.append([name, *[str(row.scenes)] * uneven, *(_entry(metric, row) for metric in shown),
+                      f"{row.seconds:.1f}"])
+    return _rows(lines)
+
+
+def _differences(table: Table) -> str:
+    lines = [["differences", "scenes", *(METRICS[name].label for name in COMPARED)]]
+    lines.append(["---"] * len(lines[0]))
+    for versus in table.versus:
+        lines.append([f"*{versus.name}* less {versus.rival}", str(versus.scenes), *(
+            _change(METRICS[name], versus.differences[name], versus.p[name]) for name in COMPARED)])
+    return f"Differences on the same scenes, with the p values of their signs' flips:\n\n{_rows(lines)}"
+
+
+def _change(metric: Metric, found: Estimate, p: float) -> str:
+    """A mean difference, its interval, and the p value."""
+    if not found.count:
+        return "-"
+    text = f"{found.mean:+.{metric.digits}f}"
+    if found.low < found.high:
+        text += f" ({found.low:+.{metric.digits}f} to {found.high:+.{metric.digits}f})"
+    return text + ("" if math.isnan(p) else f", p = {p:.2g}" if p >= 0.001 else ", p < 0.001")
+
+
+def _rows(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

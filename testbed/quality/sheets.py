@@ -23,14 +23,20 @@ LARGEST = 1_400_000
 Tile = tuple[str, Image.Image]
 
 
-def contact_sheet(block: Block, only: Sequence[str], setup: Setup, path: Path) -> None:
-    """Writes the sheet of a block as JPEG: of each scene the pictures whole, and below them a part pixel for pixel."""
+def contact_sheet(block: Block, only: Sequence[str], setup: Setup, path: Path) -> bool:
+    """Writes the sheet of a block as JPEG: of each scene the pictures whole, and below them a part pixel for pixel.
+
+    Returns whether there are any; those that are missing are left out.
+    """
     bands = [band for number in range(min(block.scenes, SHOWN)) for band in _bands(block, only, setup, number)]
+    if not bands:
+        return False
     sheet = arrange(bands)
     for quality in range(88, 8, -8):
         sheet.save(path, quality=quality)
         if path.stat().st_size <= LARGEST:
-            return
+            break
+    return True
 
 
 def _bands(block: Block, only: Sequence[str], setup: Setup, number: int) -> list[list[Tile]]:
@@ -38,7 +44,10 @@ def _bands(block: Block, only: Sequence[str], setup: Setup, number: int) -> list
     world = scene(number, setup.seed_base)
     size = setup.side * block.scale
     named = [(each.name, task(block, each, number)) for each in contenders(block, only)]
-    pictures: list[Tile] = [(name, Image.open(setup.picture(which, "result"))) for name, which in named]
+    pictures: list[Tile] = [(name, Image.open(path)) for name, which in named
+                            if (path := setup.picture(which, "result")).exists()]
+    if not pictures:
+        return []
     bases = [path for _, which in named if (path := setup.picture(which, "base")).exists()]
     if block.track == CLEAN:
         pictures.insert(0, ("true render", Image.fromarray(render(world, size, size))))

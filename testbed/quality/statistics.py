@@ -38,11 +38,23 @@ def paired_p(first: Sequence[float], second: Sequence[float]) -> float:
 
     Exact for few pairs; pairs with a nan don't count. nan when there are fewer than two.
     """
-    pairs = np.array([pair for pair in zip(first, second, strict=True) if not np.isnan(pair).any()])
+    pairs = _pairs(first, second)
     if len(pairs) < 2:
         return float("nan")
     return float(permutation_test((pairs[:, 0], pairs[:, 1]), _difference, permutation_type="samples",
                                   n_resamples=_RESAMPLES, random_state=np.random.default_rng(0)).pvalue)
+
+
+def difference(first: Sequence[float], second: Sequence[float]) -> Estimate:
+    """The mean difference of pairs; those with a nan don't count."""
+    pairs = _pairs(first, second)
+    return estimate((pairs[:, 0] - pairs[:, 1]).tolist())
+
+
+def _pairs(first: Sequence[float], second: Sequence[float]) -> np.ndarray:
+    """Those without a nan, [N, 2]."""
+    pairs = np.array([*zip(first, second, strict=True)], float).reshape(-1, 2)
+    return pairs[~np.isnan(pairs).any(axis=1)]
 
 
 def _difference(first: np.ndarray, second: np.ndarray, axis: int = -1) -> np.ndarray:

@@ -79,6 +79,21 @@ def test_the_mixed_reference_is_the_last_picture_enlarged():
     assert not np.array_equal(other.encoded[0], host.encoded[0])
 
 
+def test_what_a_stage_holds_on_to(monkeypatch):
+    held, inputs_of = {}, Extrapolation._inputs
+
+    def inputs(self, *args, **kwargs):
+        found = inputs_of(self, *args, **kwargs)
+        held[self.host] = found.upsampled
+        return found
+
+    monkeypatch.setattr(Extrapolation, "_inputs", inputs)
+    (soft, _), (mixed, _), (sharp, host) = (
+        (held[host], host) for _, host in (run({**HELD, "reference": name}) for name in ("latent", "mixed", "picture")))
+    assert torch.equal(sharp, host.encode_image(host.encoded[0]))
+    assert torch.allclose(mixed, reference.mixed(sharp, soft)) and not torch.allclose(mixed, sharp, atol=1e-3)
+
+
 def test_a_given_picture_is_enlarged_itself():
     picture = np.random.default_rng(0).integers(0, 255, (128, 160, 3)).astype(np.uint8)
     _, host = run({**HELD, "reference": "mixed", "target_width": 256, "target_height": 256}, GivenImage(picture),

@@ -28,7 +28,7 @@ from testbed.quality.forms import LONG, SHORT, Block, tasks
 from testbed.quality.metrics import GHOST, METRICS, detail, ghosts, measure, psnr, seams, without_parts
 from testbed.quality.sheets import arrange
 from testbed.quality.sources import module_files
-from testbed.quality.statistics import estimate, paired_p
+from testbed.quality.statistics import difference, estimate, paired_p
 from testbed.quality.tasks import BOTH, Setup, scene
 from testbed.scenes import PALETTE, VISIBLE, Scene, Thing, View, draw, held_out, render, visible
 
@@ -320,6 +320,12 @@ def test_paired_p():
     assert paired_p((noise + 1).tolist(), rng.normal(0, 0.1, 40).tolist()) < 0.001
 
 
+def test_differences_are_of_pairs():
+    found = difference([3.0, 5.0, NAN, 8.0], [1.0, 4.0, 9.0, NAN])
+    assert (found.mean, found.count, found.low, found.high) == (1.5, 2, 1, 2)
+    assert difference([], []).count == 0 and math.isnan(difference([NAN], [1.0]).mean)
+
+
 # The report
 
 
@@ -356,6 +362,41 @@ def test_the_report(tmp_path):
     summary = report.as_json(tables)[0]["contenders"]
     assert summary["demofusion"]["extra"]["p"] == pytest.approx(2 / 64) and summary[SUBJECT]["extra"]["p"] is None
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
+
+
+def test_the_suggested_preset_is_compared_scene_by_scene(tmp_path):
+    setup = Setup(None, None, "cpu", "float32", 32, 30, "Euler", "Leading", 5.0, 7000, {}, tmp_path)
+    block = Block("clean", 4, ("main",), 9, 24)
+    results = made_up(setup, [block])
+    for task in tasks([block]):
+        record = results[setup.key(task)]
+        if task.contender == SUBJECT and task.scene >= 8:
+            del results[setup.key(task)]
+        if task.contender == "balanced":
+            record["metrics"]["extra"] = -2.0 if task.scene >= 8 else 1.0  # the odd one has no partner
+        if task.contender == "demofusion":
+            del record["metrics"]["patches"]  # not measured yet
+    tables = report.tabulate([block], ["balanced", SUBJECT, "demofusion", "lanczos"], setup, results)
+    text = report.markdown(tables, setup, "", [], {})
+    lines = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
+             for line in text.splitlines() if line.startswith("|")}
+    assert lines["*balanced* less lanczos"][0] == "9"
+    assert lines[f"*balanced* less {SUBJECT}"][:3] == ["8", "+0.00, p = 1", "+1.00, p = 0.0078"]
+    assert lines["*balanced* less demofusion"][4] == "-" and "Scenes: 8 to 9." in text
+    assert lines[f"**{SUBJECT}**"][0] == "8" and lines["balanced"][0] == "9"
+    found = report.as_json(tables)[0]["differences"]["balanced"][SUBJECT]["extra"]
+    assert found["count"] == 8 and found["mean"] == 1 and found["p"] == pytest.approx(2 / 256, abs=1e-6)
+
+
+def test_results_of_other_code_can_be_summed_up(tmp_path, capsys):
+    record = {"key": "of older code", "track": "clean", "scale": 2, "contender": "lanczos", "scene": 1,
+              "metrics": dict.fromkeys(METRICS, 0.5), "seconds": 1.0}
+    (tmp_path / "results.jsonl").write_text(json.dumps(record) + "\n")
+    assert main(["--summarise", "--scenes", "2", "--only", "lanczos", "--out", str(tmp_path)]) == 0
+    text = (tmp_path / "README.md").read_text()
+    assert "| lanczos | 0.50 |" in text and "![" not in text and not list(tmp_path.glob("*.jpg"))
+    assert main(["--summarise", "--only", "vae", "--out", str(tmp_path)]) == 2
+    assert "has no results of these pictures" in capsys.readouterr().err
 
 
 def test_a_contact_sheet_shows_all_tiles():
