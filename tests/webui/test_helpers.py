@@ -17,6 +17,7 @@ from accdiff_lib.engine.helpers import Helper, Helpers
 from accdiff_lib.engine.host import Conditioning, Unwatched
 from accdiff_lib.errors import CannotHelp
 from accdiff_lib.webui.hosts import a1111, copies
+from accdiff_lib.webui.hosts.a1111 import A1111Session
 from accdiff_lib.webui.hosts.copies import copied
 from accdiff_lib.webui.hosts.forge_base import ForgeHost, ForgeSession, StageUNet
 from accdiff_lib.webui.hosts.forge_control import ForgeNetworks
@@ -67,9 +68,9 @@ def worked(monkeypatch):
 
 #: What is computed for several latents together.
 WAYS: dict[str, dict[str, Any]] = {
-    "windows and views, ControlNet": {**HELPED, **CANNY, "window_batch": 1},
-    "three at once, rescaled": {**QUICK, "guidance_rescale": 0.7, "window_batch": 3},
-    "elastic": {"scale": 2, "stage_steps": 2, "method": "elasticdiffusion", "resampling_steps": 0, "window_batch": 1,
+    "windows and views, ControlNet": {**HELPED, **CANNY, "stage_steps": 2, "window_batch": 1},
+    "three at once, rescaled": {**QUICK, "stage_steps": 1, "guidance_rescale": 0.7, "window_batch": 3},
+    "elastic": {"scale": 2, "stage_steps": 1, "method": "elasticdiffusion", "resampling_steps": 0, "window_batch": 1,
                 "devices": ["cpu"]},
 }
 
@@ -117,13 +118,6 @@ def test_what_another_extension_does_to_the_original_alone(webui, worked):  # no
         assert np.array_equal(answer.picture, webui.generate({**QUICK, "devices": []}).picture)
 
 
-def test_hooks_of_other_extensions_come_along(webui, worked):  # noqa: F811
-    with hooked(unet(webui).middle_block, lambda _module, _args, output: output * 3, after=True):
-        answer = webui.generate(QUICK)
-        assert "does not help" not in answer.comments and worked[HELPER]
-        assert np.array_equal(answer.picture, webui.generate({**QUICK, "devices": []}).picture)
-
-
 def test_no_memory_for_a_copy(webui, quick, worked, monkeypatch):  # noqa: F811
     monkeypatch.setattr(copies.memory, "free_main_bytes", lambda: 2.0 ** 20)
     answer = webui.generate(QUICK)
@@ -137,11 +131,14 @@ def test_memory_that_runs_out_there(webui, quick, worked):  # noqa: F811
     assert left_out(answer, "its memory does not suffice") and np.array_equal(answer.picture, quick)
 
 
-def test_with_lowvram_there_is_no_copy(webui, quick, worked, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(a1111, "_block_by_block", lambda model: True)
-    monkeypatch.setattr(a1111, "bring_unet", lambda model: None)
-    answer = webui.generate(QUICK)
-    assert left_out(answer, "--lowvram") and np.array_equal(answer.picture, quick) and not worked[HELPER]
+def test_with_lowvram_there_is_no_copy(webui, monkeypatch):  # noqa: F811
+    from modules import shared
+
+    session = A1111Session.__new__(A1111Session)
+    session.p = SimpleNamespace(sd_model=SimpleNamespace(lowvram=True))
+    monkeypatch.setattr(shared.cmd_opts, "lowvram", True, raising=False)
+    with pytest.raises(CannotHelp, match="--lowvram"):
+        session._copied(torch.device("cpu"))
 
 
 # --- what ends a run -------------------------------------------------------------------------------------------
@@ -159,20 +156,17 @@ def test_too_little_memory_here_is_fewer_at_once_on_all(webui, worked):  # noqa:
     assert sizes and np.array_equal(answer.picture, webui.generate({**QUICK, "devices": []}).picture)
 
 
-@pytest.mark.parametrize("stop", ["interrupt", "skip"])
-def test_a_stop_is_heeded_between_two_windows(webui, plain, worked, stop):  # noqa: F811
+def test_a_stop_is_heeded_between_two_windows(webui, plain, worked):  # noqa: F811
     counted = []
 
     def befalls(thread: str) -> None:
         counted.append(thread)
         if len(counted) == 3:
-            getattr(webui.state, stop)()
+            webui.state.interrupt()
 
     worked.befalls = befalls
     answer = webui.generate(HELPED)
-    assert len(counted) <= 4
-    assert f"{'interrupted' if stop == 'interrupt' else 'skipped'}; the picture" in answer.comments
-    assert same(answer.picture, plain)
+    assert len(counted) <= 4 and "interrupted; the picture" in answer.comments and same(answer.picture, plain)
 
 
 def test_an_error_of_the_model_is_raised_as_without_help(webui, worked):  # noqa: F811
