@@ -78,7 +78,7 @@ WAYS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("way", WAYS)
 def test_the_picture_is_the_same_bit_by_bit(webui, controlnet, worked, way):  # noqa: F811
     helped = webui.generate(WAYS[way])
-    assert worked[HELPER] > 1 and worked["MainThread"] > 1
+    assert worked[HELPER] and worked["MainThread"]
     alone = webui.generate({**WAYS[way], "devices": []})
     assert np.array_equal(helped.picture, alone.picture)
     assert helped.processed.infotexts == alone.processed.infotexts and helped.comments == alone.comments
@@ -143,7 +143,7 @@ def test_with_lowvram_there_is_no_copy(webui, monkeypatch):  # noqa: F811
 
 # --- what ends a run -------------------------------------------------------------------------------------------
 
-def test_too_little_memory_here_is_fewer_at_once_on_all(webui, worked):  # noqa: F811
+def test_too_little_memory_here_is_fewer_at_once_on_all(webui, quick, worked):  # noqa: F811
     sizes = []
 
     def befalls(thread: str) -> None:
@@ -153,7 +153,7 @@ def test_too_little_memory_here_is_fewer_at_once_on_all(webui, worked):  # noqa:
 
     worked.befalls = befalls
     answer = webui.generate({**QUICK, "window_batch": 2})
-    assert sizes and np.array_equal(answer.picture, webui.generate({**QUICK, "devices": []}).picture)
+    assert sizes and np.array_equal(answer.picture, quick)
 
 
 def test_a_stop_is_heeded_between_two_windows(webui, plain, worked):  # noqa: F811
