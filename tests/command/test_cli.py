@@ -102,7 +102,7 @@ BAD = {
     "stage sampler": (["a", "--stage-sampler", "Foo"], ["--stage-sampler", "'Foo'", "Euler"]),
     "stage scheduler": (["a", "--stage-scheduler", "Foo"], ["--stage-scheduler", "'Foo'", "Karras"]),
     "method": (["a", "--method", "hires"], ["--method", "'hires'", "demofusion"]),
-    "preset": (["a", "--preset", "best"], ["--preset", "'best'", "paper"]),
+    "preset": (["a", "--preset", "finest"], ["--preset", "'finest'", "paper"]),
     "tolerance": (["a", "--tolerance", "1"], ["--tolerance", "'1'", "from 0 to 0.1"]),
     "nothing on": (["a", "--no-windows", "--no-dilated"], ["--windows, --dilated", "off"]),
     "residual of nothing": (["a", "--no-base-pass"], ["--skip-residual", "--base-pass"]),
