@@ -84,7 +84,7 @@ def made(photographs: Sequence[Photograph], out: Path) -> str:
     return text
 
 
-def _run(base: Picture, scale: int, folder: Path) -> dict[str, float]:
+def _run(base: Picture, scale: int, folder: Path) -> dict[str, float | None]:
     """The figures that the command gives of its own run with --image."""
     folder.mkdir(parents=True, exist_ok=True)
     Image.fromarray(base).save(folder / "given.png")
@@ -94,7 +94,7 @@ def _run(base: Picture, scale: int, folder: Path) -> dict[str, float]:
                         "--preset", "balanced", "--out", str(folder / "run"), "--overwrite", "--json"])
     if code:
         raise InputError(f"the command ended with {code}: {said.getvalue().strip()}")
-    quality: dict[str, float] = json.loads(said.getvalue())["images"][0]["quality"]
+    quality: dict[str, float | None] = json.loads(said.getvalue())["images"][0]["quality"]
     return quality
 
 
@@ -124,13 +124,13 @@ def _edges(edges: Mapping[str, Sequence[Hints]]) -> str:
         for name, found in edges.items())])
 
 
-def _runs(runs: Mapping[str, Mapping[str, float]]) -> str:
+def _runs(runs: Mapping[str, Mapping[str, float | None]]) -> str:
     names = ("detail", "drift", "changed", "seams")
-    mean = {name: float(np.mean([quality[name] for quality in runs.values() if quality[name] is not None]))
-            for name in names}
-    worst = {name: max(quality[name] or 0.0 for quality in runs.values()) for name in names}
+    known: dict[str, list[float]] = {name: [value for quality in runs.values() if (value := quality[name]) is not None]
+                                     for name in names}
     return _rows([[f"--image, *balanced*, {', '.join(runs)}", *names], *(
-        [label, *(f"{found[name]:.2f}" for name in names)] for label, found in (("mean", mean), ("largest", worst)))])
+        [label, *(f"{of(found):.2f}" if found else "-" for found in known.values())]
+        for label, of in (("mean", np.mean), ("largest", np.max)))])
 
 
 def _legend() -> str:
