@@ -23,7 +23,7 @@ class Part:
     stage: Stage | None
     #: (height, width) in pixels.
     pixels: tuple[int, int]
-    #: Steps that are computed, and calls of the whole canvas by the sampler.
+    #: Steps that are taken, foretold ones too, and calls of the whole canvas by the sampler.
     steps: int
     calls: int
     #: What a call evaluates at most, and what all calls together evaluate: one entry for each kind.
