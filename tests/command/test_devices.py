@@ -160,7 +160,7 @@ def test_what_another_rank_lacks_is_said_by_the_first(capfd, forked):
     code, told, err = run(capfd, "--devices", "cpu,cpu")
     assert code == 2 and told["error"] == "rank 1: --model: 'a.safetensors' is not there"
     assert err.count("is not there") == 1 and not Path("out").exists()
-    assert processes[0].returncode == 1
+    assert processes[0].returncode in (1, -signal.SIGKILL)  # by itself, or by rank 0, which does not wait for it
 
 
 def test_what_befalls_another_rank_at_work_is_one_line(capfd, forked):

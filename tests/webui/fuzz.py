@@ -23,7 +23,7 @@ from accdiff_lib.methods import METHODS, OPTIONS, names
 from accdiff_lib.parts import infotext
 from accdiff_lib.settings import SAME, Option, is_text
 from accdiff_lib.webui import arguments
-from accdiff_lib.webui.arguments import BY_NAME_ONLY, POSITIONAL
+from accdiff_lib.webui.arguments import BY_NAME_ONLY, DEVICES, POSITIONAL
 
 #: What a message to a user may have of characters, the list of all options included.
 LONGEST_MESSAGE = 3000
@@ -90,7 +90,7 @@ def options(rng: random.Random, *, wild: float) -> dict[str, Any]:
         found["regions"] = regions(rng)
     for name in BY_NAME_ONLY[1:]:
         if rng.random() < 0.1:
-            found[name] = rng.choice([PIXEL, junk(rng)])
+            found[name] = rng.choice([["0"], "all", junk(rng)] if name == DEVICES else [PIXEL, junk(rng)])
     if rng.random() < wild:
         found[rng.choice([*POSITIONAL, "sclae", "\ud800", "x" * 100_000, ""])] = junk(rng)
     return found
@@ -186,6 +186,7 @@ def generations(count: int, rng: random.Random) -> Iterator[str]:
         for _ in range(count):
             args = json.loads(json.dumps(arguments_of(rng)))
             p = webui.generation(args[0] if args else None)
+            p.prompts, p.negative_prompts = [p.prompt], [p.negative_prompt]  # as the WebUI sets them for each batch
             try:
                 run.process(webui.script, p, args)
                 begun = getattr(p, run.RUN_ATTRIBUTE, None)

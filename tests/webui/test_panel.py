@@ -266,7 +266,7 @@ def test_the_api_of_this_fastapi(page):
         except urllib.error.HTTPError as error:
             return error.code, json.load(error)
 
-    assert set(answer("options")[1]["properties"]) == {*arguments.POSITIONAL, "regions", "control_image", "control_map"}
+    assert set(answer("options")[1]["properties"]) == {*arguments.POSITIONAL, *arguments.BY_NAME_ONLY}
     assert answer("model")[1] == {"native": 0, "multiple": 0}
     status, error = answer("plan", '{"scale": 9}')
     assert status == 422 and error["detail"].startswith("scale: 9 is not allowed; it takes a number from 1 to 8")
