@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from accdiff_lib.engine import memory
-from accdiff_lib.engine.shares import Speeds
+from accdiff_lib.engine.shares import Gaining, Speeds
 from accdiff_lib.engine.spread import check_stop
 from accdiff_lib.errors import CannotHelp, OutOfMemory, is_out_of_memory
 
@@ -71,7 +71,7 @@ class Helper:
         self._evaluate = None
 
 
-class Helpers:
+class Helpers(Gaining):
     """Those of a run, and which evaluates what. Close it at the end."""
 
     def __init__(self, helpers: Sequence[Helper]) -> None:
@@ -80,8 +80,6 @@ class Helpers:
         self._speeds = Speeds()
         #: How many latents each device evaluates at once in the call that is divided now; 0 outside of one.
         self.size = 0
-        #: Seconds that all devices together have evaluated, and that they took for it, since `gain` was last asked.
-        self._busy = self._took = 0.0
 
     @property
     def devices(self) -> int:
@@ -132,15 +130,9 @@ class Helpers:
         check_stop(progress)
         self._speeds.learn(kind, {number: (seconds, sum(counts[each] for each in shares[number]))
                                   for number, (_, seconds) in heard.items()})
-        self._busy += sum(seconds for _, seconds in heard.values())
-        self._took += time.perf_counter() - begin
+        self.busy += sum(seconds for _, seconds in heard.values())
+        self.took += time.perf_counter() - begin
         return [found[number] for number in range(len(parts))]
-
-    def gain(self, seconds: float) -> float:
-        """How many times as long all would have taken one device, where it took `seconds`; the count begins anew."""
-        alone = seconds - self._took + self._busy
-        self._busy = self._took = 0.0
-        return alone / seconds
 
     def _begin(self, modes: Modes, progress: Progress) -> None:
         """Copies the networks, the first time."""

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from accdiff_lib.engine.host import Progress
+from accdiff_lib.engine.shares import Gaining
 from accdiff_lib.errors import (
     InputError,
     Interrupted,
@@ -45,7 +46,7 @@ TRANSFER = 120.0
 _SHARED: tuple[type[Exception], ...] = (InputError, NotFinite, OutOfMemory, Skipped, Interrupted)
 
 
-class Ranks:
+class Ranks(Gaining):
     """This process's place among the ranks.
 
     All ranks must make the same calls in the same order; a call that one makes for an error of its own (`settle`) meets
@@ -70,8 +71,6 @@ class Ranks:
         self.progress: Progress | None = None
         #: How long each takes for what takes the fastest 1, as far as it is known.
         self.paces: dict[int, float] = {}
-        #: Seconds that all together have worked, and that they took for it, since `gain` was last asked.
-        self.busy = self.took = 0.0
         self._store, self._gone = store, gone
         #: By what carries tensors: those that are there.
         self._groups: dict[str, Any] = {}
@@ -230,12 +229,6 @@ class Ranks:
         """What was an evaluation so far has come to an end, and another begins."""
         if self._pulse is not None:
             self._pulse.__enter__()
-
-    def gain(self, seconds: float) -> float:
-        """How many times as long all would have taken one device, where it took `seconds`; the count begins anew."""
-        alone = seconds - self.took + self.busy
-        self.busy = self.took = 0.0
-        return alone / seconds
 
     def alone(self, work: Callable[[], T]) -> T:
         """What rank 0 makes by `work()`, on all ranks; what is on its device is on theirs then."""

@@ -1,4 +1,4 @@
-"""Who of several workers evaluates which parts, by how fast each has been."""
+"""Who of several workers evaluates which parts, by how fast each has been; and what it gains that there are several."""
 
 from __future__ import annotations
 
@@ -52,3 +52,16 @@ def shared_out(costs: Sequence[Mapping[int, float]], workers: Iterable[int]) -> 
         shares[worker].append(number)
         ends[worker] += costs[number][worker]
     return {worker: sorted(share) for worker, share in shares.items()}
+
+
+class Gaining:
+    """What counts how much faster several are than one."""
+
+    #: Seconds that all together have worked, and that they took for it, since `gain` was last asked.
+    busy = took = 0.0
+
+    def gain(self, seconds: float) -> float:
+        """How many times as long all would have taken one device, where it took `seconds`; the count begins anew."""
+        alone = seconds - self.took + self.busy
+        self.busy = self.took = 0.0
+        return alone / seconds

@@ -25,7 +25,7 @@ _END_OF_WORD = "</w>"
 _ROUND, _SQUARE = 1.1, 1 / 1.1
 #: An escaped character or a lone backslash; a bracket; a weight with the bracket it closes; plain text; a colon.
 _LEXER = re.compile(r"\\[\\()\[\]]?|[()\[\]]|:\s*([+-]?[.\d]+)\s*\)|[^\\()\[\]:]+|:")
-_BREAK_WORD = "BREAK"
+BREAK = "BREAK"
 _BREAK = re.compile(r"\s*\bBREAK\b\s*")
 
 
@@ -113,7 +113,7 @@ def _weighted(prompt: str) -> list[tuple[str, float]]:
             first, *others = _BREAK.split(text)
             pieces.append([first, 1.0])
             for other in others:
-                pieces += [_BREAK_WORD, -1.0], [other, 1.0]
+                pieces += [BREAK, -1.0], [other, 1.0]
     for start in round_open:
         emphasise(start, _ROUND)
     for start in square_open:
@@ -123,7 +123,7 @@ def _weighted(prompt: str) -> list[tuple[str, float]]:
 
 def _is_break(text: str, weight: float) -> bool:
     """Whether a text begins a new context. In brackets the word has another weight, and is a word."""
-    return weight == -1 and text == _BREAK_WORD
+    return weight == -1 and text == BREAK
 
 
 def _number(text: str) -> float:

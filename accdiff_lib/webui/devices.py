@@ -62,10 +62,10 @@ def read(given: Any) -> tuple[str, ...]:
 
 def helping(names: Sequence[str]) -> Devices:
     """The devices that these names stand for, without the WebUI's own GPU. Raises InputError."""
-    import torch
-
     if not names:
         return ()
+    import torch
+
     if [*names] == [ALL]:
         return [(f"GPU {device.index}", device) for device in others()]
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -84,10 +84,10 @@ def helping(names: Sequence[str]) -> Devices:
 
 def in_words(devices: Devices) -> str:
     """How many make a picture, of how many that there are; empty where it is the WebUI's own alone."""
-    import torch
-
     if not devices:
         return ""
+    import torch
+
     if any(device.type != "cuda" for _, device in devices) or not torch.cuda.is_available():
         return f"{1 + len(devices)} devices"
     return f"{1 + len(devices)} of {torch.cuda.device_count()} GPUs"

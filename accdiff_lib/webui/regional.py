@@ -14,15 +14,13 @@ from typing import Any
 import numpy as np
 
 from accdiff_lib.errors import InputError
+from accdiff_lib.parts.prompts import BREAK
 from accdiff_lib.parts.regions import Region, read_couple, read_regions
 from accdiff_lib.settings import Settings
 from accdiff_lib.webui.neighbours import title_of
 
 #: The titles of the scripts.
 COUPLE, PROMPTER = "Forge Couple", "Regional Prompter"
-
-#: What joins the parts of a prompt that are encoded one by one, and seen together.
-_BREAK = "BREAK"
 
 #: With these values Regional Prompter's callbacks leave a call of the UNet as it is.
 _SILENT = {"calc": "Attention", "only_r": True, "diff": False}
@@ -72,7 +70,7 @@ def whole(p: Any, text: str) -> str:
     """A picture's prompt for its stages. Regional Prompter has joined its parts by AND if it means to mix predictions
     for them itself (Latent mode); the WebUI would add these up."""
     script = _prompter(p)
-    return text if script is None else text.replace(getattr(script, "seps", _BREAK), _BREAK)
+    return text if script is None else text.replace(getattr(script, "seps", BREAK), BREAK)
 
 
 @contextmanager
@@ -135,9 +133,9 @@ def _of_prompter(_p: Any, script: Any, texts: Sequence[tuple[str, str]]) -> list
 
 def _parts(text: str, counted: Sequence[Any]) -> list[str]:
     """The parts of a prompt, of which the script has counted the tokens; one that is empty as the script writes it."""
-    parts = text.split(_BREAK)
+    parts = text.split(BREAK)
     if len(parts) != len(counted):
-        raise _BaseOnly(f"regions have {len(counted)} prompts, but this one has {len(parts)} parts at {_BREAK}")
+        raise _BaseOnly(f"regions have {len(counted)} prompts, but this one has {len(parts)} parts at {BREAK}")
     return [part.strip() or "_" for part in parts]
 
 

@@ -31,7 +31,6 @@ from tests.webui.test_run import (  # noqa: F401 - fixtures
     plain,
     same,
     unet,
-    webui,
     weights,
 )
 from tests.webui_stand_in.generation import OPTIONS
@@ -42,7 +41,7 @@ HELPER = "accdiff-helper"
 
 
 @pytest.fixture(scope="module")
-def quick(webui):  # noqa: F811
+def quick(webui):
     """The picture of QUICK without help."""
     return webui.generate({**QUICK, "devices": []}).picture
 
@@ -84,7 +83,7 @@ def test_the_picture_is_the_same_bit_by_bit(webui, controlnet, worked, way):  # 
     assert helped.processed.infotexts == alone.processed.infotexts and helped.comments == alone.comments
 
 
-def test_texts_of_several_lengths_are_evaluated_as_without_help(webui, quick, monkeypatch):  # noqa: F811
+def test_texts_of_several_lengths_are_evaluated_as_without_help(webui, quick, monkeypatch):
     """The WebUI makes those of a call as long as the longest, which would change what the others give."""
     monkeypatch.setattr(a1111.A1111Host, "_can_divide", lambda *_: False)
     assert np.array_equal(webui.generate(QUICK).picture, quick)
@@ -98,7 +97,7 @@ def left_out(answer: Any, why: str) -> bool:
     return len(said) == 1 and said[0].startswith("AccDiffusion: the CPU does not help (") and why in said[0]
 
 
-def test_a_layer_that_another_extension_has_replaced(webui, quick, worked):  # noqa: F811
+def test_a_layer_that_another_extension_has_replaced(webui, quick, worked):
     layer = unet(webui).time_embed
     own = layer.forward
     layer.forward = lambda *args: own(*args)
@@ -110,7 +109,7 @@ def test_a_layer_that_another_extension_has_replaced(webui, quick, worked):  # n
     assert not worked[HELPER]
 
 
-def test_what_another_extension_does_to_the_original_alone(webui, worked):  # noqa: F811
+def test_what_another_extension_does_to_the_original_alone(webui, worked):
     layer = unet(webui).middle_block
     with hooked(layer, lambda module, _args, output: output * 3 if module is layer else None, after=True):
         answer = webui.generate(QUICK)
@@ -118,20 +117,20 @@ def test_what_another_extension_does_to_the_original_alone(webui, worked):  # no
         assert np.array_equal(answer.picture, webui.generate({**QUICK, "devices": []}).picture)
 
 
-def test_no_memory_for_a_copy(webui, quick, worked, monkeypatch):  # noqa: F811
+def test_no_memory_for_a_copy(webui, quick, worked, monkeypatch):
     monkeypatch.setattr(copies.memory, "free_main_bytes", lambda: 2.0 ** 20)
     answer = webui.generate(QUICK)
     assert left_out(answer, "of which 0.0 GB are free") and np.array_equal(answer.picture, quick)
     assert not worked[HELPER]
 
 
-def test_memory_that_runs_out_there(webui, quick, worked):  # noqa: F811
+def test_memory_that_runs_out_there(webui, quick, worked):
     worked.befalls = lambda thread: out_of_memory() if thread == HELPER and worked[HELPER] > 2 else None
     answer = webui.generate(QUICK)
     assert left_out(answer, "its memory does not suffice") and np.array_equal(answer.picture, quick)
 
 
-def test_with_lowvram_there_is_no_copy(webui, monkeypatch):  # noqa: F811
+def test_with_lowvram_there_is_no_copy(webui, monkeypatch):
     from modules import shared
 
     session = A1111Session.__new__(A1111Session)
@@ -143,7 +142,7 @@ def test_with_lowvram_there_is_no_copy(webui, monkeypatch):  # noqa: F811
 
 # --- what ends a run -------------------------------------------------------------------------------------------
 
-def test_too_little_memory_here_is_fewer_at_once_on_all(webui, quick, worked):  # noqa: F811
+def test_too_little_memory_here_is_fewer_at_once_on_all(webui, quick, worked):
     sizes = []
 
     def befalls(thread: str) -> None:
@@ -169,7 +168,7 @@ def test_a_stop_is_heeded_between_two_windows(webui, plain, worked):  # noqa: F8
     assert len(counted) <= 4 and "interrupted; the picture" in answer.comments and same(answer.picture, plain)
 
 
-def test_an_error_of_the_model_is_raised_as_without_help(webui, worked):  # noqa: F811
+def test_an_error_of_the_model_is_raised_as_without_help(webui, worked):
     def befalls(thread: str) -> None:
         raise ValueError("broken")
 

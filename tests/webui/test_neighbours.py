@@ -14,22 +14,12 @@ import torch
 from torch import nn
 
 from accdiff_lib.errors import InputError
-from tests.webui_stand_in.generation import OPTIONS, WebUI, started
+from tests.webui_stand_in.generation import OPTIONS
+
+pytestmark = pytest.mark.usefixtures("alone")
 
 #: One step, so that what is done counts and not how.
 SHORT = {**OPTIONS, "stage_steps": 1}
-
-
-@pytest.fixture(scope="module")
-def webui() -> Iterator[WebUI]:
-    with started() as running:
-        yield running
-
-
-@pytest.fixture(autouse=True)
-def alone(webui) -> Iterator[None]:
-    yield
-    webui.scripts.clear()
 
 
 def generated(p: Any) -> Any:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +14,9 @@ import torch
 from accdiff_lib.errors import InputError
 from accdiff_lib.methods import make
 from accdiff_lib.webui import regional
-from tests.webui_stand_in.generation import WebUI, started
+from tests.webui_stand_in.generation import WebUI
+
+pytestmark = pytest.mark.usefixtures("alone")
 
 #: One step, in which nothing but the windows' prompts makes the picture.
 SHORT = {"scale": 2, "stage_steps": 1, "method": "accdiffusion-v1", "window": 8, "stride": 8, "skip_residual": False,
@@ -23,18 +25,6 @@ HALVES = [[0, 0.5, 0, 1, 1], [0.5, 1, 0, 1, 1]]
 #: Where a box's cells are in a mask.
 PLACES = {"left": np.s_[:, :512], "right": np.s_[:, 512:], "top": np.s_[:512], "bottom": np.s_[512:]}
 LEFT, RIGHT, TOP, BOTTOM, ALL = ("left",), ("right",), ("top",), ("bottom",), ("left", "right", "top", "bottom")
-
-
-@pytest.fixture(scope="module")
-def webui() -> Iterator[WebUI]:
-    with started() as running:
-        yield running
-
-
-@pytest.fixture(autouse=True)
-def alone(webui) -> Iterator[None]:
-    yield
-    webui.scripts.clear()
 
 
 class Couple:

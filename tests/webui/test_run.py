@@ -28,18 +28,12 @@ from accdiff_lib.webui.hosts.ldm import controlnet as ldm_controlnet
 from accdiff_lib.webui.hosts.windows import WindowHost
 from tests import tiny
 from tests.standalone import test_prediction as exact
-from tests.webui_stand_in.generation import BASE, OPTIONS, Answer, WebUI, at_call, started
+from tests.webui_stand_in.generation import BASE, OPTIONS, Answer, WebUI, at_call
 from tests.webui_stand_in.model import Checkpoint, checkpoint
 
 #: Calls of the UNet in the base pass.
 STEPS = BASE["steps"]
 CANNY = {**OPTIONS, "controlnet_model": "canny"}
-
-
-@pytest.fixture(scope="module")
-def webui() -> Iterator[WebUI]:
-    with started() as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

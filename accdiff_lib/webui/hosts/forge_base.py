@@ -294,12 +294,8 @@ class StageUNet:
         """Within it the ControlNet acts, on a batch of images with these hints [M, 3, 8h, 8w]."""
         control, patcher = self.control, self.patcher
         if self._linked is None:
-            before = patcher.model_options
-            patcher.model_options = control.options(patcher, hint, strength)
-            try:
+            with self._with_options(control.options(patcher, hint, strength)):
                 yield
-            finally:
-                patcher.model_options = before
             return
         control.set_cond_hint(hint, strength, (0.0, 1.0))
         control.cond_hint = None  # it keeps the last batch's, which had the same size
@@ -313,16 +309,22 @@ class StageUNet:
     @contextmanager
     def adapted(self) -> Iterator[None]:
         """Within it the IP-Adapters act."""
-        patcher = self.patcher
-        before = patcher.model_options
-        transformer = before.get("transformer_options", {})
+        options = self.patcher.model_options
+        transformer = options.get("transformer_options", {})
         replaces = transformer.get("patches_replace", {})
-        patcher.model_options = {**before, "transformer_options": {**transformer, "patches_replace": {
-            **replaces, "attn2": {**replaces.get("attn2", {}), **self.adapters}}}}
+        with self._with_options({**options, "transformer_options": {**transformer, "patches_replace": {
+                **replaces, "attn2": {**replaces.get("attn2", {}), **self.adapters}}}}):
+            yield
+
+    @contextmanager
+    def _with_options(self, options: dict[str, Any]) -> Iterator[None]:
+        """Within it these are the patcher's `model_options`."""
+        before = self.patcher.model_options
+        self.patcher.model_options = options
         try:
             yield
         finally:
-            patcher.model_options = before
+            self.patcher.model_options = before
 
 
 # --- a picture -------------------------------------------------------------------------------------------------
