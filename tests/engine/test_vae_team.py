@@ -167,7 +167,8 @@ def test_stopping_one_stops_all(monkeypatch, stops, picture):
 
     found, hosts = together(2, Z, befalls)
     assert all(isinstance(each, Interrupted) for each in found)
-    assert all(host.tiles < host.total for host in hosts.values())  # one may be a sweep ahead
+    # The other may not have begun, and knows of no tiles then.
+    assert all(host.tiles < max(host.total, 1) / 2 for host in hosts.values())
     found, _ = together(2, Z, befalls, interruptible=False, encodes=False)
     assert all(np.array_equal(image, picture) for image, _ in found), found
 
