@@ -302,6 +302,10 @@ class Settings:
         """The same without what needs those maps."""
         return replace(self, first=None if self.first is None else self.first.without_attention())
 
+    def without_placed_texts(self) -> Settings:
+        """The same for prompts of several parts (AND), too many for one call that has another text in each place."""
+        return replace(self, first=None if self.first is None else self.first.without_placed_texts())
+
     @property
     def uses_controlnet(self) -> bool:
         """The ControlNet is on, and the method has what it could guide."""

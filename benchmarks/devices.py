@@ -105,13 +105,9 @@ def profile(way: str, scale: float) -> tuple[float, list[tuple[tuple[Work, ...],
     of each evaluation and how many calls are so; the passes of the VAE, each with its cells."""
     found, settings = configs(), make({"scale": scale, **WAYS[way]})
 
-    @cache
-    def teraflop(height: int, width: int) -> flops.Flops:
-        return flops.count(height, width, unet=found["unet"], vae=found["vae"], controlnet=found["controlnet"])
-
     def seconds(work: Work) -> float:
-        cost = teraflop(work.height, work.width)
-        return (1 + work.guided) * (cost.unet + work.control * cost.controlnet) / RATE
+        unet, control = flops.of_work(work, unet=found["unet"], vae=found["vae"], controlnet=found["controlnet"])
+        return (1 + work.guided) * (unet + work.control * control) / RATE
 
     planned, calls = parts(way, scale), []
     sampler, scheduler = (given if own == SAME else own for own, given in (

@@ -220,7 +220,7 @@ def measure(models: Models, way: str, scale: float, device: torch.device, dtype:
     bar.close()
     picture = result.pictures[-1]
     assert picture.image is not None
-    teraflop = sum(part.priced(lambda work: price(host, work)) for part in parts)
+    teraflop = sum(part.priced(host.price) for part in parts)
     return Measurement(way, plan.pixels, seconds, cpu, clock.seconds, sum(part.unet for part in parts),
                        sum(part.controlnet for part in parts), teraflop, host.peak_bytes,
                        picture.latent.float().cpu(), picture.image)
@@ -235,9 +235,3 @@ def make_host(models: Models, settings: Settings, device: torch.device, dtype: t
     return StandaloneHost(models, prompt=PROMPT, negative=NEGATIVE, progress=progress or Bar(settings.method),
                           sampler=SAMPLER, scheduler=SCHEDULER, steps=steps, device=device, dtype=dtype,
                           vae_tile=settings.vae_tile, offload=offload, **own)  # type: ignore[arg-type]
-
-
-def price(host: StandaloneHost, work: Work) -> tuple[float, float]:
-    """TFLOP of a latent through the UNet and the ControlNet."""
-    cost = host.flops(work.height, work.width)
-    return cost.unet, cost.controlnet

@@ -47,8 +47,7 @@ def sdxl_pflop(way: str, scale: float, steps: int = STEPS) -> float:
 def _price(work: Work) -> tuple[float, float]:
     """TFLOP of a latent through SDXL's UNet and ControlNet."""
     found = configs()
-    cost = flops.count(work.height, work.width, unet=found["unet"], vae=found["vae"], controlnet=found["controlnet"])
-    return cost.unet, cost.controlnet
+    return flops.of_work(work, unet=found["unet"], vae=found["vae"], controlnet=found["controlnet"])
 
 
 def gains() -> dict[str, float]:

@@ -19,7 +19,7 @@ from accdiff_lib.engine.schedule import Script, make_script
 from accdiff_lib.parts.window_prompts import WordMask
 from accdiff_lib.settings import Settings
 from accdiff_lib.standalone.host import StandaloneHost
-from benchmarks.measure import GUIDANCE, PROMPT, SEED, Clock, now, price
+from benchmarks.measure import GUIDANCE, PROMPT, SEED, Clock, now
 
 #: A kind that takes less TFLOP than this is made once more, and the faster one counts: the first may load kernels.
 CHEAP = 400.0
@@ -119,7 +119,7 @@ def _stage(total: Sampled, host: StandaloneHost, extrapolation: Extrapolation, r
 
 
 def _teraflop(host: StandaloneHost, work: tuple[Work, ...]) -> float:
-    return sum(each.unet * unet + each.controlnet * control for each in work for unet, control in (price(host, each),))
+    return sum(each.unet * unet + each.controlnet * control for each in work for unet, control in (host.price(each),))
 
 
 def _timed(host: StandaloneHost, work: tuple[Work, ...], function: Any) -> tuple[float, float, int]:

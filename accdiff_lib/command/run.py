@@ -43,7 +43,6 @@ if TYPE_CHECKING:  # torch takes seconds to import; --help and typing mistakes a
     from accdiff_lib.engine.cost import Part
     from accdiff_lib.engine.extrapolate import Result
     from accdiff_lib.engine.host import Picture
-    from accdiff_lib.engine.method import Work
     from accdiff_lib.engine.ranks import Ranks
     from accdiff_lib.quality import Quality
     from accdiff_lib.standalone.host import StandaloneHost
@@ -145,15 +144,11 @@ def teraflop(job: Job, part: Part) -> float:
     """UNet, ControlNet and VAE of a part."""
     from accdiff_lib.standalone import flops
 
-    def count(height: int, width: int) -> flops.Flops:
-        return flops.count(height, width, unet=job.model.unet, vae=job.model.vae, controlnet=job.model.controlnet)
-
-    def price(work: Work) -> tuple[float, float]:
-        cost = count(work.height, work.width)
-        return cost.unet, cost.controlnet
-
-    whole = count(part.pixels[0] // CELL, part.pixels[1] // CELL)
-    return part.priced(price) + whole.vae * bool(part.decoded) + whole.encode * bool(part.encoded)
+    model = job.model
+    whole = flops.count(part.pixels[0] // CELL, part.pixels[1] // CELL, unet=model.unet, vae=model.vae)
+    networks = part.priced(lambda work: flops.of_work(
+        work, unet=model.unet, vae=model.vae, controlnet=model.controlnet))
+    return networks + whole.vae * bool(part.decoded) + whole.encode * bool(part.encoded)
 
 
 # --- the run ---------------------------------------------------------------------------------------------------

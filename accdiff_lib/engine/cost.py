@@ -76,6 +76,8 @@ def estimate(method: Method, plan: Plan, settings: Settings, *, base_solver: Sol
     is evaluated by itself. `intermediate`: every part's picture is wanted.
     """
     parts = []
+    if len(weights) > 1:
+        settings = settings.without_placed_texts()
     has_base = settings.base_pass or not plan.stages or from_image
     all_pictures = intermediate or decodes_all(settings, has_control, has_guide)
     if has_base:

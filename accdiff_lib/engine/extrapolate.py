@@ -164,6 +164,11 @@ class Extrapolation:
 
     def _run(self, request: Request, result: Result) -> None:
         plan, settings = request.plan, request.settings
+        simple = settings.without_placed_texts()
+        if simple != settings and plan.stages and len(self.host.states(self.texts([request.prompt])[0])) > 1:
+            self.host.progress.comment("the prompt has parts joined by AND, so each window is computed by itself")
+            request = replace(request, settings=simple)
+            settings = simple
         for remark in request.method.said(plan.stages, settings, self._structure):
             self.host.progress.comment(remark)
         wants_all = request.intermediate or decodes_all(settings, self.host.has_control, request.guide is not None)

@@ -260,6 +260,17 @@ class Host(Protocol):
         """
         ...
 
+    def networks(self) -> Sequence[nn.Module]:
+        """The UNet and, where there is one, the ControlNet, whose transformer blocks may be patched during `denoise`.
+
+        A block has `attn1` and `attn2` as above; `attn1` has `to_k`, `to_v` and `to_out`, too.
+        """
+        ...
+
+    def states(self, text: Text) -> Sequence[Tensor]:
+        """What cross-attention is given of a text's prompt: the token states [T, C] of each of its parts."""
+        ...
+
     def convolutions(self) -> Sequence[tuple[Convolution, nn.Module]]:
         """The UNet's 3x3 convolutions in residual blocks and samplers, from its input to its output."""
         ...

@@ -41,6 +41,8 @@ class Work:
     prompted: float = 1.0
     #: Evaluations that the prompt takes more than one: for its further parts.
     more: int = 0
+    #: (height, width) in cells of what self-attention sees; None is the whole latent.
+    seen: tuple[int, int] | None = None
 
     @property
     def unet(self) -> int:

@@ -42,6 +42,12 @@ class Stage:
         """(height, width) in pixels."""
         return self.height * CELL, self.width * CELL
 
+    @property
+    def padded(self) -> tuple[int, int]:
+        """(height, width) of the canvas as the model takes it."""
+        height, width = (math.ceil(side / self.multiple) * self.multiple for side in (self.height, self.width))
+        return height, width
+
     def fitted(self, side: int, size: int) -> int:
         """A latent's side, no larger than the canvas's `size`, beyond which it may reach less than `multiple` cells."""
         return min(side, math.ceil(size / self.multiple) * self.multiple)

@@ -34,6 +34,9 @@ if TYPE_CHECKING:  # with torch
 #: How a prediction counts from the middle of its window to the border, where windows overlap.
 WEIGHTS = ("uniform", "cosine")
 
+#: How windows are computed: each by a call of its own, or all by attention in a call for the whole canvas.
+BY = (BY_CALLS, BY_ATTENTION) = ("calls", "attention")
+
 #: What windows see beyond the canvas's border.
 BORDERS = ("mirror", "zeros")
 
@@ -53,6 +56,11 @@ class FusedSettings(Settings):
 
     windows: bool = option(
         True, "windows", "The local pass: overlapping windows of native size, averaged.", group="windows")
+    windows_by: str = option(
+        BY_CALLS, "windows by", "How windows are computed. calls: each by itself. attention: all in one call of the "
+        "model for the whole picture, whose attention alone sees windows, which takes a half or a third of the work "
+        "and more memory (where it is too short, and for regions, they are computed by calls).", group="windows",
+        choices=BY, title="How windows are computed")
     window: int = option(
         0, "window", "Side of a window in latent cells (8 pixels each); auto is the model's native size.",
         group="windows", minimum=0, maximum=256, step=8, title="Side of a window", auto=True)
@@ -138,6 +146,11 @@ class FusedSettings(Settings):
         first = None if self.first is None else self.first.without_attention()
         return replace(self, window_prompts=False, first=first)
 
+    def without_placed_texts(self) -> FusedSettings:
+        """See Settings."""
+        first = None if self.first is None else self.first.without_placed_texts()
+        return replace(self, windows_by=BY_CALLS, first=first)
+
     @property
     def uses_controlnet(self) -> bool:
         """The ControlNet is on, and there are windows to guide."""
@@ -211,6 +224,11 @@ def grid_of(stage: Stage, settings: FusedSettings) -> Grid:
                         zip((stage.height, stage.width), stage.coherent, strict=True)))
     window = (stage.fitted(side, stage.height), stage.fitted(side, stage.width))
     return Grid(stage, window, stride, (side - stride) // 4 if settings.jitter else 0, dilation)
+
+
+def at_once(stage: Stage, settings: FusedSettings, regions: Sequence[Region]) -> bool:
+    """Whether a stage's windows are computed in one call."""
+    return settings.windows_by == BY_ATTENTION and not regions and grid_of(stage, settings).window_count > 1
 
 
 def regions_of(own: Grid, regions: Sequence[Region], settings: FusedSettings) -> tuple[Tensor, list[tuple[int, ...]]]:
@@ -338,7 +356,10 @@ def _work(kind: _Kind, windows: int, outlook: Outlook) -> tuple[Work, ...]:
     def guided(scale: float) -> bool:
         return kind.guided and (scale or outlook.guidance) != 1
 
-    if kind.local:
+    if kind.local and at_once(outlook.stage, settings, outlook.regions):
+        found.append(Work("whole canvas", 1, *outlook.stage.padded, guided(settings.local_guidance), kind.control,
+                          seen=own.window))
+    elif kind.local:
         found.append(Work("window", windows, *own.window, guided(settings.local_guidance), kind.control))
     if kind.dilated:
         found.append(Work("dilated view", own.views, *own.view_size, guided(settings.dilated_guidance)))

@@ -19,7 +19,9 @@ from accdiff_lib.engine.host import Conditioning, Hints, Host, Text
 from accdiff_lib.engine.method import Call
 from accdiff_lib.engine.plan import CELL
 from accdiff_lib.engine.spread import Batcher, Latents, Predictions
-from accdiff_lib.methods.fused import FusedSettings, Grid, grid_of, regions_of
+from accdiff_lib.errors import OutOfMemory
+from accdiff_lib.methods.frame import Frame
+from accdiff_lib.methods.fused import FusedSettings, Grid, at_once, grid_of, regions_of
 from accdiff_lib.parts.regions import bootstrapped, bootstraps, fusion_weights
 from accdiff_lib.parts.regions import window_weights as window_weights_of
 from accdiff_lib.parts.resampling import COLOURS, constant_colours
@@ -41,22 +43,46 @@ class FusedPredictor:
         self.batcher = batcher
         self.grid = grid_of(inputs.stage, settings)
         self.text: Text = inputs.encode([inputs.prompt])[0]
+        #: All windows in one call, where that is how they are computed.
+        self.frame = Frame(host, inputs, settings, self.text) if at_once(
+            inputs.stage, settings, inputs.regions) else None
         #: The windows of all steps with their prompts; None where the windows have the whole one.
         self.prompts: WindowPrompts | None = None
         self._texts: list[Text] = []
+        if self.frame is None:
+            self._place()
+        else:
+            self.prompts = self.frame.prompts
+        self.regions = Regional(host, inputs, settings, self.grid) if inputs.regions else None
+        self.explanation = self.prompts if self.regions is None else self.regions.explained(
+            self.prompts or WindowPrompts(self.grid.windows(None), (inputs.prompt,) * self.grid.window_count,
+                                          self.grid.padding))
+
+    def _place(self) -> None:
+        """The prompts of windows that are computed by themselves."""
+        inputs, settings = self.inputs, self.settings
         if inputs.words:
             windows = self.grid.windows(self._jitter())
             self.prompts = window_prompts(inputs.words, windows, settings.c, size=(
                 inputs.stage.height, inputs.stage.width), padding=self.grid.padding, part=inputs.plan.part,
                 membership=settings.membership)
             self._texts = inputs.encode(self.prompts.prompts)
-        self.regions = Regional(host, inputs, settings, self.grid) if inputs.regions else None
-        self.explanation = self.prompts if self.regions is None else self.regions.explained(
-            self.prompts or WindowPrompts(self.grid.windows(None), (inputs.prompt,) * self.grid.window_count,
-                                          self.grid.padding))
 
     def __call__(self, x: Tensor, sigma: Tensor, call: Call) -> Tensor:
         """See engine.canvas.Predictor."""
+        try:
+            return self._predicted(x, sigma, call)
+        except OutOfMemory:
+            if self.frame is None or not call.method.local:
+                raise
+        # Here, where what the exception keeps alive is gone.
+        self.frame = None
+        self.host.progress.comment(f"{self.inputs.stage.name}: memory is too short for windows by attention, so each "
+                                   "is computed by itself")
+        self._place()
+        return self._predicted(x, sigma, call)
+
+    def _predicted(self, x: Tensor, sigma: Tensor, call: Call) -> Tensor:
         passes = call.method
         wanted = [made(x, sigma, call) for made, on in ((self.local_pass, passes.local),
                                                         (self.dilated_pass, passes.dilated)) if on]
@@ -93,6 +119,8 @@ class FusedPredictor:
 
     def local_pass(self, x: Tensor, sigma: Tensor, call: Call) -> Pass:
         """The mean of the overlapping windows' predictions (MultiDiffusion with window prompts)."""
+        if self.frame is not None:
+            return self.frame.local_pass(x, sigma, call)
         windows, texts = self.windows(call.step), self.texts(call.step)
         if self.regions is not None:
             windows, texts = self.regions.windows(windows), self.regions.texts(texts)

@@ -5,7 +5,6 @@ What a user can set, and what each call evaluates, without tensors; `scalecrafte
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -128,19 +127,13 @@ def dilation_of(stage: Stage, settings: ScaleCrafterSettings, convolutions: Sequ
                               dilate_skip=settings.dilate_skip)
 
 
-def padded_size(stage: Stage) -> tuple[int, int]:
-    """(height, width) of the canvas as the model takes it."""
-    height, width = (math.ceil(side / stage.multiple) * stage.multiple for side in (stage.height, stage.width))
-    return height, width
-
-
 # --- what a call computes --------------------------------------------------------------------------------------
 
 def calls(plain: Sequence[Call], outlook: Outlook) -> list[Call]:
     """Gives every call of a stage its work; `Call.method` says whether its guidance is noise-damped."""
     settings = outlook.settings
     assert isinstance(settings, ScaleCrafterSettings)
-    size, until = padded_size(outlook.stage), times_of(outlook.stage, settings).damped_until
+    size, until = outlook.stage.padded, times_of(outlook.stage, settings).damped_until
     result = []
     for call in plain:
         guided = call.scale(settings.canvas_guidance, outlook.guidance) != 1

@@ -16,11 +16,12 @@ from accdiff_lib.engine.host import Conditioning, Host, Text
 from accdiff_lib.engine.method import Call
 from accdiff_lib.engine.plan import CELL
 from accdiff_lib.engine.spread import Batcher, Latents
-from accdiff_lib.methods.scalecrafter import ScaleCrafterSettings, dilation_of, padded_size
+from accdiff_lib.methods.scalecrafter import ScaleCrafterSettings, dilation_of
 from accdiff_lib.parts.dilation import redilated
 from accdiff_lib.parts.dilation_plan import Convolution, DilationPlan
 from accdiff_lib.parts.freeu import STRENGTHS, FreeU, freeu
 from accdiff_lib.parts.guidance import rescaled
+from accdiff_lib.parts.views import mirrored
 from accdiff_lib.parts.windows import Window
 
 Halves = tuple[str, ...]
@@ -65,16 +66,16 @@ class ScaleCrafterPredictor:
         self.inputs = inputs
         self.settings = settings
         self.batcher = batcher
-        self.size = padded_size(inputs.stage)
+        self.size = inputs.stage.padded
         self.text: Text = inputs.encode([inputs.prompt])[0]
         self.convolutions = list(host.convolutions())
         self.plan = dilation_of(inputs.stage, settings, [record for record, _ in self.convolutions])
-        self._hint = None if inputs.hint is None else _mirrored(inputs.hint, CELL, self.size)
+        self._hint = None if inputs.hint is None else mirrored(inputs.hint, CELL, self.size)
 
     def __call__(self, x: Tensor, sigma: Tensor, call: Call) -> Tensor:
         """See engine.canvas.Predictor."""
         height, width = x.shape[-2:]
-        padded = _mirrored(x, 1, self.size)
+        padded = mirrored(x, 1, self.size)
         apart = call.method or (self.batcher.divides and self._guidance(call) != 1)
         predicted = self._apart(padded, sigma, call) if apart else self._plain(padded, sigma, call)
         return predicted[..., :height, :width]
@@ -133,14 +134,3 @@ class ScaleCrafterPredictor:
         """The hint of the whole canvas in three equal channels [1, 3, 8h, 8w]."""
         assert self._hint is not None and list(numbers) == [0]
         return self._hint.to(self.host.device).expand(-1, 3, -1, -1)
-
-
-def _mirrored(x: Tensor, cell: int, size: tuple[int, int]) -> Tensor:
-    """`x` [..., h, w] of cells of `cell` numbers a side, mirrored at its last row and column of cells up to `size` in
-    cells."""
-    for dim, side in zip((-2, -1), size, strict=True):
-        more = cell * side - x.shape[dim]
-        if more:
-            mirror = x.narrow(dim, x.shape[dim] - cell - more, more).flip(dim)
-            x = torch.cat([x, mirror], dim)
-    return x

@@ -1,4 +1,4 @@
-"""Dilated views of a canvas, and the filter before they are taken (docs/methods.md, 2.5)."""
+"""Dilated views of a canvas, the filter before they are taken (docs/methods.md, 2.5), and what a model takes whole."""
 
 from __future__ import annotations
 
@@ -34,3 +34,14 @@ def gaussian_filter(x: Tensor, size: int, sigma: float) -> Tensor:
     kernel = gaussian_kernel(size, sigma).to(x).expand(channels, 1, size)
     x = F.conv2d(x, kernel[:, :, :, None], padding=(size // 2, 0), groups=channels)
     return F.conv2d(x, kernel[:, :, None, :], padding=(0, size // 2), groups=channels)
+
+
+def mirrored(x: Tensor, cell: int, size: tuple[int, int]) -> Tensor:
+    """`x` [..., h, w] of cells of `cell` numbers a side, mirrored at its last row and column of cells up to `size` in
+    cells."""
+    for dim, side in zip((-2, -1), size, strict=True):
+        more = cell * side - x.shape[dim]
+        if more:
+            mirror = x.narrow(dim, x.shape[dim] - cell - more, more).flip(dim)
+            x = torch.cat([x, mirror], dim)
+    return x

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from accdiff_lib.engine.method import Work
 from accdiff_lib.engine.plan import CELL
 from accdiff_lib.parts import vae as tiled_vae
 from accdiff_lib.parts.prompts import CONTEXT
@@ -36,6 +37,17 @@ def count(height: int, width: int, *, unet: Config, vae: Config, controlnet: Con
     size = (height, width)
     return Flops(_unet(_key(unet), *size), _controlnet(_key(controlnet), *size) if controlnet else 0.0,
                  *_vae(_key(vae), *size), sum(_text(_key(config)) for config in text_encoders))
+
+
+def of_work(work: Work, *, unet: Config, vae: Config, controlnet: Config | None = None) -> tuple[float, float]:
+    """TFLOP of one latent of a method's work through the UNet and the ControlNet.
+
+    Where self-attention sees a part of it, each cell costs what it costs in a latent of that part's size.
+    """
+    height, width = work.seen or (work.height, work.width)
+    cost = count(height, width, unet=unet, vae=vae, controlnet=controlnet)
+    times = work.height * work.width / (height * width)
+    return times * cost.unet, times * cost.controlnet
 
 
 def _key(config: Config) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from accdiff_lib.engine import memory
 from accdiff_lib.engine.finite import advice
 from accdiff_lib.engine.host import Conditioning, Progress, Solver
+from accdiff_lib.engine.method import Work
 from accdiff_lib.engine.vae_runner import VaeRunner
 from accdiff_lib.errors import InputError
 from accdiff_lib.parts import reference
@@ -300,6 +301,14 @@ class StandaloneHost:
         return [(name, module) for name, module in self._unet.named_modules()
                 if name.endswith(".attn2") and name.startswith(("down_blocks.", "up_blocks."))]
 
+    def networks(self) -> list[nn.Module]:
+        """See engine.host.Host."""
+        return [network for network in (self._unet, self._controlnet) if network is not None]
+
+    def states(self, text: TextEmbedding) -> list[Tensor]:
+        """See engine.host.Host."""
+        return [text.cond, *(part.cond for part in text.others)]
+
     def convolutions(self) -> list[tuple[Convolution, nn.Module]]:
         """See engine.host.Host."""
         return structure_of_diffusers(self._unet)
@@ -335,6 +344,11 @@ class StandaloneHost:
         return flops.count(height, width, unet=self._unet.config, vae=self._vae.config,
                            controlnet=self._controlnet.config if self.has_control else None,
                            text_encoders=[encoder.config.to_dict() for encoder in self.models.text_encoders])
+
+    def price(self, work: Work) -> tuple[float, float]:
+        """TFLOP of one latent of a method's work through the UNet and the ControlNet."""
+        return flops.of_work(work, unet=self._unet.config, vae=self._vae.config,
+                             controlnet=self._controlnet.config if self.has_control else None)
 
     # VAE
 

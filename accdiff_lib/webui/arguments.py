@@ -76,7 +76,7 @@ _FIRST: tuple[str, ...] = (
     "resampling_steps", "new_p", "rrg_init_weight", "rrg_scale", "rrg_stop", "repaint", "patch_size", "view_join",
     "reduction", "elastic_guidance",
     "structure_guidance", "reference", "enlarger", "by_stage",
-    "stage_factor", "forecast")
+    "stage_factor", "forecast", "windows_by")
 
 #: The order of all the panel's values; options that are not there yet come last.
 POSITIONAL: tuple[str, ...] = (*_FIRST, *(name for name in OPTIONS if name not in _FIRST))

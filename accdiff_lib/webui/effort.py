@@ -49,8 +49,9 @@ class Effort:
 
 def of_work(work: Sequence[Work], native: int) -> float:
     """Effort.unet of evaluations; `native`: side of the model's own latent."""
-    return sum((each.unet + CONTROLNET_COST * each.controlnet) * area * (1 - ATTENTION + ATTENTION * area / native ** 2)
-               for each in work for area in (each.height * each.width,))
+    return sum((each.unet + CONTROLNET_COST * each.controlnet) * each.height * each.width
+               * (1 - ATTENTION + ATTENTION * seen[0] * seen[1] / native ** 2)
+               for each in work for seen in (each.seen or (each.height, each.width),))
 
 
 def of_part(part: Part, native: int) -> Effort:

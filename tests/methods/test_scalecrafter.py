@@ -17,11 +17,12 @@ from accdiff_lib.engine.host import Conditioning
 from accdiff_lib.engine.plan import make_plan
 from accdiff_lib.errors import InputError, Interrupted, OutOfMemory
 from accdiff_lib.methods import changed, from_infotext, infotext, make, of
-from accdiff_lib.methods.scalecrafter_canvas import ScaleCrafterPredictor, _mirrored
+from accdiff_lib.methods.scalecrafter_canvas import ScaleCrafterPredictor
 from accdiff_lib.parts.dilation import redilated
 from accdiff_lib.parts.dilation_plan import structure
 from accdiff_lib.parts.freeu import STRENGTHS
 from accdiff_lib.parts.guidance import rescaled
+from accdiff_lib.parts.views import mirrored
 from accdiff_lib.settings import values as values_of
 from accdiff_lib.standalone.host import StandaloneHost
 from accdiff_lib.standalone.samplers import SAMPLERS
@@ -241,9 +242,9 @@ def test_a_hint_is_mirrored_as_the_cells_are(height, width, multiple):
     cells = torch.arange(height * width).reshape(1, 1, height, width).float()
     pixels = cells.repeat_interleave(8, -1).repeat_interleave(8, -2)
     size = tuple(-(-side // multiple) * multiple for side in (height, width))
-    padded = _mirrored(cells, 1, size)
+    padded = mirrored(cells, 1, size)
     assert padded.shape[-2:] == size and padded[..., :height, :width].equal(cells)
-    assert _mirrored(pixels, 8, size).equal(padded.repeat_interleave(8, -1).repeat_interleave(8, -2))
+    assert mirrored(pixels, 8, size).equal(padded.repeat_interleave(8, -1).repeat_interleave(8, -2))
 
 
 # Noise-damped guidance ----------------------------------------------------------------------------------------------

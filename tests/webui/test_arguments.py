@@ -39,7 +39,7 @@ RELEASED = (
     "dilate", "dilate_skip", "dilate_tau", "ndcfg_tau", "progressive_dilate", "inflate_tau", "low_pass", "freeu",
     "canvas_guidance", "resampling_steps", "new_p", "rrg_init_weight", "rrg_scale", "rrg_stop", "repaint", "patch_size",
     "view_join", "reduction", "elastic_guidance", "structure_guidance", "reference", "enlarger", "by_stage",
-    "stage_factor", "forecast")
+    "stage_factor", "forecast", "windows_by")
 
 
 def values_of(option):

@@ -224,6 +224,10 @@ class WindowHost(ABC):
         """See engine.host.Host."""
         return self._text.encode(prompts)
 
+    def states(self, text: WebUIText) -> list[Tensor]:
+        """See engine.host.Host."""
+        return [tokens(cond) for cond, _ in text.parts]
+
     def with_negative(self, text: WebUIText, negative: str) -> WebUIText:
         """See engine.host.Host."""
         return self._text.with_negative(text, negative)
@@ -364,6 +368,10 @@ class WindowHost(ABC):
     def cross_attention(self) -> list[tuple[str, nn.Module]]:
         """See engine.host.Host."""
         return ldm_unet.cross_attention(self._unet)
+
+    def networks(self) -> list[nn.Module]:
+        """See engine.host.Host."""
+        return [self._networks[name] for name in ("UNet", "ControlNet") if name in self._networks]
 
     def convolutions(self) -> list[tuple[Convolution, nn.Module]]:
         """See engine.host.Host."""
