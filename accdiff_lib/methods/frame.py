@@ -1,4 +1,4 @@
-"""The local pass in one call: the whole canvas, whose attention alone sees windows (docs/methods.md, 2.9)."""
+"""The local pass in one call: the whole canvas, whose attention alone sees windows (docs/methods.md, 2.7)."""
 
 from __future__ import annotations
 

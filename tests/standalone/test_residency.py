@@ -17,6 +17,7 @@ from accdiff_lib.command.job import prepare
 from accdiff_lib.engine import memory
 from accdiff_lib.engine.host import Conditioning
 from accdiff_lib.parts.attention import AttentionRecorder, map_size
+from accdiff_lib.parts.neighbourhood import Neighbourhood, neighbouring
 from accdiff_lib.standalone.flops import weightless_vae
 from accdiff_lib.standalone.host import StandaloneHost
 from accdiff_lib.standalone.loading import load
@@ -173,9 +174,10 @@ def test_the_need_counts_every_weight(models):
 
 @pytest.mark.parametrize("control", [False, True])
 @pytest.mark.parametrize("family", ["sdxl", "sd15"])
-def test_a_latent_takes_what_is_planned(family, control):
-    """On a UNet and a ControlNet of the family's structure, smaller."""
-    sdxl, side = family == "sdxl", 32
+@pytest.mark.parametrize("side", [32, 64])
+def test_a_latent_takes_what_is_planned(family, control, side):
+    """On a UNet and a ControlNet of the family's structure, smaller; larger latents have windows by attention."""
+    sdxl = family == "sdxl"
     config = json.loads((CONFIGS / family / "unet" / "config.json").read_text()) | {
         "block_out_channels": [32, 64, 128, 128][:3 + (not sdxl)], "cross_attention_dim": 64, "norm_num_groups": 8,
         "attention_head_dim": [1, 2, 4, 4][:3 + (not sdxl)]}
@@ -197,7 +199,7 @@ def test_a_latent_takes_what_is_planned(family, control):
 
     need = memory.need({"text_encoder": 0, "unet": 0, "vae": 0, "controlnet": control}, unet=config, vae=LARGE_VAE(),
                        latent=side**2, canvas=(side, side), itemsize=4, device=torch.device("cuda"))
-    with torch.no_grad():
+    with torch.no_grad(), neighbouring([unet, controlnet], Neighbourhood((side, side), 32)):
         assert peak(once) == pytest.approx(need.latent, rel=0.1)
 
 
