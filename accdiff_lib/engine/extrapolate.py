@@ -373,7 +373,8 @@ class Extrapolation:
         predictor = method.canvas(cast(Host, answers or host), inputs, settings, self._batcher)
         if predictor.explanation is not None:
             result.explanation.stages.append((stage, predictor.explanation))
-        part = request.kept.part(stage.name, script.latents, explanation=predictor.explanation, batches=self._batcher)
+        part = request.kept.part(stage.name, script.latents, explanation=predictor.explanation, batches=self._batcher,
+                                 predictor=predictor)
         canvas = Canvas(host, script, settings, inputs, Resumable(predictor, part), self._finite, answers)
         seed = seeds.derive(request.seed, "stage sampler", stage.number)
         try:

@@ -31,26 +31,26 @@ class Frame:
         self.host, self.inputs, self.settings, self.text = host, inputs, settings, text
         stage = inputs.stage
         self.size = stage.padded
-        self._places = places(self.size, max(grid_of(stage, settings).window), stage.multiple)
+        found = places(self.size, max(grid_of(stage, settings).window), stage.multiple)
+        self._places = found if settings.jitter else found[:1]
         #: What each of them shows, in the first of its places; None where all blocks have the whole prompt.
         self.prompts: WindowPrompts | None = None
         self._texts: list[PlacedTexts | None] = [None] * len(self._places)
         if inputs.words:
-            found = [window_prompts(inputs.words, blocks.windows, settings.c, size=(stage.height, stage.width),
+            shown = [window_prompts(inputs.words, blocks.windows, settings.c, size=(stage.height, stage.width),
                                     part=inputs.plan.part, membership=settings.membership) for blocks in self._places]
-            self.prompts = found[0]
-            different = list(dict.fromkeys(prompt for each in found for prompt in each.prompts))
-            given, texts = host.states(text), [host.states(each) for each in inputs.encode(different)]
+            self.prompts = shown[0]
+            different = list(dict.fromkeys(prompt for each in shown for prompt in each.prompts))
+            # Of one part: prompts of several are computed by calls.
+            given, *texts = [states for states, in map(host.states, [text, *inputs.encode(different)])]
             self._texts = [PlacedTexts(given, texts, [different.index(prompt) for prompt in each.prompts])
-                           for each in found]
+                           for each in shown]
 
     def local_pass(self, x: Tensor, sigma: Tensor, call: Call) -> tuple[Latents, Finish]:
         """The prediction of the canvas [1, C, h, w], each block of which has seen the window around it."""
         guidance, stage = call.scale(self.settings.local_guidance, self.inputs.guidance), self.inputs.stage
         steered, device = call.control and self._hint is not None, self.host.device
-        place = 0
-        if self.settings.jitter:
-            place = seeds.integers(self.inputs.seed, "blocks", stage.number, call.step).randrange(len(self._places))
+        place = seeds.integers(self.inputs.seed, "blocks", stage.number, call.step).randrange(len(self._places))
         given = Conditioning([self.text], [(0, 0)], self.inputs.plan.pixels, guidance, self.settings.guidance_rescale,
                              hints=self._hints if steered else None,
                              hint_names=[(self, Window(0, 0, *self.size))] if steered else (),

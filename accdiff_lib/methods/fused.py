@@ -149,7 +149,7 @@ class FusedSettings(Settings):
     def without_placed_texts(self) -> FusedSettings:
         """See Settings."""
         first = None if self.first is None else self.first.without_placed_texts()
-        return replace(self, windows_by=BY_CALLS, first=first)
+        return replace(self, windows_by=BY_CALLS if self.windows else self.windows_by, first=first)
 
     @property
     def uses_controlnet(self) -> bool:

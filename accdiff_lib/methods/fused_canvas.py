@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -76,11 +76,23 @@ class FusedPredictor:
             if self.frame is None or not call.method.local:
                 raise
         # Here, where what the exception keeps alive is gone.
-        self.frame = None
         self.host.progress.comment(f"{self.inputs.stage.name}: memory is too short for windows by attention, so each "
                                    "is computed by itself")
-        self._place()
+        self._give_up_frame()
         return self._predicted(x, sigma, call)
+
+    def _give_up_frame(self) -> None:
+        self.frame = None
+        self._place()
+
+    def state(self) -> dict[str, Tensor]:
+        """See engine.resume.Growing: a run that goes on computes its windows as it has done."""
+        return {"at_once": torch.tensor(self.frame is not None)}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """See engine.resume.Growing."""
+        if self.frame is not None and not state["at_once"]:
+            self._give_up_frame()
 
     def _predicted(self, x: Tensor, sigma: Tensor, call: Call) -> Tensor:
         passes = call.method

@@ -9,10 +9,11 @@ Cross-attention may have another text in each block.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -22,10 +23,14 @@ from torch import Tensor, nn
 from accdiff_lib.parts.attention import map_size
 from accdiff_lib.parts.windows import Window
 
-#: Places of the blocks along each axis, of which every step takes one.
+#: The most places of the blocks along each axis; every step takes one.
 PLACES = 4
 #: A UNet halves a latent at most so often.
 _HALVINGS = 6
+
+#: What the layers of ldm and of diffusers call the text, and what tells them nothing of which cells see which.
+_CONTEXT = ("context", "encoder_hidden_states")
+_OPTIONS = ("transformer_options",)
 
 
 @dataclass(frozen=True)
@@ -83,21 +88,21 @@ class Neighbourhood:
 
 
 def places(size: tuple[int, int], side: int, multiple: int) -> list[Neighbourhood]:
-    """Those of a latent with their blocks at PLACES places along each axis, or where a block has fewer whole cells of
-    the network's lowest level (of `multiple` cells) at those; first where nothing is moved."""
+    """Those of a latent with their blocks at up to PLACES places along each axis, all of whole cells of the network's
+    lowest level (of `multiple` cells); first where nothing is moved."""
     block = side // 2
-    shifts = range(0, block, multiple * max(1, block // multiple // PLACES))
+    shifts = range(0, block, multiple * max(1, math.ceil(block / multiple / PLACES)))
     return [Neighbourhood(size, side, shift) for shift in itertools.product(shifts, shifts)]
 
 
 @dataclass(frozen=True)
 class PlacedTexts:
-    """Which text each block sees. A text is the token states [T, C] of its parts (several with AND)."""
+    """Which text, as token states [T, C], each block sees."""
 
     #: What the network is given, in whose place the others come.
-    given: Sequence[Tensor]
+    given: Tensor
     #: The different texts, and the number of each block's.
-    texts: Sequence[Sequence[Tensor]]
+    texts: Sequence[Tensor]
     numbers: Sequence[int]
 
 
@@ -107,24 +112,55 @@ def neighbouring(networks: Iterable[nn.Module], seen: Neighbourhood,
     """Within it the transformer blocks of these networks attend as `seen` says; afterwards all is as it was.
 
     Self-attention (`attn1`) is computed here, from the layer's own projections; where it gets something else than the
-    latent's cells (token merging, say) the layer does as ever. Cross-attention (`attn2`) remains the layer's own, asked
-    once for each text.
+    cells of its block (token merging, say) the layer does as ever. Cross-attention (`attn2`) remains the layer's own,
+    asked once for each text.
     """
-    before: list[tuple[nn.Module, Mapping[str, Any]]] = []
+    replaced: list[tuple[dict[str, Any], Callable[..., Any] | None]] = []
     texts = None if placed is None else _Texts(placed, seen)
-    try:
-        for block in [block for network in networks for block in network.modules() if hasattr(block, "attn1")]:
-            pairs: list[tuple[Any, Callable[..., Any]]] = [(block.attn1, _self_attention(block.attn1, seen))]
-            if texts is not None and getattr(block, "attn2", None) is not None:
-                pairs.append((block.attn2, texts.cross_attention(block.attn2)))
-            for layer, forward in pairs:
-                before.append((layer, {"forward": vars(layer)["forward"]} if "forward" in vars(layer) else {}))
-                vars(layer)["forward"] = forward
+
+    def replace(layer: Any, forward: Callable[..., Any]) -> None:
+        replaced.append((vars(layer), vars(layer).get("forward")))
+        vars(layer)["forward"] = forward
+
+    with ExitStack() as stack:
+        stack.callback(_put_back, replaced)
+        for block in [block for network in networks for block in network.modules()]:
+            if _projects(getattr(block, "attn1", None)):
+                entered = _Entered()
+                stack.callback(block.register_forward_pre_hook(entered, with_kwargs=True).remove)
+                replace(block.attn1, _self_attention(block.attn1, seen, entered))
+            if texts is not None and isinstance(getattr(block, "attn2", None), nn.Module):
+                replace(block.attn2, texts.cross_attention(block.attn2))
         yield
-    finally:
-        for layer, own in reversed(before):
-            vars(layer).pop("forward", None)
-            vars(layer).update(own)
+
+
+def _put_back(replaced: Sequence[tuple[dict[str, Any], Callable[..., Any] | None]]) -> None:
+    for own, before in reversed(replaced):
+        if before is None:
+            own.pop("forward", None)
+        else:
+            own["forward"] = before
+
+
+def _projects(layer: Any) -> bool:
+    """Whether a layer's attention is to be computed here.
+
+    Not where somebody has put another computation in its place, who may wait for what that leaves (SAG for its map);
+    what only cuts what the layer gets says whose it is (HyperTile, by functools.wraps).
+    """
+    own = vars(layer).get("forward") if isinstance(layer, nn.Module) else None
+    return all(hasattr(layer, name) for name in ("to_q", "to_k", "to_v", "to_out", "heads")) and (
+        own is None or hasattr(own, "__wrapped__") or getattr(own, "__func__", None) is type(layer).forward)
+
+
+class _Entered:
+    """(batch, tokens) of what a block was last given, read by a hook."""
+
+    size: tuple[int, int] | None = None
+
+    def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        x = args[0] if args else next(iter(kwargs.values()))
+        self.size = (x.shape[0], x.shape[1])
 
 
 def _level(size: tuple[int, int], tokens: int) -> tuple[int, tuple[int, int]] | None:
@@ -138,33 +174,52 @@ def _level(size: tuple[int, int], tokens: int) -> tuple[int, tuple[int, int]] | 
 
 # --- self-attention --------------------------------------------------------------------------------------------
 
-def _self_attention(layer: Any, seen: Neighbourhood) -> Callable[..., Any]:
+def _self_attention(layer: Any, seen: Neighbourhood, entered: _Entered) -> Callable[..., Any]:
     """What replaces a layer's `forward`."""
     own = layer.forward
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        level = _level(seen.size, x.shape[1])
-        keys, values = _sources(x, args, kwargs)
-        fits = keys.shape[1] == values.shape[1] == x.shape[1]
-        if level is None or not fits or kwargs.get("mask") is not None or kwargs.get("attention_mask") is not None:
+        given = _given(args, kwargs)
+        level = _level(seen.size, x.shape[1]) if entered.size == tuple(x.shape[:2]) else None
+        if given is None or level is None:
             return own(x, *args, **kwargs)
+        keys = x if given.context is None else given.context
+        values = keys if given.value is None else given.value
         blocks = seen.at(level[0])
-        if max(size - side for size, side in zip(blocks.size, blocks.window, strict=True)) <= 0:
+        if not keys.shape[:2] == values.shape[:2] == x.shape[:2] or blocks.window == blocks.size:
             return own(x, *args, **kwargs)
         result = attend(layer.to_q(x), layer.to_k(keys), layer.to_v(values), blocks, int(layer.heads))
-        for part in layer.to_out:
+        for part in layer.to_out if isinstance(layer.to_out, nn.ModuleList) else [layer.to_out]:
             result = part(result)
         return result
 
     return forward
 
 
-def _sources(x: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """What keys and values are made of: `x` itself, or what an extension's patch has made of it."""
-    named = [kwargs.get(name) for name in ("context", "encoder_hidden_states")]
-    keys = next((each for each in (*args[:1], *named) if each is not None), x)
-    value = args[1] if len(args) > 1 and isinstance(args[1], Tensor) else kwargs.get("value")
-    return keys, keys if value is None else value
+@dataclass(frozen=True)
+class _Given:
+    """What a layer is given beside the cells."""
+
+    context: Tensor | None
+    value: Tensor | None
+    #: Its keyword for the context, where it has one, and all others.
+    name: str
+    rest: Mapping[str, Any]
+
+    def asked(self, layer: Callable[..., Any], x: Tensor, context: Tensor) -> Any:
+        """What the layer makes of other cells with another context."""
+        return layer(x, **{self.name: context}, **self.rest) if self.name else layer(x, context, **self.rest)
+
+
+def _given(args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Given | None:
+    """What a layer was called with; None where that is something (a mask, more tokens) that is only its to treat."""
+    rest = {name: given for name, given in kwargs.items() if name != "value"}
+    name = "" if args else next((name for name in _CONTEXT if rest.get(name) is not None), _CONTEXT[0])
+    context, value = args[0] if args else rest.pop(name, None), kwargs.get("value")
+    more = any(isinstance(given, Tensor) or bool(given) for name, given in rest.items() if name not in _OPTIONS)
+    if len(args) > 1 or more or not all(each is None or isinstance(each, Tensor) for each in (context, value)):
+        return None
+    return _Given(context, value, name, rest)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, blocks: Neighbourhood, heads: int) -> Tensor:
@@ -203,78 +258,60 @@ class _Texts:
 
     def __init__(self, placed: PlacedTexts, blocks: Neighbourhood) -> None:
         self._placed, self._blocks = placed, blocks
-        #: The latest batch of texts that a network was given, and which part of the given text each row is.
+        #: The latest batch of texts that a network was given, and which of its rows have the text that is replaced.
         self._context: Tensor | None = None
-        self._parts: list[int | None] = []
-        self._cells: dict[tuple[int, int], list[Tensor]] = {}
+        self._replaced: list[bool] = []
+        self._cells: dict[tuple[int, int, torch.device], list[Tensor]] = {}
 
     def cross_attention(self, layer: Any) -> Callable[..., Any]:
         """What replaces a layer's `forward`."""
         own = layer.forward
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-            level = _level(self._blocks.size, x.shape[1])
-            context, asked = _asked(args, kwargs)
-            if level is None or context is None:
+            level, given = _level(self._blocks.size, x.shape[1]), _given(args, kwargs)
+            if level is None or given is None or given.context is None or (
+                    given.value is not None and given.value is not given.context):
                 return own(x, *args, **kwargs)
-            parts = self._parts_of(context)
-            if all(part is None for part in parts):
+            replaced = self._replaced_of(given.context)
+            if len(replaced) != len(x) or not any(replaced):
                 return own(x, *args, **kwargs)
-            return self._by_text(x, context, parts, self._places(*level[1]),
-                                 lambda some, states: own(some, **asked(states)))
+            return self._by_text(x, given.context, replaced, self._places(*level[1], x.device),
+                                 partial(given.asked, own))
 
         return forward
 
-    def _by_text(self, x: Tensor, context: Tensor, parts: Sequence[int | None], places: Sequence[Tensor],
+    def _by_text(self, x: Tensor, context: Tensor, replaced: Sequence[bool], places: Sequence[Tensor],
                  ask: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        result: Tensor | None = None
-        for row, part in enumerate(parts):
-            of_row = slice(row, row + 1)
-            if part is None:
-                found = ask(x[of_row], context[of_row])
-                result = found.new_empty(len(x), *found.shape[1:]) if result is None else result
-                result[of_row] = found
-                continue
-            for states, cells in zip(self._placed.texts, places, strict=True):
-                if len(cells):
-                    cells = cells.to(x.device)
-                    found = ask(x[of_row, cells], states[part].to(context)[None])
-                    result = found.new_empty(*x.shape[:2], found.shape[-1]) if result is None else result
-                    result[of_row, cells] = found
-        assert result is not None
+        rows, others = (torch.tensor([row for row, each in enumerate(replaced) if each is which], device=x.device)
+                        for which in (True, False))
+        found: list[tuple[Any, Tensor]] = []
+        if len(others):
+            found.append((others, ask(x[others], context[others])))
+        for states, cells in zip(self._placed.texts, places, strict=True):
+            if len(cells):
+                some = rows[:, None], cells
+                found.append((some, ask(x[some], states.to(context).expand(len(rows), -1, -1))))
+        result = found[0][1].new_empty(x.shape)
+        for place, made in found:
+            result[place] = made
         return result
 
-    def _places(self, height: int, width: int) -> list[Tensor]:
+    def _places(self, height: int, width: int, device: torch.device) -> list[Tensor]:
         """The cells of each text, where the latent has height x width of them."""
-        if (height, width) not in self._cells:
+        key = height, width, device
+        if key not in self._cells:
             numbers = torch.tensor(self._placed.numbers)[self._blocks.blocks(height, width)].flatten()
-            self._cells[height, width] = [(numbers == number).nonzero().flatten()
-                                          for number in range(len(self._placed.texts))]
-        return self._cells[height, width]
+            self._cells[key] = [(numbers == number).nonzero().flatten().to(device)
+                                for number in range(len(self._placed.texts))]
+        return self._cells[key]
 
-    def _parts_of(self, context: Tensor) -> list[int | None]:
-        """Which part of the given text each row of a batch is; None for what is something else: negative prompts."""
+    def _replaced_of(self, context: Tensor) -> list[bool]:
+        """Of each text of a batch, whether it is the given one, not another: a negative prompt.
+
+        A batch has texts of one length: shorter ones were made longer at their ends.
+        """
         if context is not self._context:
-            self._context, self._parts = context, [self._part_of(states) for states in context]
-        return self._parts
-
-    def _part_of(self, states: Tensor) -> int | None:
-        """The batch has texts of one length: shorter ones were made longer at their ends."""
-        for number, given in enumerate(self._placed.given):
-            if len(given) <= len(states) and torch.equal(states[:len(given)], given.to(states)):
-                return number
-        return None
-
-
-def _asked(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor | None, Callable[[Tensor], dict[str, Any]]]:
-    """The text of a layer's call, and the call's keywords with another one; None where values are not the text's."""
-    name = next((name for name in ("context", "encoder_hidden_states") if kwargs.get(name) is not None), "")
-    if not name and not args:
-        return None, dict
-    context = kwargs[name] if name else args[0]
-    name = name or "context"
-    value = args[1] if len(args) > 1 else kwargs.get("value")
-    if len(args) > 1 or not isinstance(context, Tensor) or (value is not None and value is not context):
-        return None, dict
-    rest = {key: each for key, each in kwargs.items() if key not in (name, "value")}
-    return context, lambda states: {**rest, name: states}
+            given = self._placed.given.to(context)
+            self._context = context
+            self._replaced = [torch.equal(states[:len(given)], given) for states in context]
+        return self._replaced
