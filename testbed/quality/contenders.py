@@ -117,11 +117,11 @@ _ALL = (
     Contender("demofusion", "main", "", {"method": "demofusion"}),
     Contender("accdiffusion-v1", "main", "this is v2 without the ControlNet", {"method": "accdiffusion-v1"}),
     Contender(SUBJECT, "main", ""),
-    Contender("best", "main", "the preset: v2 held to the enlarged picture itself, from 0.7 of the schedule on", {
-        "preset": "best", "stage_steps": 24}),
-    Contender("balanced", "main", "the preset: v2 with the mixed reference, 8 computed steps a stage", {
-        "preset": "balanced", "stage_steps": 16}),
-    Contender("fast", "main", "the preset: the same with 4 computed steps, fewer windows", {
+    Contender("best", "main", "the preset: the same as balanced, from 0.6 of the schedule on", {
+        "preset": "best", "stage_steps": 20}),
+    Contender("balanced", "main", "the preset: v2 held to the enlarged picture, windows by attention, 8 computed "
+              "steps", {"preset": "balanced", "stage_steps": 16}),
+    Contender("fast", "main", "the preset: the same with 4 computed steps", {
         "preset": "fast", "stage_steps": 8}),
     Contender("v2, structure guidance", "control", "the prediction's low band is held, from half the schedule on", {
         "skip_residual": False, "structure_guidance": 1.0, "start": 0.5}),
