@@ -278,7 +278,7 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=8, help="of the measured run; 0 leaves it out (default: 8)")
     parser.add_argument("--ways", nargs="+", default=["paper", "balanced"], choices=["literal", "paper", "balanced",
-                                                                                     "fast", "few-step"])
+                                                                                     "fast", "few-step", "best"])
     given = parser.parse_args()
     result: dict[str, Any] = {"measured": measured(given.steps) if given.steps else None,
                               "decode": measured_decode() if given.steps else None}

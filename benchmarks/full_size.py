@@ -21,12 +21,13 @@ from accdiff_lib.standalone.loading import EMBEDDED, Models, alphas_cumprod, loa
 CONFIGS = Path(accdiff_lib.__file__).parent / "configs" / "sdxl"
 
 
-def least_memory(side: int, controlnet: bool) -> dict[str, Any]:
+def least_memory(side: int, controlnet: bool, *, at_once: bool = False) -> dict[str, Any]:
     """What a picture of side x side pixels needs at least in float16, with all networks on the device or (`--offload`)
-    the one at work; and of main memory for the VAE where that has no GPU, which then takes so many times the work.
-    Estimated (accdiff_lib.engine.memory)."""
+    the one at work, with windows by calls or (`at_once`) by attention; and of main memory for the VAE where that has no
+    GPU, which then takes so many times the work. Estimated (accdiff_lib.engine.memory)."""
     unet, vae, cpu = _config("unet"), _networks(controlnet=False)["vae"], torch.device("cpu")
-    need = memory.need(_weights(controlnet), unet=unet, vae=vae, latent=unet["sample_size"] ** 2,
+    latent = side // CELL if at_once else unet["sample_size"]
+    need = memory.need(_weights(controlnet), unet=unet, vae=vae, latent=latent ** 2,
                        canvas=(side // CELL, side // CELL), itemsize=2, device=torch.device("cuda"))
     passes = ((vae_parts.decoding, side // CELL), (vae_parts.encoding, side))
     courses = [plan(vae, (size, size), tile=memory.CPU_TILE, room={cpu: memory.LEAST_MAIN}, device=cpu)

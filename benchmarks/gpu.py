@@ -36,7 +36,7 @@ from benchmarks.measure import WAYS, Bar, make_host, measure, method_of, now
 from benchmarks.sampled import sample
 
 #: What is sampled, the most telling first.
-SAMPLED = ("literal", "paper", "balanced", "fast", "few-step")
+SAMPLED = ("literal", "paper", "balanced", "fast", "few-step", "best")
 MORE = ("scalecrafter", "elasticdiffusion")
 
 

@@ -31,8 +31,8 @@ SAMPLER, SCHEDULER, STEPS = "Euler", "Leading", 50
 
 #: What is compared: the settings of each way to make the same picture.
 WAYS: dict[str, dict[str, Any]] = {
-    "literal": {"tolerance": 0}, "paper": {}, "paper, 1e-2": {"tolerance": 0.01}, "balanced": {"preset": "balanced"},
-    "fast": {"preset": "fast"}, "few-step": {"preset": "few-step"},
+    "literal": {"tolerance": 0}, "paper": {}, "paper, 1e-2": {"tolerance": 0.01}, "best": {"preset": "best"},
+    "balanced": {"preset": "balanced"}, "fast": {"preset": "fast"}, "few-step": {"preset": "few-step"},
     "scalecrafter, literal": {"method": "scalecrafter"}, "scalecrafter": {"method": "scalecrafter"},
     "elasticdiffusion, literal": {"method": "elasticdiffusion", "window_batch": 16},
     "elasticdiffusion": {"method": "elasticdiffusion"}}

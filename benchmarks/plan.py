@@ -58,11 +58,12 @@ def gains() -> dict[str, float]:
 
 def summary() -> dict[str, Any]:
     """The JSON object."""
-    need = least_memory(4096, True)
+    need, more = least_memory(4096, True), least_memory(4096, True, at_once=True)
     return {"main_memory_gib_4096": need["main"], "device_gib_4096": need["resident"],
-            "device_gib_4096_offload": need["offloaded"],
+            "device_gib_4096_offload": need["offloaded"], "device_gib_4096_attention": more["resident"],
+            "device_gib_4096_attention_offload": more["offloaded"],
             **{f"{way.replace('-', '_')}_pflop": round(sdxl_pflop(way, 4), 1)
-               for way in ("literal", "paper", "balanced", "fast", "few-step")}}
+               for way in ("literal", "paper", "best", "balanced", "fast", "few-step")}}
 
 
 if __name__ == "__main__":

@@ -313,6 +313,11 @@ class Host(Protocol):
         """Where the tensors of a canvas of height x width cells live: `device`, or the CPU where that is dear."""
         ...
 
+    def fits(self, height: int, width: int) -> bool:
+        """Whether free memory is enough for a latent of height x width cells, larger than the model's own; windows take
+        less."""
+        ...
+
     def latents_that_fit(self, height: int, width: int) -> int:
         """How many latents of height x width cells one `denoise` call can hold now, by free memory; at least 1."""
         ...

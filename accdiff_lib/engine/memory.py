@@ -171,6 +171,15 @@ class LatentMemory:
         """Bytes of a latent of height x width cells without its other half."""
         return int(self._measured.get((height, width), self._per_cell * height * width))
 
+    def fits(self, height: int, width: int) -> bool:
+        """Whether a large latent fits, a half of CFG at a time: by its tensors, with some room.
+
+        It is asked before anything is tried, because some systems lend a GPU main memory, and all gets slow.
+        """
+        planned = self._per_cell * height * width * (UNET_TENSORS + ATTENTION_TENSORS) / UNET_NUMBERS
+        free = free_main_bytes() * MAIN_SHARE if self._device.type == "cpu" else free_bytes(self._device)
+        return self._measured.get((height, width), planned) <= free
+
     def fit(self, height: int, width: int) -> int:
         """How many latents of height x width cells fit now, each with its unconditional half; at least 1."""
         most = MOST_LATENTS if self._device.type == "cuda" else MOST_CPU_LATENTS

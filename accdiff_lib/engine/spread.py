@@ -43,10 +43,12 @@ class Latents:
     kind: Hashable = ""
     #: The halves of a single latent, of which each is evaluated by itself; together they count as one.
     halves: bool = False
+    #: Together they count as one latent, too: that in whose place they are evaluated.
+    as_one: bool = False
 
     def counted(self, part: slice) -> int:
         """As how many latents a part counts."""
-        return int(part.stop == self.count) if self.halves else part.stop - part.start
+        return int(part.stop == self.count) if self.halves or self.as_one else part.stop - part.start
 
 
 #: Parts of latents with their predictions, in order.

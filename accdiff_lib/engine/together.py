@@ -55,6 +55,10 @@ class SharedHost:
         with self._host.vae_by(VaeTeam(self._ranks)):
             return work()
 
+    def fits(self, height: int, width: int) -> bool:
+        """See Host."""
+        return self._ranks.alone(lambda: self._host.fits(height, width))
+
     def latents_that_fit(self, height: int, width: int) -> int:
         """See Host: what does not depend on how much memory each device has left, so one on a GPU, which that keeps
         busy."""

@@ -44,8 +44,15 @@ class FusedPredictor:
         self.grid = grid_of(inputs.stage, settings)
         self.text: Text = inputs.encode([inputs.prompt])[0]
         #: All windows in one call, where that is how they are computed.
-        self.frame = Frame(host, inputs, settings, self.text) if at_once(
-            inputs.stage, settings, inputs.regions) else None
+        self.frame: Frame | None = None
+        #: That is what was asked for, but memory is too short.
+        self.too_large = False
+        if at_once(inputs.stage, settings, inputs.regions):
+            self.too_large = not host.fits(*inputs.stage.padded)
+            if self.too_large:
+                self._say_too_large()
+            else:
+                self.frame = Frame(host, inputs, settings, self.text)
         #: The windows of all steps with their prompts; None where the windows have the whole one.
         self.prompts: WindowPrompts | None = None
         self._texts: list[Text] = []
@@ -76,13 +83,16 @@ class FusedPredictor:
             if self.frame is None or not call.method.local:
                 raise
         # Here, where what the exception keeps alive is gone.
-        self.host.progress.comment(f"{self.inputs.stage.name}: memory is too short for windows by attention, so each "
-                                   "is computed by itself")
+        self._say_too_large()
         self._give_up_frame()
         return self._predicted(x, sigma, call)
 
+    def _say_too_large(self) -> None:
+        self.host.progress.comment(f"{self.inputs.stage.name}: memory is too short for windows by attention, so each "
+                                   "is computed by itself")
+
     def _give_up_frame(self) -> None:
-        self.frame = None
+        self.frame, self.too_large = None, True
         self._place()
 
     def state(self) -> dict[str, Tensor]:
@@ -167,7 +177,8 @@ class FusedPredictor:
             inside = (..., slice(edge, edge + height), slice(edge, edge + width))
             return self.mean(value[inside], count[inside], x, call)
 
-        return Latents(len(windows), *size, evaluate, ("window", guidance != 1, call.control)), finish
+        return Latents(len(windows), *size, evaluate, ("window", guidance != 1, call.control),
+                       as_one=self.too_large), finish
 
     def mean(self, value: Tensor, count: Tensor, x: Tensor, call: Call) -> Tensor:
         """The windows' weighted sum [1, C, h, w] over their weights [1, 1, h, w]; the grid leaves no cell without."""

@@ -330,6 +330,11 @@ class StandaloneHost:
         """See engine.host.Host."""
         return self.device if height * width <= memory.MOST_CANVAS_CELLS else torch.device("cpu")
 
+    def fits(self, height: int, width: int) -> bool:
+        """See engine.host.Host."""
+        self._residency.use(self._unet)  # beside which it must fit; a ControlNet takes turns, if need be
+        return self._memory.fits(height, width)
+
     def latents_that_fit(self, height: int, width: int) -> int:
         """See engine.host.Host."""
         return self._memory.fit(height, width)

@@ -393,6 +393,11 @@ class WindowHost(ABC):
         """See engine.host.Host: always the model's, because some of the WebUIs' samplers keep tables there."""
         return self.device
 
+    def fits(self, height: int, width: int) -> bool:
+        """See engine.host.Host."""
+        self.latents_that_fit(height, width)  # brings the UNet, beside which it must fit
+        return self._memory.fits(height, width)
+
     def latents_that_fit(self, height: int, width: int) -> int:
         """See engine.host.Host. With helpers on GPUs one, which keeps a GPU busy: how many fit is another number on
         each."""
