@@ -357,6 +357,13 @@ class ForgeHost(WindowHost):
         patched = conditioning.steered and isinstance(self._session.control, forge_control.PatchingControl)
         return super()._can_divide(conditioning) and not patched
 
+    def fits(self, height: int, width: int) -> bool:
+        """See engine.host.Host."""
+        enough = super().fits(height, width)
+        if not enough:
+            self._stage.put_away()  # the WebUI has made room for what does not come
+        return enough
+
     def latents_that_fit(self, height: int, width: int) -> int:
         """See engine.host.Host."""
         # What is free is known when the weights are where they belong.
