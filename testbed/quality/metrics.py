@@ -19,6 +19,7 @@ from accdiff_lib.parts.windows import Window
 from accdiff_lib.quality import FINE, SIDE, cells, compare, lab, seams
 from testbed.counting import MIN_AREA, Found, find, iou, match, painted, wanted
 from testbed.quality import texture
+from testbed.quality.edges import edge_width
 from testbed.scenes import Scene
 
 Picture = NDArray[np.uint8]
@@ -63,6 +64,7 @@ METRICS: dict[str, Metric] = {metric.name: metric for metric in (
            "render's; noise counts too", 2, 1),
     Metric("true_detail", "true detail", "how much of the true render's detail that the base picture cannot have is in "
            "the picture: the slope of the one on the other", 3, 1),
+    Metric("edges", "edge width", "width of the edges of things relative to the true render's: blur raises it", 2, 1),
     Metric("patches", "patches", "places inside of wanted things that show something else than the base picture, per "
            "picture", 2, 0),
     Metric("tint", "tint", "the largest difference in Lab of a wanted thing's colour from the base picture's", 1, 0),
@@ -115,6 +117,7 @@ def measure(image: Picture, scene: Scene, truth: Picture, scale: int, base: Pict
         "coarse": psnr(reduced(image, scale), reduced(truth, scale)) if aligned else NAN,
         "sharpness": _ratio(detail(image, scale), detail(truth, scale)),
         "true_detail": true_detail(image, truth, scale) if aligned else NAN,
+        "edges": _ratio(edge_width(image, scene), edge_width(truth, scene)) if aligned else NAN,
         "patches": NAN if base is None else float(patches(image, base, things)),
         "tint": NAN if base is None else tint(image, base, things),
         "grain": texture.grain(image, truth) if aligned else NAN,

@@ -217,7 +217,8 @@ def test_without_a_base_picture_things_may_be_anywhere():
     values = measured(render(moved, 512, 512), base=False)
     assert values["exact"] == 1 and values["shape"] == 1
     assert {name for name, value in values.items() if math.isnan(value)} == {
-        "iou", "psnr", "coarse", "ghosts", "true_detail", "patches", "tint", "grain", "gain"}
+        "iou", "psnr", "coarse", "ghosts", "true_detail", "edges", "patches", "tint", "grain",
+        "gain"}
     assert measured(render(moved, 512, 512))["exact"] == 0
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from testbed.counting import wanted
+from testbed.quality.edges import edge_width
 from testbed.quality.metrics import patches, tint
 from testbed.quality.texture import compression, entropy, grain, repetition, smear
 from testbed.scenes import PALETTE, Scene, Thing, render
@@ -59,3 +60,13 @@ def test_more_detail_is_more_entropy_and_less_compression():
     assert entropy(soft) < entropy(TRUE) < entropy(noisy(10))
     assert compression(soft) > compression(TRUE) > compression(noisy(10))
     assert math.isnan(entropy(TRUE[:32, :32]))
+
+
+def test_edges_are_as_wide_as_they_are_blurred():
+    sharp, *blurred = (edge_width(cv2.GaussianBlur(TRUE, (0, 0), sigma) if sigma else TRUE, SCENE)
+                       for sigma in (0, 1, 2, 4))
+    assert sharp < 2 / 512 and sharp < blurred[0] / 1.5 < blurred[1] / 2.5 < blurred[2] / 4
+    # A Gaussian edge's height over its steepest slope, in pixels.
+    assert 512 * blurred[1] == pytest.approx(math.sqrt(2 * math.pi) * 2, rel=0.25)
+    assert edge_width(noisy(3), SCENE) == pytest.approx(sharp, rel=0.1)
+    assert math.isnan(edge_width(TRUE, Scene((), "grass", "day", 0.45)))
