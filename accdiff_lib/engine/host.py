@@ -260,8 +260,9 @@ class Host(Protocol):
         """
         ...
 
-    def networks(self) -> Sequence[nn.Module]:
-        """The UNet and, where there is one, the ControlNet, whose transformer blocks may be patched during `denoise`.
+    def networks(self, height: int, width: int) -> Sequence[nn.Module]:
+        """The UNet and, where there is one, the ControlNet, whose transformer blocks may be patched while `denoise`
+        evaluates latents of height x width cells.
 
         A block has `attn1` and `attn2` as above; `attn1` has `to_k`, `to_v` and `to_out`, too.
         """

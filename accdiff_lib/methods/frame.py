@@ -57,7 +57,7 @@ class Frame:
                              strength=self.settings.control_strength)
 
         def evaluate(_: slice) -> Tensor:
-            with neighbouring(self.host.networks(), self._places[place], self._texts[place]):
+            with neighbouring(self.host.networks(*self.size), self._places[place], self._texts[place]):
                 return self.host.denoise(mirrored(x, 1, self.size).to(device), sigma, given).to(x.device)
 
         def finish(predictions: Predictions) -> Tensor:

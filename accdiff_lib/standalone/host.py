@@ -301,7 +301,7 @@ class StandaloneHost:
         return [(name, module) for name, module in self._unet.named_modules()
                 if name.endswith(".attn2") and name.startswith(("down_blocks.", "up_blocks."))]
 
-    def networks(self) -> list[nn.Module]:
+    def networks(self, height: int, width: int) -> list[nn.Module]:
         """See engine.host.Host."""
         return [network for network in (self._unet, self._controlnet) if network is not None]
 

@@ -52,15 +52,16 @@ def test_from_pure_noise(webui, options, plain, other, settings, more):
 
 # --- ControlNets -----------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("kind", ["union", "control-lora", "lllite"])
-def test_kinds_of_controlnets(webui, options, large, kind):
+@pytest.mark.parametrize(("kind", "by"), [("union", "calls"), ("control-lora", "calls"), ("lllite", "calls"),
+                                          ("control-lora", "attention")])
+def test_kinds_of_controlnets(webui, options, large, kind, by):
     """Two of the files do what the canny one does; each works, or is refused by what it is."""
     listed = webui.controlnets()
     wanted, canny = (next((name for name in listed if f" {each}" in name), None) for each in (kind, "canny"))
     if wanted is None or canny is None:
         pytest.skip(f"this host has no ControlNet named '... {kind}'")
     try:
-        steered = webui.generate({**options, "controlnet_model": wanted})
+        steered = webui.generate({**options, "controlnet_model": wanted, "windows_by": by})
     except Refused as refused:
         assert refused.status == 422 and kind != "union" and webui.script("ControlNet") is None
         assert f"it seems to be a {'control-LoRA' if kind == 'control-lora' else 'ControlNet-LLLite'}" in refused.text
@@ -68,7 +69,7 @@ def test_kinds_of_controlnets(webui, options, large, kind):
     if kind == "lllite":
         assert difference(steered.picture, large.picture) > 5
     else:
-        expected = webui.generate({**options, "controlnet_model": canny}).picture
+        expected = webui.generate({**options, "controlnet_model": canny, "windows_by": by}).picture
         assert difference(steered.picture, expected) <= 20  # Forge Neo's control-LoRA rounds otherwise
         assert np.abs(steered.picture.astype(float) - expected).mean() < 1
         assert difference(expected, large.picture) > 20

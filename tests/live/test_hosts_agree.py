@@ -50,6 +50,7 @@ SMALL = {"scale": 2, "window": WINDOW, "stage_steps": 5, "start": 0.4}
 CASES: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
     "plain": (None, {}),
     "large": (SMALL, {}),
+    "attention": ({**SMALL, "windows_by": "attention"}, {}),
     "euler": (SMALL, {"sampler_name": "Euler", "scheduler": "Normal"}),
     "ancestral": (SMALL, {"sampler_name": "Euler a", "scheduler": "Automatic"}),
     "long-prompt": (SMALL, {"prompt": "a red ball and a blue box on snow BREAK night sky, " + "a green tree, " * 25}),
@@ -160,7 +161,8 @@ def test_hosts_agree(hosts, case):
 
 
 #: Not those with noise of the sampler's own, which the WebUI draws otherwise; nor Hires. fix and batches.
-@pytest.mark.parametrize("case", ["plain", "large", "euler", "padded", "target", "controlnet", "demo"])
+@pytest.mark.parametrize("case", [
+    "plain", "large", "attention", "euler", "padded", "target", "controlnet", "demo"])
 def test_the_command_agrees(hosts, case, tmp_path):
     if not COMMAND:
         pytest.skip("needs the command's flags for the WebUIs' checkpoint: set ACCDIFF_WEBUI_COMMAND")

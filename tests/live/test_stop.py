@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 
+from accdiff_lib.methods.fused import BY
 from tests.live.client import BASE, SOON, WINDOW, alike, difference, image, size, stage
 
 #: Long enough to press a button in.
@@ -23,8 +24,9 @@ def press(webui, button: str, running) -> tuple:
     return running.result(120), time.perf_counter() - begin
 
 
-def test_interrupt_in_the_first_stage_gives_the_base_picture(webui, plain):
-    running = webui.start({**LONG, "scale": 2})
+@pytest.mark.parametrize("by", BY)
+def test_interrupt_in_the_first_stage_gives_the_base_picture(webui, plain, by):
+    running = webui.start({**LONG, "scale": 2, "windows_by": by})
     webui.wait(running, lambda now: stage(now) == "2x" and now["state"]["sampling_step"] > 0)
     answer, seconds = press(webui, "interrupt", running)
     assert seconds < SOON

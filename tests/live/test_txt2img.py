@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from accdiff_lib.methods.fused import BY
 from accdiff_lib.parts.infotext import parse
 from accdiff_lib.settings import values as settings_of
 from accdiff_lib.webui import arguments
@@ -162,7 +163,7 @@ def test_a_lora_counts_in_the_stages_and_is_gone_afterwards(webui, plain, which)
 
 @pytest.mark.parametrize("change", [
     {"window_prompts": False}, {"guidance_rescale": 0.5}, {"gaussian": False}, {"local_guidance": 2},
-    {"dilated": False}, {"skip_residual": False}, {"jitter": False}])
+    {"dilated": False}, {"skip_residual": False}, {"jitter": False}, {"windows_by": "attention"}])
 def test_an_option_changes_the_picture(webui, options, large, change):
     name = next(iter(change))
     label = webui.get("/accdiffusion/v1/options")["properties"][name]["x-infotext"]
@@ -174,6 +175,15 @@ def test_an_option_changes_the_picture(webui, options, large, change):
 @pytest.mark.parametrize("change", [{"window_batch": 1}, {"window_batch": 3}, {"vae_tile": 16}])
 def test_what_is_about_memory_does_not_change_the_picture(webui, options, large, change):
     assert difference(webui.generate({**options, **change}).picture, large.picture) <= 1
+
+
+@pytest.mark.parametrize("negative", ["blurry", "blurry, " * 40], ids=["", "longer"])
+def test_by_attention_windows_have_their_own_texts(webui, options, large, negative):
+    """Also where the negative prompt takes more contexts than the prompt; and nothing stays on the model."""
+    one, other = (webui.generate({**options, "windows_by": "attention", "window_prompts": prompts},
+                                 negative_prompt=negative).picture for prompts in (True, False))
+    assert one.shape == large.picture.shape and difference(one, other) > 20
+    assert np.array_equal(webui.generate(options).picture, large.picture)
 
 
 def test_positional_arguments(webui, options, large):
@@ -260,9 +270,11 @@ def test_controlnet_on_and_off(webui, options, large, controlnet):
     assert np.array_equal(webui.generate(options).picture, large.picture)
 
 
-def test_a_picture_with_a_controlnet_again_from_its_parameters(webui, options, controlnet):
+@pytest.mark.parametrize("by", BY)
+def test_a_picture_with_a_controlnet_again_from_its_parameters(webui, options, controlnet, by):
     """In a batch, whose second picture's ControlNet is not read anew."""
-    made = webui.generate({**options, "controlnet_model": controlnet, "control_strength": 0.9}, n_iter=2)
+    made = webui.generate({**options, "controlnet_model": controlnet, "control_strength": 0.9, "windows_by": by},
+                          n_iter=2)
     for picture, text in zip(made.pictures, made.texts, strict=True):
         values = parse(text).values
         job = arguments.restored(values)

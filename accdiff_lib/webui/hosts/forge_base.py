@@ -352,6 +352,13 @@ class ForgeHost(WindowHost):
         self._stage.put_away()  # the WebUI loads the text encoders, and may make room for them
         return super().encode_texts(prompts)
 
+    def networks(self, height: int, width: int) -> list[nn.Module]:
+        """See engine.host.Host. A control-LoRA's is made anew whenever the UNet is brought."""
+        self._filling((height, width))  # before, as it may take the VAE
+        self._stage.require(torch.zeros(1, self.channels, height, width, device=self.device))
+        found, made = super().networks(height, width), getattr(self._session.control, "control_model", None)
+        return [*found, made] if isinstance(made, nn.Module) and made not in found else found
+
     def _can_divide(self, conditioning: Conditioning) -> bool:
         """See WindowHost. Patches of the UNet that a ControlNet makes are for the whole call."""
         patched = conditioning.steered and isinstance(self._session.control, forge_control.PatchingControl)

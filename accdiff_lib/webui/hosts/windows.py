@@ -369,7 +369,7 @@ class WindowHost(ABC):
         """See engine.host.Host."""
         return ldm_unet.cross_attention(self._unet)
 
-    def networks(self) -> list[nn.Module]:
+    def networks(self, height: int, width: int) -> list[nn.Module]:
         """See engine.host.Host."""
         return [self._networks[name] for name in ("UNet", "ControlNet") if name in self._networks]
 
