@@ -261,6 +261,8 @@ class _Texts:
         #: The latest batch of texts that a network was given, and which of its rows have the text that is replaced.
         self._context: Tensor | None = None
         self._replaced: list[bool] = []
+        #: What was put behind that text: none, or the tokens [T, C].
+        self._behind: list[Tensor] = []
         self._cells: dict[tuple[int, int, torch.device], list[Tensor]] = {}
 
     def cross_attention(self, layer: Any) -> Callable[..., Any]:
@@ -290,7 +292,8 @@ class _Texts:
         for states, cells in zip(self._placed.texts, places, strict=True):
             if len(cells):
                 some = rows[:, None], cells
-                found.append((some, ask(x[some], states.to(context).expand(len(rows), -1, -1))))
+                text = torch.cat([states.to(context), *self._behind])
+                found.append((some, ask(x[some], text.expand(len(rows), -1, -1))))
         result = found[0][1].new_empty(x.shape)
         for place, made in found:
             result[place] = made
@@ -308,10 +311,13 @@ class _Texts:
     def _replaced_of(self, context: Tensor) -> list[bool]:
         """Of each text of a batch, whether it is the given one, not another: a negative prompt.
 
-        A batch has texts of one length: shorter ones were made longer at their ends.
+        A batch has texts of one length. Behind shorter ones come an empty one's tokens, as A1111 does it, or they
+        themselves again (Forge), which attention is the same with.
         """
         if context is not self._context:
             given = self._placed.given.to(context)
             self._context = context
             self._replaced = [torch.equal(states[:len(given)], given) for states in context]
+            behind = [states[len(given):] for states, each in zip(context, self._replaced, strict=True) if each][:1]
+            self._behind = [tokens for tokens in behind if not torch.equal(tokens[:len(given)], given)]
         return self._replaced
