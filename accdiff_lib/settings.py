@@ -137,7 +137,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "best": {**_HELD, "start": 0.6, "stage_steps": 20, "stage_sampler": "DPM++ 2M",
              "stage_scheduler": "Karras", "guidance_end": 0.75, "control_end": 0.75},
-    "balanced": {**_HELD, "stage_steps": 16, "stage_sampler": "DPM++ 2M", "stage_scheduler": "Karras",
+    "balanced": {**_HELD, "start": 0.55, "stage_steps": 18, "stage_sampler": "DPM++ 2M", "stage_scheduler": "Karras",
                  "guidance_end": 0.75, "control_end": 0.75},
     "fast": {**_HELD, "stage_steps": 8, "stage_sampler": "DPM++ 2M", "stage_scheduler": "Karras",
              "guidance_end": 0.75, "control_end": 0.75, "dilated_end": 0.75, "overlap": 0.25,

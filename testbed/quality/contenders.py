@@ -120,7 +120,7 @@ _ALL = (
     Contender("best", "main", "the preset: the same as balanced, from 0.6 of the schedule on", {
         "preset": "best", "stage_steps": 20}),
     Contender("balanced", "main", "the preset: v2 held to the enlarged picture, windows by attention, 8 computed "
-              "steps", {"preset": "balanced", "stage_steps": 16}),
+              "steps", {"preset": "balanced", "stage_steps": 18}),
     Contender("fast", "main", "the preset: the same with 4 computed steps", {
         "preset": "fast", "stage_steps": 8}),
     Contender("v2, structure guidance", "control", "the prediction's low band is held, from half the schedule on", {
