@@ -640,6 +640,27 @@ def test_hints_are_made_only_where_the_controlnet_takes_part(unet):
     assert given == [0.5, "clear"]
 
 
+def test_a_control_loras_network_is_known_when_it_is_made(unet):
+    """That is when the UNet is brought, with room for the latent; of other ControlNets it is the patcher's."""
+    class ControlLora:
+        control_model: nn.Module | None = None
+
+    class Making(Program):
+        def prepare(self, patcher, x):
+            super().prepare(patcher, x)
+            lora.control_model = nn.Identity()
+
+    lora: Any = ControlLora()
+    host = forge_host(Patcher(unet), lora)
+    host._stage._webui = program = Making()  # type: ignore[assignment]
+    host._session = SimpleNamespace(helpers=None, control=lora)  # type: ignore[assignment]
+    host.channels, host._networks, host._filled = 4, {"UNet": unet}, {(8, 16): torch.zeros(1)}
+    assert host.networks(8, 16) == [unet, lora.control_model]
+    assert [(what, shape) for what, _, shape in program.done] == [("prepare", (1, 4, 8, 16))]
+    host._networks["ControlNet"] = lora.control_model
+    assert host.networks(8, 16) == [unet, lora.control_model] and len(program.done) == 1
+
+
 def test_guidance_rescale_acts_on_what_the_webui_has_combined(unet):
     """With weights of AND and the hooks of others in it; both programs' hooks give the same."""
     generator = torch.Generator().manual_seed(2)
