@@ -275,8 +275,8 @@ def same(one, other):
         one.pictures[-1].image == other.pictures[-1].image).all()
 
 
-@pytest.mark.parametrize("run", ["v2, a sampler that remembers", "elasticdiffusion, which rewrites x",
-                                 "scalecrafter, three steps back"])
+@pytest.mark.parametrize("run", ["v2, a sampler that remembers", "v2, windows by attention",
+                                 "elasticdiffusion, which rewrites x", "scalecrafter, three steps back"])
 def test_several_devices_make_the_picture_of_one(run):
     """Of one with the same settings; but for ScaleCrafter, which they evaluate in halves, of one without ranks too."""
     one = picture(None, run) if "scalecrafter" not in run else on_ranks(1, lambda ranks: picture(ranks, run))[0]

@@ -17,8 +17,8 @@ from accdiff_lib.standalone.host import StandaloneHost
 from tests import tiny
 from tests.silent import SilentProgress
 
-OPTIONS = {"accdiffusion-v2": {"border": "mirror"}, "multidiffusion": {}, "scalecrafter": {"damped_part": 0.5},
-           "elasticdiffusion": {"repaint": False, "resampling_steps": 1}}
+OPTIONS = {"accdiffusion-v2": {"border": "mirror"}, "demofusion": {"windows_by": "attention"}, "multidiffusion": {},
+           "scalecrafter": {"damped_part": 0.5}, "elasticdiffusion": {"repaint": False, "resampling_steps": 1}}
 
 
 @pytest.fixture(scope="module")

@@ -45,6 +45,8 @@ def halves(height, width):
 PATHS = {
     "an odd size": ({"scale": 2.5, "progressive": False}, {"base": (104, 136)}),
     "cosine windows, zeros outside": ({"overlap": 0.25, "window_weights": "cosine", "border": "zeros"}, {}),
+    "windows by attention, of an odd size": ({"windows_by": "attention", "scale": 2.5, "progressive": False},
+                                             {"base": (104, 136)}),
     "two calls a step": ({"method": "demofusion"}, {"sampler": "DPM2"}),
     "noise at every step": ({}, {"sampler": "DPM++ 2M SDE"}),
     "a given picture": ({}, {"asked": {"given": GivenImage(picture())}}),
@@ -61,10 +63,14 @@ PATHS = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
+#: Every method, and the windows that are computed in another way.
+WAYS = {**{name: {"method": name} for name in METHODS}, "windows by attention": {"windows_by": "attention"}}
+
+
+@pytest.mark.parametrize("name", WAYS)
 def test_a_method_makes_what_it_makes_on_the_cpu(name, on_cpu, in_float_by):
     base = (128, 128) if name not in ("scalecrafter", "elasticdiffusion") else (256, 256)
-    expected, there = run(on_cpu, torch.device("cpu"), {"method": name}, base=base, steps=3)
+    expected, there = run(on_cpu, torch.device("cpu"), WAYS[name], base=base, steps=3)
     found, here = in_float_by(name)
     assert apart(latent(found), latent(expected)) < EXACT
     assert here.progress.comments == there.progress.comments
@@ -102,16 +108,16 @@ def in_float_by(device, in_float):
     @cache
     def made(name):
         base = (128, 128) if name not in ("scalecrafter", "elasticdiffusion") else (256, 256)
-        return run(in_float, device, {"method": name}, base=base, steps=3)
+        return run(in_float, device, WAYS[name], base=base, steps=3)
 
     return made
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", WAYS)
 def test_half_precision_makes_nearly_the_same(name, device, dtype, in_float_by, in_half):
     base = (128, 128) if name not in ("scalecrafter", "elasticdiffusion") else (256, 256)
     expected, exact = in_float_by(name)
-    found, host = run(in_half, device, {"method": name}, base=base, steps=3)
+    found, host = run(in_half, device, WAYS[name], base=base, steps=3)
     assert found.pictures[-1].latent.dtype == torch.float32  # the canvas; only the networks are in half precision
     assert apart(latent(found), latent(expected)) < NEAR[dtype]
     assert host.progress.comments == exact.progress.comments and not found.stopped

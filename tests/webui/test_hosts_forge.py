@@ -28,6 +28,7 @@ from accdiff_lib.webui.hosts.ldm import unet as ldm_unet
 from accdiff_lib.webui.hosts.ldm.controlnet import LdmControlNet
 from accdiff_lib.webui.hosts.neo import Neo
 from accdiff_lib.webui.hosts.reforge import ReForge
+from accdiff_lib.webui.hosts.text import WebUIText
 from tests import ldm_unet as stand_in
 from tests import tiny
 from tests.webui_stand_in import stood_in
@@ -621,6 +622,17 @@ def a1111_host(controlnet: Any) -> A1111Host:
     found.device, found._controlnet, found._prediction = torch.device("cpu"), controlnet, "v_prediction"
     found._model, found._images, found._session = SimpleNamespace(lowvram=False), list, ALONE
     return found
+
+
+def test_the_networks_whose_attention_sees_windows_and_their_texts(unet):
+    control, states = nn.Module(), torch.randn(7, 4)
+    for host in (forge_host(Patcher(unet), None), a1111_host(None)):
+        host._networks = {"UNet": unet, "VAE": nn.Module()}
+        assert host.networks() == [unet]
+        host._networks["ControlNet"] = control
+        assert host.networks() == [unet, control]
+        text = WebUIText([(states, 1.0), ({"crossattn": states + 1, "vector": states}, 0.5)], states - 1)
+        assert torch.stack(list(host.states(text))).equal(torch.stack([states, states + 1]))
 
 
 def test_hints_are_made_only_where_the_controlnet_takes_part(unet):

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 
 from accdiff_lib.errors import InputError
+from accdiff_lib.methods import frame
+from accdiff_lib.parts.neighbourhood import neighbouring
 from tests.webui_stand_in.generation import OPTIONS
 
 pytestmark = pytest.mark.usefixtures("alone")
@@ -161,6 +163,38 @@ def test_changed_cross_attention_is_for_the_base_pass(webui):
             del layer.forward
     assert sizes == [2] * len(layers) and np.array_equal(answer.picture, plain.picture)
     assert "to the cross-attention" in answer.comments and "cross-attention" not in plain.comments
+
+
+def test_windows_by_attention_in_the_webuis_own_calls(webui, monkeypatch):
+    """The layers get the text of each block's window in place of the prompt, and the negative prompt as it is; what SAG
+    puts on a layer of the UNet sees the whole canvas."""
+    unet, placed_texts = webui.model.model.diffusion_model, []
+
+    def watched(networks: Any, seen: Any, placed: Any) -> Any:
+        assert list(networks)[0] is unet
+        placed_texts.append(placed)
+        return neighbouring(networks, seen, placed)
+
+    monkeypatch.setattr(frame, "neighbouring", watched)
+    middle, texts, maps = unet.middle_block[1].transformer_blocks[0], [], []
+
+    def records(x: Any, context: Any = None) -> Any:
+        maps.append(x.shape[1])
+        return type(middle.attn1).forward(middle.attn1, x, context)
+
+    handle = middle.attn2.to_k.register_forward_pre_hook(lambda _, args: texts.extend(args[0]))
+    monkeypatch.setattr(middle.attn1, "forward", records, raising=False)
+    options = {**SHORT, "controlnet": False, "dilated": False, "c": 0.6}
+    try:
+        answer = webui.generate({**options, "windows_by": "attention"}, steps=1)
+    finally:
+        handle.remove()
+    assert vars(middle.attn1)["forward"] is records and "forward" not in vars(middle.attn2)
+    placed, = placed_texts
+    assert maps == [4, 16] and len({placed.texts[number] for number in placed.numbers}) > 1
+    assert all(any(placed.texts[number].equal(text) for text in texts) for number in placed.numbers)
+    assert any(text.equal(texts[1]) for text in texts[2:])  # the negative prompt, as in the base pass
+    assert not np.array_equal(answer.picture, webui.generate(options, steps=1).picture)
 
 
 class Units:
