@@ -102,7 +102,8 @@ def quality_of(result: Result) -> Quality | None:
     if base.stage is not None or base is last or base.image is None or last.image is None:
         return None
     said = [said for _, said in result.explanation.stages]
-    windows = said[-1].on_canvas if said and isinstance(said[-1], WindowPrompts) else ()
+    bordered = said and isinstance(said[-1], WindowPrompts) and not said[-1].at_once
+    windows = said[-1].on_canvas if bordered else ()
     return compare(last.image, base.image, windows)
 
 

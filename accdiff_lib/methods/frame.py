@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 
 from torch import Tensor
@@ -39,7 +40,7 @@ class Frame:
         if inputs.words:
             shown = [window_prompts(inputs.words, blocks.windows, settings.c, size=(stage.height, stage.width),
                                     part=inputs.plan.part, membership=settings.membership) for blocks in self._places]
-            self.prompts = shown[0]
+            self.prompts = replace(shown[0], at_once=True)
             different = list(dict.fromkeys(prompt for each in shown for prompt in each.prompts))
             # Of one part: prompts of several are computed by calls.
             given, *texts = [states for states, in map(host.states, [text, *inputs.encode(different)])]

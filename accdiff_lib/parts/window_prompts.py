@@ -39,6 +39,8 @@ class WindowPrompts:
     prompts: tuple[str, ...]
     #: Of the canvas, in cells.
     padding: int = 0
+    #: All were computed in one call, so nothing of the picture ends at their borders.
+    at_once: bool = False
 
     @property
     def on_canvas(self) -> tuple[Window, ...]:

@@ -1,6 +1,7 @@
 """The line of figures beneath a run: what went wrong in a picture is seen, and what is right is not blamed."""
 
 import math
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -90,6 +91,8 @@ def test_a_run_is_judged_by_its_base_picture_if_it_was_looked_at():
     windows = [(stage, WindowPrompts(WINDOWS, ("",) * len(WINDOWS)))]
     found = quality_of(Result(1, [base, last], Explanation([], windows)))
     assert found == compare(TRUE, BASE, WINDOWS)
+    at_once = [(stage, replace(said, at_once=True)) for stage, said in windows]
+    assert math.isnan(quality_of(Result(1, [base, last], Explanation([], at_once))).seams)
     assert math.isnan(quality_of(Result(1, [base, last], Explanation())).seams)
     assert quality_of(Result(1, [Picture(None, None, None), last], Explanation())) is None
     assert quality_of(Result(1, [last], Explanation())) is None and quality_of(Result(1, [base], Explanation())) is None
