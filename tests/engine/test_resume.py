@@ -31,7 +31,7 @@ MASK[:, 8:] = 1
 RUNS = {
     "v2, a sampler that remembers": ("accdiffusion-v2", "DPM++ 2M", {"c": 0.5}, {}),
     "v2 from a picture, two calls a step": ("accdiffusion-v2", "Heun", {}, {"given": GivenImage(PICTURE)}),
-    "v2, windows by attention": ("accdiffusion-v2", "Heun", {"c": 0.5, "windows_by": "attention"}, {}),
+    "v2, windows by attention": ("accdiffusion-v2", "Euler a", {"c": 0.5, "windows_by": "attention"}, {}),
     "v1, ancestral": ("accdiffusion-v1", "Euler a", {}, {}),
     "demofusion, a path of noise": ("demofusion", "DPM++ SDE", {}, {}),
     "multidiffusion, regions": ("multidiffusion", "LMS", {"stride": 8}, {"regions": (Region("a star", None, MASK),)}),

@@ -80,8 +80,8 @@ ALONE = {"controlnet": False, "dilated": False}
 
 @pytest.mark.parametrize("values, guidance, sampler", [
     ({}, 5.0, "Heun"), ({}, 1.0, "Euler a"), ({"local_guidance": 1, "control_end": 0.5}, 5.0, "Euler a"),
-    ({"guidance_end": 0.5, **ALONE}, 5.0, "Heun"), ({"scale": 4, "doubling": True, "dilated_end": 0.6}, 5.0, "Euler a"),
-    ({"method": "multidiffusion", "c": 0.3}, 5.0, "Euler a"), ({"tolerance": 1e-3}, 5.0, "Euler a")])
+    ({"guidance_end": 0.5, **ALONE}, 5.0, "Heun"), ({"scale": 4, "doubling": True, **ALONE}, 5.0, "Euler a"),
+    ({"method": "multidiffusion", "c": 0.3}, 5.0, "Euler a")])
 def test_the_plans_work_is_what_the_networks_see(values, guidance, sampler):
     host = make_host(sampler=sampler, steps=2)
     wanted = request(host, values, guidance=guidance)
@@ -213,11 +213,11 @@ def short_of_memory(host, size, calls=0):
 
 def test_short_memory():
     """From the call on where it is too short; at the first one the picture is the one by calls, bit by bit."""
-    host, plain = make_host(steps=2), make_host(steps=2)
+    host, plain = make_host(steps=1), make_host(steps=1)
     short_of_memory(host, (16, 16))
     with unchanged(host.models.unet), unchanged(host.models.controlnet):
-        result = run(host, {"dilated_end": 0.7})
-    assert result.pictures[-1].latent.equal(latent(plain, {"dilated_end": 0.7, **CALLS})) and not result.stopped
+        result = run(host)
+    assert result.pictures[-1].latent.equal(latent(plain, CALLS)) and not result.stopped
     comment, = host.progress.comments
     assert comment == "2x: memory is too short for windows by attention, so each is computed by itself"
     host = make_host(steps=2)
@@ -231,7 +231,7 @@ def test_no_memory_for_windows_either():
     host = make_host()
 
     def watch(x):
-        if len(host.seen) > 5:
+        if len(host.seen) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
     host.watch = watch
@@ -295,27 +295,35 @@ def test_the_networks_are_as_before(stop):
 # --- what it costs -----------------------------------------------------------------------------------------------
 
 def test_the_price_is_what_is_counted():
-    """Each cell costs what it costs in a window, here in real calls; a part of the price is no cell's."""
+    """Each cell costs what it costs in a window; here in real calls, where attention alone has less to do."""
     models = tiny.sdxl(sample_size=16)
     config, vae, control = models.unet.config, models.vae.config, models.controlnet.config
-    work = Work("whole canvas", 1, 48, 32, guided=True, control=True, seen=(16, 16))
+    work = Work("whole canvas", 1, 32, 16, guided=True, control=True, seen=(16, 16))
     priced = flops.of_work(work, unet=config, vae=vae, controlnet=control)
     window = flops.of_work(replace(work, height=16, width=16, seen=None), unet=config, vae=vae, controlnet=control)
     whole = flops.of_work(replace(work, seen=None), unet=config, vae=vae)
-    assert priced == pytest.approx([6 * each for each in window]) and whole[0] > 1.2 * priced[0] and whole[1] == 0
+    assert priced == pytest.approx([2 * each for each in window]) and whole[0] > priced[0] and whole[1] == 0
     given = {"encoder_hidden_states": torch.zeros(1, 77, config.cross_attention_dim), "added_cond_kwargs": {
         "text_embeds": torch.zeros(1, 16), "time_ids": torch.zeros(1, 6)}}
-    for side, expected in ((16, priced), (48, whole)):
+    found, shapes = {}, []
+    for side in (16, 32):
+        handles = [module.to_q.register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape))
+                   for name, module in models.unet.named_modules() if name.endswith("attn1")]
         with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH), neighbouring(
-                [models.unet], Neighbourhood((48, 32), side)):
-            models.unet(torch.zeros(1, 4, 48, 32), torch.ones(1), **given)
-        assert counter.get_total_flops() / 1e12 == pytest.approx(expected[0], rel=0.06)
+                [models.unet], Neighbourhood((32, 16), side)):
+            models.unet(torch.zeros(1, 4, 32, 16), torch.ones(1), **given)
+        found[side] = counter.get_total_flops() / 1e12
+        for handle in handles:
+            handle.remove()
+    saved = sum(4 * channels * cells * (cells - cells / 2) for _, cells, channels in shapes[:len(shapes) // 2])
+    assert found[32] - found[16] == pytest.approx(saved / 1e12, rel=1e-4) and saved > 0
+    assert found[32] == pytest.approx(whole[0], rel=1e-4) and found[16] == pytest.approx(priced[0], rel=0.06)
 
 
 def test_effort_counts_what_attention_sees():
     canvas = Work("whole canvas", 1, 256, 256, guided=False, seen=(128, 128))
     window = Work("window", 4, 128, 128, guided=False)
     assert effort.of_work([canvas], 128) == pytest.approx(effort.of_work([window], 128))
-    assert effort.of_work([replace(canvas, seen=None)], 128) > 1.5 * effort.of_work([canvas], 128)
+    assert effort.of_work([replace(canvas, seen=None)], 128) > 1.2 * effort.of_work([canvas], 128)
     steered, alone = replace(canvas, control=True, guided=True), replace(window, control=True, guided=True)
     assert effort.of_work([steered], 128) == pytest.approx(effort.of_work([alone], 128))

@@ -171,7 +171,7 @@ def test_windows_by_attention_in_the_webuis_own_calls(webui, monkeypatch):
     unet, placed_texts = webui.model.model.diffusion_model, []
 
     def watched(networks: Any, seen: Any, placed: Any) -> Any:
-        assert list(networks)[0] is unet
+        assert unet in networks
         placed_texts.append(placed)
         return neighbouring(networks, seen, placed)
 
