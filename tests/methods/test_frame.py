@@ -145,7 +145,7 @@ def test_each_block_has_the_prompt_of_its_window(asked):
     finally:
         handle.remove()
     networks, seen, placed = asked[0]
-    assert networks == host.networks(32, 32) == [host.models.unet, host.models.controlnet]
+    assert networks == [host.models.unet, host.models.controlnet]
     (_, shown), = result.explanation.stages
     assert len(set(shown.prompts)) > 1 and shown.windows == places(seen.size, NATIVE, host.multiple)[0].windows
     for _, seen, placed in asked:
