@@ -625,14 +625,13 @@ def a1111_host(controlnet: Any) -> A1111Host:
 
 
 def test_the_networks_whose_attention_sees_windows_and_their_texts(unet):
-    control, states = nn.Module(), torch.randn(7, 4)
-    for host in (forge_host(Patcher(unet), None), a1111_host(None)):
-        host._networks = {"UNet": unet, "VAE": nn.Module()}
-        assert host.networks() == [unet]
-        host._networks["ControlNet"] = control
-        assert host.networks() == [unet, control]
-        text = WebUIText([(states, 1.0), ({"crossattn": states + 1, "vector": states}, 0.5)], states - 1)
-        assert torch.stack(list(host.states(text))).equal(torch.stack([states, states + 1]))
+    control, states, host = nn.Module(), torch.randn(7, 4), a1111_host(None)
+    host._networks = {"UNet": unet, "VAE": nn.Module()}
+    assert host.networks(8, 8) == [unet]
+    host._networks["ControlNet"] = control
+    assert host.networks(8, 8) == [unet, control]
+    text = WebUIText([(states, 1.0), ({"crossattn": states + 1, "vector": states}, 0.5)], states - 1)
+    assert torch.stack(host.states(text)).equal(torch.stack([states, states + 1]))
 
 
 def test_hints_are_made_only_where_the_controlnet_takes_part(unet):
