@@ -46,7 +46,7 @@ def look(page: Any, panel: str, name: str, folder: str | Path | None = SHOTS) ->
     """The faults of each look of the element `panel`; pictures are NAME-LOOK.png. The window is as before then."""
     found, before = {}, page.viewport_size
     for kind, (width, dark) in LOOKS.items():
-        page.set_viewport_size({"width": width, "height": 1600})
+        page.set_viewport_size({"width": width, "height": 2400})
         was_dark = page.evaluate("document.body.classList.contains('dark')")
         _darken(page, dark)
         page.wait_for_timeout(400)

@@ -18,6 +18,7 @@ from PIL import Image
 from accdiff_lib.parts.infotext import parse
 from accdiff_lib.settings import values
 from accdiff_lib.webui import arguments
+from accdiff_lib.webui.ui.panel import first_values
 from tests import shots
 from tests.live.client import BASE, SOON, URL, WINDOW, Refused, alike, encoded, size, stage
 
@@ -178,12 +179,11 @@ def from_text(webui, text: str) -> np.ndarray:
 
 
 def test_how_it_looks(txt2img):
-    """As when the page has been opened; ACCDIFF_SHOTS takes pictures of it, called ACCDIFF_WEBUI_NAME."""
+    """With its first values, the windows' accordion open; ACCDIFF_SHOTS has pictures ACCDIFF_WEBUI_NAME-*.png."""
     page = txt2img.page
-    for name in ("window", "stage_steps"):
-        txt2img.number(f"{PANEL}{name}", 0)
-    txt2img.number(f"{PANEL}start", 0.5)
-    for accordion in page.locator(f"[id^={PANEL[1:]}group_] > .label-wrap").all():
+    for name in SMALL:
+        txt2img.number(f"{PANEL}{name}", first_values()[name])
+    for accordion in page.locator(f"[id^={PANEL[1:]}group_]:not({PANEL}group_windows) > .label-wrap").all():
         accordion.evaluate("button => button.click()")
     for name in ("width", "height"):
         txt2img.number(f"#txt2img_{name}", 4 * BASE)
@@ -221,6 +221,7 @@ def test_the_panel_generates_what_the_api_does(txt2img, webui):
 
 def check_restored(txt2img, picture) -> None:
     """The panel is as it was when the picture was made, and makes it again."""
+    txt2img.page.wait_for_function("document.querySelector('#txt2img_neg_prompt textarea').value === 'blurry'")
     for name, wanted in (("scale", "1.5"), ("c", "0.4"), ("stage_steps", "5"), ("start", "0.4"),
                          ("window", str(WINDOW)), ("method", "accdiffusion-v1")):
         assert txt2img.value(name) == wanted, name
