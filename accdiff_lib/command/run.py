@@ -315,7 +315,7 @@ class Files:
 
     def __init__(self, job: Job, seed: int, output: Output) -> None:
         self.job, self.output = job, output
-        self.parameters = parameters(job, seed)
+        self.seed = seed
         #: Paths by "base", "2x", ..., "final", "explain".
         self.written: dict[str, str] = {}
         self._suffix = job.suffix(seed)
@@ -330,21 +330,22 @@ class Files:
         name = "final" if self._is_last(picture) else picture.name
         if name not in self.written:
             stem = name if name in ("base", "final") else f"stage-{name}"
-            self._write(name, stem, picture.image)
+            self._write(name, stem, picture.image, simplified=picture.simplified)
 
     def _is_last(self, picture: Picture) -> bool:
         return picture.stage == (self.job.plan.stages[-1] if self.job.plan.stages else None)
 
-    def _write(self, name: str, stem: str, image: np.ndarray | None) -> None:
+    def _write(self, name: str, stem: str, image: np.ndarray | None, *, simplified: bool = False) -> None:
         from accdiff_lib.engine import memory
 
         assert image is not None
         claim, stem = self.output.claim, stem + self._suffix
+        text = parameters(self.job, self.seed, simplified=simplified)
         path: Path | None = claim.path(stem)
         # What a run that goes on has written already is good, but for the explanation, of which there is more now.
         if not claim.goes_on or claim.overwrites or name == "explain" or not claim.path(stem).exists():
             def write() -> tuple[Path | None]:
-                return self.output.write(stem, image, self.parameters, replace=claim.goes_on),
+                return self.output.write(stem, image, text, replace=claim.goes_on),
 
             # What was computed may lie in memory until a first try fails.
             path, = memory.attempt(write) or write()
@@ -369,8 +370,9 @@ class Files:
             host.progress.comment(f"the sheet that explains the run could not be made: {said}")
 
 
-def parameters(job: Job, seed: int) -> str:
-    """The generation parameters of a picture, as the WebUI writes them."""
+def parameters(job: Job, seed: int, *, simplified: bool = False) -> str:
+    """The generation parameters of a picture, as the WebUI writes them; `simplified`: see engine.host.Picture."""
+    stated = job.stated.without_placed_texts() if simplified else job.stated
     general, given = job.general, job.arguments
     height, width = (CELL * side for side in job.plan.base)
     values: dict[str, Any] = {
@@ -388,7 +390,7 @@ def parameters(job: Job, seed: int) -> str:
         values["AccDiffusion regions"] = " | ".join(prompt for prompt, _ in given.region)
     if general["prediction"] != "auto":
         values["AccDiffusion prediction"] = general["prediction"]
-    values |= {"AccDiffusion": __version__, **settings_infotext(job.stated), **job.prompts.hashes}
+    values |= {"AccDiffusion": __version__, **settings_infotext(stated), **job.prompts.hashes}
     text = infotext.write(given.prompt, general["negative"], values)
     return text.encode("utf-8", "replace").decode("utf-8")  # a file's name may be no text
 

@@ -53,6 +53,8 @@ class StageInputs:
     guide: Guide | None = None
     #: Parts of the picture that have prompts of their own.
     regions: Sequence[Region] = ()
+    #: Said by the predictor: it goes by Settings.without_placed_texts, as memory is too short for the stage's.
+    simplified: bool = False
 
     def trajectory(self, sigma: float) -> Tensor:
         """The enlarged latent at a noise level: y = z + sigma * noise."""

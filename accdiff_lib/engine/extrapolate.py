@@ -387,7 +387,8 @@ class Extrapolation:
         latent = latent.to(host.device)
         if base is not None:
             latent = match_statistics(latent, base.latent.mean(), base.latent.std())
-        return Picture(stage, latent, None, script.latents, time.perf_counter() - begin)
+        return Picture(stage, latent, None, script.latents, time.perf_counter() - begin,
+                       simplified=inputs.simplified or (last is not None and last.simplified))
 
     def _inputs(self, request: Request, stage: Stage, last: Picture | None, words: Sequence[WordMask], *,
                 steered: bool) -> StageInputs:

@@ -111,6 +111,8 @@ class Picture:
     #: Latents the model evaluated (CFG's two as one), and the time it took.
     latents: int = 0
     seconds: float = 0.0
+    #: It, or a stage before it, was made with Settings.without_placed_texts, as memory was too short for the others.
+    simplified: bool = False
 
     @property
     def name(self) -> str:

@@ -45,14 +45,11 @@ class FusedPredictor:
         self.text: Text = inputs.encode([inputs.prompt])[0]
         #: All windows in one call, where that is how they are computed.
         self.frame: Frame | None = None
-        #: That is what was asked for, but memory is too short.
-        self.too_large = False
         if at_once(inputs.stage, settings, inputs.regions):
-            self.too_large = not host.fits(*inputs.stage.padded)
-            if self.too_large:
-                self._say_too_large()
-            else:
+            if host.fits(*inputs.stage.padded):
                 self.frame = Frame(host, inputs, settings, self.text)
+            else:
+                self._simplify()
         #: The windows of all steps with their prompts; None where the windows have the whole one.
         self.prompts: WindowPrompts | None = None
         self._texts: list[Text] = []
@@ -83,17 +80,16 @@ class FusedPredictor:
             if self.frame is None or not call.method.local:
                 raise
         # Here, where what the exception keeps alive is gone.
-        self._say_too_large()
-        self._give_up_frame()
+        self.frame = None
+        self._simplify()
+        self._place()
         return self._predicted(x, sigma, call)
 
-    def _say_too_large(self) -> None:
+    def _simplify(self) -> None:
+        """Memory is too short for all windows at once."""
+        self.inputs.simplified = True
         self.host.progress.comment(f"{self.inputs.stage.name}: memory is too short for windows by attention, so each "
                                    "is computed by itself")
-
-    def _give_up_frame(self) -> None:
-        self.frame, self.too_large = None, True
-        self._place()
 
     def state(self) -> dict[str, Tensor]:
         """See engine.resume.Growing: a run that goes on computes its windows as it has done."""
@@ -102,7 +98,9 @@ class FusedPredictor:
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """See engine.resume.Growing."""
         if self.frame is not None and not state["at_once"]:
-            self._give_up_frame()
+            self.frame = None
+            self._simplify()
+            self._place()
 
     def _predicted(self, x: Tensor, sigma: Tensor, call: Call) -> Tensor:
         passes = call.method
@@ -178,7 +176,7 @@ class FusedPredictor:
             return self.mean(value[inside], count[inside], x, call)
 
         return Latents(len(windows), *size, evaluate, ("window", guidance != 1, call.control),
-                       as_one=self.too_large), finish
+                       as_one=self.inputs.simplified), finish
 
     def mean(self, value: Tensor, count: Tensor, x: Tensor, call: Call) -> Tensor:
         """The windows' weighted sum [1, C, h, w] over their weights [1, 1, h, w]; the grid leaves no cell without."""

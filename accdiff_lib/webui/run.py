@@ -26,6 +26,7 @@ from accdiff_lib.engine.host import Given, GivenImage, GivenLatent, Picture
 from accdiff_lib.engine.method import Work
 from accdiff_lib.engine.plan import make_plan
 from accdiff_lib.errors import InputError, Interrupted, NotFinite, OutOfMemory
+from accdiff_lib.methods import infotext as settings_infotext
 from accdiff_lib.methods import of, without_control
 from accdiff_lib.parts.attention import map_size
 from accdiff_lib.parts.regions import Region, check_regions
@@ -336,6 +337,11 @@ class Batch:
             made = "base picture only" if picture.stage is None else f"{by} to {picture.name}"
             found.append(f"{made} ({result.stopped})" if result.stopped else made)
         self._p.extra_generation_params[RAN_KEY] = " | ".join(dict.fromkeys(found)) or "base picture only"
+        if any(result.pictures[-1].simplified for result in results):
+            simple = settings_infotext(settings.without_placed_texts())
+            for key in settings_infotext(settings).keys() - simple:
+                self._p.extra_generation_params.pop(key, None)
+            self._p.extra_generation_params.update(simple)
 
     # --- bar and pictures -------------------------------------------------------------------------------------
 

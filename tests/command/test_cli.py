@@ -20,6 +20,7 @@ from accdiff_lib.command import arguments, docs
 from accdiff_lib.command import run as cli
 from accdiff_lib.command.files import read_image
 from accdiff_lib.command.report import Terminal
+from accdiff_lib.engine import memory
 from accdiff_lib.methods import OPTIONS, from_infotext, make
 from accdiff_lib.parts import infotext
 from accdiff_lib.standalone import loading
@@ -251,6 +252,14 @@ def test_a_run(capsys, models):
         assert {"Steps": "2", "Sampler": "Euler", "Schedule type": "Leading", "CFG scale": "7.5", "Seed": "7",
                 "Size": "128x128", "Model": "embedded", "AccDiffusion": __version__}.items() <= found.values.items()
         assert from_infotext(found.values) == make({"scale": 3, "c": 0.25, "window": 16})
+
+
+def test_parameters_say_how_a_picture_was_made_for_want_of_memory(models, monkeypatch):
+    monkeypatch.setattr(memory.LatentMemory, "fits", lambda *_: False)
+    assert run("--windows-by", "attention", "--intermediate") == 0
+    found = {name: from_infotext(infotext.parse(Image.open(f"out/{name}.png").text["parameters"]).values).windows_by
+             for name in ("base", "final")}
+    assert found == {"base": "attention", "final": "calls"}
 
 
 def test_json_and_the_dry_run_s_numbers_are_those_of_the_run(capsys, models):

@@ -218,6 +218,7 @@ def test_short_memory():
     with unchanged(host.models.unet), unchanged(host.models.controlnet):
         result = run(host)
     assert result.pictures[-1].latent.equal(latent(plain, CALLS)) and not result.stopped
+    assert [picture.simplified for picture in result.pictures] == [False, True]
     comment, = host.progress.comments
     assert comment == "2x: memory is too short for windows by attention, so each is computed by itself"
     host = make_host(steps=2)

@@ -19,8 +19,9 @@ import torch
 from PIL import Image
 
 from accdiff_lib import seeds
+from accdiff_lib.engine import memory
 from accdiff_lib.errors import InputError, NotFinite, OutOfMemory
-from accdiff_lib.methods import make
+from accdiff_lib.methods import from_infotext, make
 from accdiff_lib.parts.noise_levels import alphas_cumprod
 from accdiff_lib.webui import extras, hires, run
 from accdiff_lib.webui.hosts import webui as webui_host
@@ -450,6 +451,13 @@ def test_no_memory_at_all_gives_the_base_picture(webui, plain):
     # Whoever asks the API can tell: the picture says it, and the answer's "info" has the comments.
     assert "AccDiffusion ran: base picture only (out of memory" in answer.processed.infotexts[0]
     assert "out of memory" in answer.processed.extra_generation_params["AccDiffusion comments"]
+
+
+def test_parameters_say_how_a_picture_was_made_for_want_of_memory(webui, large, monkeypatch):
+    monkeypatch.setattr(memory.LatentMemory, "fits", lambda *_: False)
+    answer = webui.generate({**OPTIONS, "windows_by": "attention"})
+    assert same(answer.picture, large) and "memory is too short for windows by attention" in answer.comments
+    assert from_infotext(answer.processed.extra_generation_params).windows_by == "calls"
 
 
 def test_text_that_does_not_fit_is_encoded_in_smaller_batches(webui, large, monkeypatch):
