@@ -100,12 +100,12 @@ def window_shares(mask: np.ndarray, windows: Sequence[Window], size: tuple[int, 
     table = np.zeros((size[0] + 1, size[1] + 1), np.int64)
     table[1:, 1:] = covered.cumsum(0, dtype=np.int64).cumsum(1)
 
-    def count(window: Window) -> int:
-        top, bottom = (np.clip(y - padding, 0, size[0]) for y in (window.top, window.top + window.height))
-        left, right = (np.clip(x - padding, 0, size[1]) for x in (window.left, window.left + window.width))
-        return table[bottom, right] - table[top, right] - table[bottom, left] + table[top, left]
-
-    return np.array([count(window) / (window.height * window.width) for window in windows])
+    top, left, height, width = np.array([(window.top, window.left, window.height, window.width)
+                                         for window in windows], int).reshape(-1, 4).T
+    above, below = (np.clip(y - padding, 0, size[0]) for y in (top, top + height))
+    before, behind = (np.clip(x - padding, 0, size[1]) for x in (left, left + width))
+    count = table[below, behind] - table[above, behind] - table[below, before] + table[above, before]
+    return np.asarray(count / (height * width))
 
 
 def window_prompts(masks: Sequence[WordMask], windows: Sequence[Window], c: float, *, size: tuple[int, int],
