@@ -364,7 +364,8 @@ class Files:
         try:
             shown = result.explained
             image = shown.image if shown.image is not None else host.decode(shown.latent, interruptible=False)
-            self._write("explain", "explain", sheet(image, result.explanation, self.job.plan.part, lines))
+            self._write("explain", "explain", sheet(image, result.explanation, self.job.plan.part, lines),
+                        simplified=result.pictures[-1].simplified)
         except Exception as error:
             said = out_of_memory(error) if is_out_of_memory(error) else error
             host.progress.comment(f"the sheet that explains the run could not be made: {said}")

@@ -15,15 +15,16 @@ import torch
 from torch import Tensor
 
 from accdiff_lib.engine.finite import Finite
-from accdiff_lib.engine.host import Host, Solver, Text
+from accdiff_lib.engine.host import Hints, Host, Solver, Text
 from accdiff_lib.engine.method import Call
-from accdiff_lib.engine.plan import Plan, Stage
+from accdiff_lib.engine.plan import CELL, Plan, Stage
 from accdiff_lib.engine.schedule import Script
 from accdiff_lib.engine.spread import check_stop
 from accdiff_lib.engine.unconditional import Answers
 from accdiff_lib.parts import forecast, reference
 from accdiff_lib.parts.regions import Region
 from accdiff_lib.parts.structure import Guide
+from accdiff_lib.parts.views import mirrored
 from accdiff_lib.parts.window_prompts import WordMask
 from accdiff_lib.settings import Settings
 
@@ -55,6 +56,18 @@ class StageInputs:
     regions: Sequence[Region] = ()
     #: Said by the predictor: it goes by Settings.without_placed_texts, as memory is too short for the stage's.
     simplified: bool = False
+
+    def whole_hints(self, device: torch.device) -> Hints | None:
+        """The hint of the canvas as the model takes it, in three equal channels [1, 3, 8h, 8w]; None without one."""
+        if self.hint is None:
+            return None
+        hint = mirrored(self.hint, CELL, self.stage.padded)
+
+        def hints(numbers: Sequence[int]) -> Tensor:
+            assert list(numbers) == [0]
+            return hint.to(device).expand(-1, 3, -1, -1)
+
+        return hints
 
     def trajectory(self, sigma: float) -> Tensor:
         """The enlarged latent at a noise level: y = z + sigma * noise."""

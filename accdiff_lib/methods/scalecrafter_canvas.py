@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from accdiff_lib.engine.canvas import StageInputs
 from accdiff_lib.engine.host import Conditioning, Host, Text
 from accdiff_lib.engine.method import Call
-from accdiff_lib.engine.plan import CELL
 from accdiff_lib.engine.spread import Batcher, Latents
 from accdiff_lib.methods.scalecrafter import ScaleCrafterSettings, dilation_of
 from accdiff_lib.parts.dilation import redilated
@@ -70,7 +69,7 @@ class ScaleCrafterPredictor:
         self.text: Text = inputs.encode([inputs.prompt])[0]
         self.convolutions = list(host.convolutions())
         self.plan = dilation_of(inputs.stage, settings, [record for record, _ in self.convolutions])
-        self._hint = None if inputs.hint is None else mirrored(inputs.hint, CELL, self.size)
+        self._hints = inputs.whole_hints(host.device)
 
     def __call__(self, x: Tensor, sigma: Tensor, call: Call) -> Tensor:
         """See engine.canvas.Predictor."""
@@ -115,7 +114,7 @@ class ScaleCrafterPredictor:
     def _denoise(self, x: Tensor, sigma: Tensor, call: Call, text: Text, guidance: float = 1.0,
                  rescale: float = 0.0) -> Tensor:
         """The x0 prediction of the canvas [1, C, h, w], which may be elsewhere than the model."""
-        device, steered = self.host.device, call.control and self._hint is not None
+        device, steered = self.host.device, call.control and self._hints is not None
         given = Conditioning([text], [(0, 0)], self.inputs.stage.pixels, guidance, rescale,
                              hints=self._hints if steered else None,
                              hint_names=[(self, Window(0, 0, *self.size))] if steered else (),
@@ -129,8 +128,3 @@ class ScaleCrafterPredictor:
             return STRENGTHS["sdxl"]
         texts = {getattr(getattr(layer, "to_k", None), "in_features", 0) for _, layer in self.host.cross_attention()}
         return STRENGTHS["sd2" if max(texts, default=0) >= 1024 else "sd15"]
-
-    def _hints(self, numbers: Sequence[int]) -> Tensor:
-        """The hint of the whole canvas in three equal channels [1, 3, 8h, 8w]."""
-        assert self._hint is not None and list(numbers) == [0]
-        return self._hint.to(self.host.device).expand(-1, 3, -1, -1)

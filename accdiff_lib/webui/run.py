@@ -26,7 +26,6 @@ from accdiff_lib.engine.host import Given, GivenImage, GivenLatent, Picture
 from accdiff_lib.engine.method import Work
 from accdiff_lib.engine.plan import make_plan
 from accdiff_lib.errors import InputError, Interrupted, NotFinite, OutOfMemory
-from accdiff_lib.methods import infotext as settings_infotext
 from accdiff_lib.methods import of, without_control
 from accdiff_lib.parts.attention import map_size
 from accdiff_lib.parts.regions import Region, check_regions
@@ -139,7 +138,7 @@ class Batch:
 
     def __init__(self, p: Any, asked: Enlargement, find: Callable[[str], Path | None], extras: Extras) -> None:
         """`find` is controlnets.find. Finds out everything that can be wrong. Raises InputError."""
-        self._p, self._extras = p, extras
+        self._p, self._asked, self._extras = p, asked, extras
         self._from_image = getattr(p, "init_latent", None) is not None
         self._hires = not self._from_image and bool(getattr(p, "enable_hr", False))
         self._session = webui_host.current().session(p, hires=self._hires)
@@ -336,12 +335,10 @@ class Batch:
                 by = settings.first_method if picture.stage.number == 1 else f"{settings.first_method} and {name}"
             made = "base picture only" if picture.stage is None else f"{by} to {picture.name}"
             found.append(f"{made} ({result.stopped})" if result.stopped else made)
-        self._p.extra_generation_params[RAN_KEY] = " | ".join(dict.fromkeys(found)) or "base picture only"
         if any(result.pictures[-1].simplified for result in results):
-            simple = settings_infotext(settings.without_placed_texts())
-            for key in settings_infotext(settings).keys() - simple:
-                self._p.extra_generation_params.pop(key, None)
-            self._p.extra_generation_params.update(simple)
+            asked = replace(self._asked, settings=self._asked.settings.without_placed_texts())
+            self._p.extra_generation_params = stamped(self._p.extra_generation_params, asked)
+        self._p.extra_generation_params[RAN_KEY] = " | ".join(dict.fromkeys(found)) or "base picture only"
 
     # --- bar and pictures -------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -74,10 +75,10 @@ def run(models, values=None, *, watch=None, **kwargs) -> tuple[Result, Watched]:
     return Extrapolation(host, wanted.settings.window_batch).run(wanted), host
 
 
-def estimate(wanted: Request, host: StandaloneHost) -> list[cost.Part]:
+def estimate(wanted: Request, host: StandaloneHost, **more: Any) -> list[cost.Part]:
     return cost.estimate(wanted.method, wanted.plan, wanted.settings, base_solver=host.base_solver,
                          stage_solver=host.stage_solver, timestep=host.timestep, guidance=wanted.guidance,
-                         has_control=host.has_control)
+                         has_control=host.has_control, **more)
 
 
 def latent(result: Result) -> torch.Tensor:

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from accdiff_lib.engine import cost
 from accdiff_lib.engine.extrapolate import Extrapolation, Request, Result
 from accdiff_lib.engine.plan import make_plan
 from accdiff_lib.engine.schedule import make_script
@@ -19,6 +18,7 @@ from accdiff_lib.methods.elastic_canvas import ElasticExplanation, principal
 from accdiff_lib.standalone.host import StandaloneHost
 from accdiff_lib.webui.outline import Outline
 from tests import tiny
+from tests.engine.test_extrapolate import estimate
 from tests.silent import SilentProgress
 
 NATIVE = 16
@@ -83,8 +83,7 @@ def test_the_plan_is_what_is_evaluated(values, shape, base, target):
     finally:
         for handle in handles:
             handle.remove()
-    parts = cost.estimate(wanted.method, wanted.plan, wanted.settings, base_solver=host.base_solver,
-                          stage_solver=host.stage_solver, timestep=host.timestep, guidance=5.0, has_control=True)
+    parts = estimate(wanted, host)
     assert sum(part.unet for part in parts) == counted["unet"]
     assert sum(part.controlnet for part in parts) == counted["controlnet"]
     assert (counted["controlnet"] > 0) == bool(values.get("controlnet"))

@@ -10,7 +10,6 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from accdiff_lib.engine import cost
 from accdiff_lib.engine.extrapolate import Extrapolation, Request, Result
 from accdiff_lib.engine.method import Work
 from accdiff_lib.engine.plan import make_plan
@@ -23,6 +22,7 @@ from accdiff_lib.standalone import flops
 from accdiff_lib.standalone.host import StandaloneHost
 from accdiff_lib.webui import effort
 from tests import tiny
+from tests.engine.test_extrapolate import estimate
 from tests.engine.test_resume import Killed
 from tests.methods.test_scalecrafter import counted
 from tests.parts.test_dilation import unchanged
@@ -85,9 +85,7 @@ ALONE = {"controlnet": False, "dilated": False}
 def test_the_plans_work_is_what_the_networks_see(values, guidance, sampler):
     host = make_host(sampler=sampler, steps=2)
     wanted = request(host, values, guidance=guidance)
-    parts = cost.estimate(wanted.method, wanted.plan, wanted.settings, base_solver=host.base_solver,
-                          stage_solver=host.stage_solver, timestep=host.timestep, guidance=guidance,
-                          has_control=host.has_control)
+    parts = estimate(wanted, host)
     with counted(host.models) as rows:
         result = Extrapolation(host).run(wanted)
     assert rows == {"unet": sum(part.unet for part in parts), "controlnet": sum(part.controlnet for part in parts)}
@@ -196,9 +194,7 @@ def test_the_same_picture_as_by_calls(values, more, comment, asked):
 def test_the_plan_knows_of_prompts_joined_by_and(weights):
     host = make_host()
     wanted = request(host)
-    part = cost.estimate(wanted.method, wanted.plan, wanted.settings, base_solver=host.base_solver,
-                         stage_solver=host.stage_solver, timestep=host.timestep, guidance=5.0, has_control=True,
-                         weights=weights)[-1]
+    part = estimate(wanted, host, weights=weights)[-1]
     assert part.at_most[0].name == ("whole canvas" if len(weights) == 1 else "window")
 
 

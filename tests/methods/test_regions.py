@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 
 from accdiff_lib.command.run import BAD_INPUT, main
-from accdiff_lib.engine import cost
 from accdiff_lib.engine.extrapolate import Extrapolation
 from accdiff_lib.errors import InputError
 from accdiff_lib.methods import make
@@ -20,6 +19,7 @@ from accdiff_lib.parts.regions import Region
 from accdiff_lib.webui import arguments, outline
 from accdiff_lib.webui.arguments import parse, stamped
 from accdiff_lib.webui.outline import Cost
+from tests.engine.test_extrapolate import estimate
 from tests.methods.test_elastic import latent, start
 
 LEFT = np.zeros((32, 32), np.float32)
@@ -41,9 +41,7 @@ def test_the_plan_is_what_is_evaluated(method, target):
     mask[:, : target[1] // 3] = 1
     regions = (Region("a blue star", None, mask),)
     result, host, wanted = run({"method": method, "target_height": target[0], "target_width": target[1]}, regions)
-    parts = cost.estimate(wanted.method, wanted.plan, wanted.settings, base_solver=host.base_solver,
-                          stage_solver=host.stage_solver, timestep=host.timestep, guidance=5.0, has_control=True,
-                          regions=regions)
+    parts = estimate(wanted, host, regions=regions)
     assert sum(part.latents for part in parts) == sum(host.batches) == host.progress.latents
     assert torch.isfinite(latent(result)).all()
     without = run({"method": method, "target_height": target[0], "target_width": target[1]}, ())[1]

@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from accdiff_lib import seeds
-from accdiff_lib.engine import cost
 from accdiff_lib.engine.extrapolate import Extrapolation, Request, Result
 from accdiff_lib.engine.host import Conditioning
 from accdiff_lib.engine.plan import make_plan
@@ -29,6 +28,7 @@ from accdiff_lib.standalone.samplers import SAMPLERS
 from accdiff_lib.webui.outline import Generation
 from accdiff_lib.webui.outline import cost as outlined
 from tests import tiny
+from tests.engine.test_extrapolate import estimate
 from tests.parts.test_dilation import unchanged
 from tests.silent import SilentProgress
 
@@ -100,9 +100,7 @@ STAGE = {"base_pass": True}
 def test_the_plans_work_is_what_the_networks_see(values, guidance, sampler):
     host = make_host(sampler=sampler)
     wanted = request(host, values, guidance=guidance)
-    parts = cost.estimate(wanted.method, wanted.plan, wanted.settings, base_solver=host.base_solver,
-                          stage_solver=host.stage_solver, timestep=host.timestep, guidance=guidance,
-                          has_control=host.has_control)
+    parts = estimate(wanted, host)
     with counted(host.models) as rows:
         result = Extrapolation(host).run(wanted)
     assert rows == {"unet": sum(part.unet for part in parts), "controlnet": sum(part.controlnet for part in parts)}
@@ -381,8 +379,7 @@ def test_scalecrafter_then_windows():
     host = make_host(sampler="Euler a")
     values = {"method": "accdiffusion-v2", "scale": 4, "doubling": True, "window": 8}
     wanted = request(host, {**values, "first_method": "scalecrafter"})
-    parts = cost.estimate(wanted.method, wanted.plan, wanted.settings, base_solver=host.base_solver,
-                          stage_solver=host.stage_solver, timestep=host.timestep, guidance=5.0, has_control=True)
+    parts = estimate(wanted, host)
     kinds = [[work.name for work in part.at_most] for part in parts[1:]]
     assert kinds == [["whole canvas"], ["window", "dilated view"]]
     with counted(host.models) as rows:
