@@ -21,6 +21,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from testbed.lettering import Lettering, write
+
 Array = NDArray[np.float32]
 Picture = NDArray[np.uint8]
 Colour = tuple[int, int, int]
@@ -65,12 +67,14 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """Things before a ground and a sky that meet at the height `horizon`; `texture` shifts the textures."""
+    """Things before a ground and a sky that meet at the height `horizon`; `texture` shifts the textures. Things stand
+    before what is written."""
     things: tuple[Thing, ...]
     ground: str
     sky: str
     horizon: float
     texture: int = 0
+    lettering: Lettering | None = None
 
 
 @dataclass(frozen=True)
@@ -144,6 +148,8 @@ def render(scene: Scene, height: int, width: int, view: View = FULL) -> Picture:
         if above > below:
             ground[0] += (edge - below) * (picture[below] - ground[0])
         picture[below:] = ground
+    if scene.lettering is not None:
+        write(picture, scene.lettering, view)
     for thing in scene.things:
         _paint(picture, scene, thing, view)
     return np.clip(np.rint(picture), 0, 255).astype(np.uint8)

@@ -35,6 +35,8 @@ BATCH = 8
 KL = 1e-6
 #: How much more an error in a thing counts than one in ground and sky, when the decoder alone is trained.
 THINGS = 6.0
+#: How much the squared error of the finest octave counts beside the whole error.
+FINEST = 20.0
 #: Chroma (largest minus smallest RGB value, of 255) of a thing's pixels.
 _CHROMA = 66
 
@@ -64,12 +66,13 @@ def loss_of(vae: Any, image: Tensor, generator: torch.Generator) -> tuple[Tensor
     return F.l1_loss(decoded, image) + error + 0.5 * sharp + KL * posterior.kl().mean(), error.detach()
 
 
-def decoder_loss(decoded: Tensor, image: Tensor) -> Tensor:
+def decoder_loss(decoded: Tensor, image: Tensor, strength: float = 1.0) -> Tensor:
     """The loss of a decoder whose encoder stays as it is, of pictures [B, 3, H, W] in -1..1.
 
     Things count more than what surrounds them, and colour counts beside brightness: small patches of a wrong colour are
-    things to a counter. The strength of fine detail has to be the true one, because by its errors alone a decoder
-    learns to leave out what it is not certain of.
+    things to a counter. The finest octave counts by itself, because in the whole error it is next to nothing. With
+    `strength` fine detail has to have the true amplitude, too, because by its errors alone a decoder learns to leave
+    out what it is not certain of.
     """
     chroma = image.amax(1, keepdim=True) - image.amin(1, keepdim=True)
     inside = F.max_pool2d((chroma > _CHROMA / 127.5).float(), 7, 1, 3)  # with the rim
@@ -78,8 +81,18 @@ def decoder_loss(decoded: Tensor, image: Tensor) -> Tensor:
     wrong = decoded - image
     colour = wrong - wrong.mean(1, keepdim=True)
     sharp = sum(F.l1_loss(ours, true) for ours, true in zip(edges(decoded), edges(image), strict=True))
-    strength = sum(F.l1_loss(ours, true) for ours, true in zip(strengths(decoded), strengths(image), strict=True))
-    return (weight * (wrong.abs() + wrong.square() + colour.abs())).mean() + 0.5 * sharp + strength
+    loss = (weight * (wrong.abs() + wrong.square() + colour.abs())).mean() + 0.25 * sharp
+    loss = loss + FINEST * finest(wrong).square().mean()
+    if strength:
+        loss = loss + strength * sum(F.l1_loss(ours, true) for ours, true in
+                                     zip(strengths(decoded), strengths(image), strict=True))
+    return loss
+
+
+def finest(image: Tensor) -> Tensor:
+    """What half the size does not hold of an image [B, C, H, W], of the same size."""
+    coarse = F.avg_pool2d(image, 2)
+    return image - F.interpolate(coarse, scale_factor=2, mode="bicubic", align_corners=False)
 
 
 def strengths(image: Tensor, octaves: int = 2, cells: int = 8) -> list[Tensor]:

@@ -83,7 +83,7 @@ def prepare(options: argparse.Namespace, form: Form) -> tuple[Setup, list[Block]
         options.model, options.controlnet, device, dtype,
         describe(options.model, controlnet=options.controlnet).native, options.steps or form.steps,
         find_sampler(options.sampler or form.sampler).name, find_scheduler(options.scheduler or form.scheduler),
-        options.cfg, options.seed_base, dict(changes(options.set)), options.out)
+        options.cfg, options.seed_base, dict(changes(options.set)), options.out, options.letters)
     blocks = [replace(block, scenes=options.scenes or block.scenes,
                       stage_steps=options.stage_steps or block.stage_steps) for block in form.blocks
               if block.track in options.tracks and block.scale in options.scales]
@@ -158,6 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--set", nargs="+", metavar="OPTION=VALUE", default=[], help=f"settings of {SUBJECT} and its variations")
     add("--seed-base", type=int, metavar="N", default=REPORTED,
         help="other scenes: what is chosen by trying is chosen on others than those reported (default: %(default)s)")
+    add("--letters", action="store_true", help="a word in every scene, of which the prompt says nothing")
     add("--steps", type=_positive, metavar="N", help=f"of the base pass (default: {SHORT.steps}, long: {LONG.steps})")
     add("--stage-steps", type=_positive, metavar="N", help="of every stage")
     add("--sampler", metavar="NAME", help=f"(default: {SHORT.sampler}, long: {LONG.sampler})")

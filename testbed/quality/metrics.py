@@ -18,9 +18,10 @@ from accdiff_lib.engine.plan import CELL
 from accdiff_lib.parts.windows import Window
 from accdiff_lib.quality import FINE, SIDE, cells, compare, lab, seams
 from testbed.counting import MIN_AREA, Found, find, iou, match, painted, wanted
+from testbed.lettering import pixels
 from testbed.quality import texture
 from testbed.quality.edges import edge_width
-from testbed.scenes import Scene
+from testbed.scenes import FULL, Scene
 
 Picture = NDArray[np.uint8]
 Plane = NDArray[np.float32]
@@ -65,6 +66,7 @@ METRICS: dict[str, Metric] = {metric.name: metric for metric in (
     Metric("true_detail", "true detail", "how much of the true render's detail that the base picture cannot have is in "
            "the picture: the slope of the one on the other", 3, 1),
     Metric("edges", "edge width", "width of the edges of things relative to the true render's: blur raises it", 2, 1),
+    Metric("lettering", "lettering", "correlation of brightness with the true render's where a word is written", 3, 1),
     Metric("patches", "patches", "places inside of wanted things that show something else than the base picture, per "
            "picture", 2, 0),
     Metric("tint", "tint", "the largest difference in Lab of a wanted thing's colour from the base picture's", 1, 0),
@@ -118,6 +120,7 @@ def measure(image: Picture, scene: Scene, truth: Picture, scale: int, base: Pict
         "sharpness": _ratio(detail(image, scale), detail(truth, scale)),
         "true_detail": true_detail(image, truth, scale) if aligned else NAN,
         "edges": _ratio(edge_width(image, scene), edge_width(truth, scene)) if aligned else NAN,
+        "lettering": lettering(image, truth, scene) if aligned else NAN,
         "patches": NAN if base is None else float(patches(image, base, things)),
         "tint": NAN if base is None else tint(image, base, things),
         "grain": texture.grain(image, truth) if aligned else NAN,
@@ -195,6 +198,15 @@ def _high_band(image: Picture, scale: int) -> Plane:
     size = image.shape[1::-1]
     base = cv2.resize(image.astype(np.float32), (size[0] // scale, size[1] // scale), interpolation=cv2.INTER_AREA)
     return np.asarray(image - cv2.resize(base, size, interpolation=cv2.INTER_LANCZOS4), np.float32)
+
+
+def lettering(image: Picture, truth: Picture, scene: Scene) -> float:
+    """How alike the pictures are where the scene has a word (correlation of brightness, -1..1); nan without one."""
+    if scene.lettering is None:
+        return NAN
+    top, left, bottom, right = pixels(scene.lettering, FULL, *image.shape[:2])
+    ours, true = (cv2.cvtColor(each[top:bottom, left:right], cv2.COLOR_RGB2GRAY).ravel() for each in (image, truth))
+    return float(np.corrcoef(ours, true)[0, 1]) if ours.std() and true.std() else 0.0
 
 
 def roughness(image: Picture, dilation: int) -> float:

@@ -22,7 +22,7 @@ from accdiff_lib.standalone.loading import load
 from testbed.captions import plain_caption
 from testbed.quality.contenders import CLEAN, CONTENDERS, Contender
 from testbed.quality.metrics import measure
-from testbed.quality.tasks import Setup, Task, scene
+from testbed.quality.tasks import Setup, Task
 from testbed.scenes import Scene, render
 
 
@@ -56,7 +56,7 @@ class Painter:
 
     def __call__(self, task: Task, keep: bool = False) -> dict[str, Any]:
         """The record of a picture: its task, key, metrics and time; `keep` writes the picture and its base."""
-        world = scene(task.scene, self.setup.seed_base)
+        world = self.setup.scene(task.scene)
         made = self.make(task, world)
         side = made.image.shape[0]
         metrics = measure(made.image, world, render(world, side, side), task.scale, made.base, task.track == CLEAN,

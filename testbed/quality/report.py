@@ -126,7 +126,7 @@ def markdown(tables: Sequence[Table], setup: Setup, command: str, notes: Sequenc
     changes = ", ".join(f"{name} = {value}" for name, value in setup.changes.items())
     head = [f"`{command}`", f"commit {commit()}", device_name(setup.device), f"model: {model}, {setup.dtype}",
             f"base pass: {setup.steps} steps, {setup.sampler}, {setup.scheduler}, CFG {setup.cfg:g}",
-            f"scenes: seeds ({setup.seed_base}, 0) and on, kept out of training",
+            f"scenes: seeds ({setup.seed_base}, 0) and on, kept out of training" + ", each with a word" * setup.letters,
             *([f"changed in AccDiffusion v2 and its variations: {changes}"] if changes else []), *notes]
     parts = ["# Quality on drawn scenes", "\n".join(f"* {line}" for line in head)]
     for table in tables:

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from testbed.quality.contenders import CLEAN
 from testbed.quality.forms import Block, contenders, task
 from testbed.quality.running import SHOWN
-from testbed.quality.tasks import Setup, scene
+from testbed.quality.tasks import Setup
 from testbed.scenes import Scene, render
 
 #: Side of a thumbnail, height of its label, and the gap between thumbnails, in pixels.
@@ -41,7 +41,7 @@ def contact_sheet(block: Block, only: Sequence[str], setup: Setup, path: Path) -
 
 def _bands(block: Block, only: Sequence[str], setup: Setup, number: int) -> list[list[Tile]]:
     """The tiles of one scene: two rows for each so many contenders."""
-    world = scene(number, setup.seed_base)
+    world = setup.scene(number)
     size = setup.side * block.scale
     named = [(each.name, task(block, each, number)) for each in contenders(block, only)]
     pictures: list[Tile] = [(name, Image.open(path)) for name, which in named

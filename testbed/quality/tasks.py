@@ -16,6 +16,7 @@ import numpy as np
 from accdiff_lib.engine.plan import CELL
 from accdiff_lib.settings import Settings
 from accdiff_lib.standalone.finding import EMBEDDED
+from testbed.lettering import lettered
 from testbed.quality.contenders import CONTENDERS, settings_of
 from testbed.quality.sources import digest
 from testbed.scenes import Scene, draw, held_out
@@ -26,13 +27,13 @@ REPORTED = 7000
 BOTH = "both"
 
 
-def scene(number: int, seed_base: int = REPORTED) -> Scene:
-    """A scene that was kept out of training."""
+def scene(number: int, seed_base: int = REPORTED, letters: bool = False) -> Scene:
+    """A scene that was kept out of training, with `letters` one with a word in it."""
     rng = np.random.default_rng((seed_base, number))
     drawn = draw(rng)
     while not held_out(drawn):
         drawn = draw(rng)
-    return drawn
+    return lettered(rng, drawn) if letters else drawn
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,16 @@ class Setup:
     seed_base: int
     changes: Mapping[str, Any] = field(default_factory=dict)  # of the settings of AccDiffusion v2
     out: Path = Path("out/quality")
+    letters: bool = False  # in every scene a word
 
     @property
     def side(self) -> int:
         """Of the base picture, in pixels."""
         return CELL * self.native
+
+    def scene(self, number: int) -> Scene:
+        """A scene of the run."""
+        return scene(number, self.seed_base, self.letters)
 
     def settings(self, task: Task) -> Settings:
         """The engine's settings for a picture."""
@@ -72,7 +78,7 @@ class Setup:
 
     def key(self, task: Task) -> str:
         """Names a picture by all that decides how it looks and how it is measured; the last part is a digest."""
-        decisive = [asdict(self.settings(task)), asdict(scene(task.scene, self.seed_base)), self.sources, self.dtype,
+        decisive = [asdict(self.settings(task)), asdict(self.scene(task.scene)), self.sources, self.dtype,
                     self.steps, self.sampler, self.scheduler, self.cfg, self.device.partition(":")[0]]
         code = hashlib.blake2b(json.dumps(decisive, sort_keys=True).encode(), digest_size=6).hexdigest()
         name = re.sub(r"\W+", "_", task.contender)

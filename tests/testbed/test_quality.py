@@ -21,6 +21,7 @@ from accdiff_lib.parts.windows import Window
 from accdiff_lib.standalone.loading import EMBEDDED, load_tokenizer
 from testbed.captions import plain_caption
 from testbed.counting import find, wanted
+from testbed.lettering import Lettering
 from testbed.quality import report
 from testbed.quality.__main__ import main, publish
 from testbed.quality.contenders import CONTENDERS, SUBJECT, EmptyPrompts, TruePrompts, regions_of, settings_of
@@ -186,7 +187,8 @@ def grid_of_windows() -> tuple[Window, ...]:
 
 
 def test_the_true_render_is_perfect():
-    values = measured(pictures(BALL_AND_STAR)[0])
+    world = replace(BALL_AND_STAR, lettering=Lettering("OPEN", 0.5, 0.9, 0.05))
+    values = measured(pictures(world)[0], world)
     assert set(values) == set(METRICS)
     for name, metric in METRICS.items():
         if metric.best is not None:
@@ -217,7 +219,7 @@ def test_without_a_base_picture_things_may_be_anywhere():
     values = measured(render(moved, 512, 512), base=False)
     assert values["exact"] == 1 and values["shape"] == 1
     assert {name for name, value in values.items() if math.isnan(value)} == {
-        "iou", "psnr", "coarse", "ghosts", "true_detail", "edges", "patches", "tint", "grain",
+        "iou", "psnr", "coarse", "ghosts", "true_detail", "edges", "lettering", "patches", "tint", "grain",
         "gain"}
     assert measured(render(moved, 512, 512))["exact"] == 0
 

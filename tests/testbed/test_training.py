@@ -1,4 +1,4 @@
-"""What the training on a GPU rests on: marked close-ups, what the decoder is punished for, the feed, the archive."""
+"""What training rests on: marked close-ups, what the decoder is punished for, the feed, the archive."""
 
 from dataclasses import replace
 from itertools import islice
@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from accdiff_lib.standalone.loading import load
-from testbed import gpu
+from testbed import decoder, gpu, vae
 from testbed.captions import caption
 from testbed.feed import Feed
-from testbed.scenes import FULL, Scene, Thing, View, cut, render
+from testbed.scenes import FULL, Scene, Thing, View, cut, held_out, render
 from testbed.vae import decoder_loss
 
 BALL = Thing("red", "ball", 0.5, 0.6, 0.15)
@@ -44,6 +44,66 @@ def test_the_decoder_is_punished_for_wrong_things_and_for_lost_detail():
     twice = 2 * image - blurred
     assert decoder_loss(blurred, image) > decoder_loss(image + (blurred - image) / 2, image) > 0
     assert decoder_loss(twice, image) > 0
+
+
+def test_fine_detail_needs_its_strength_only_where_it_is_asked_for():
+    image = torch.from_numpy(render(SCENE, 256, 256)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    soft = (image + nn.functional.avg_pool2d(image, 3, 1, 1, count_include_pad=False)) / 2
+    losses = [float(decoder_loss(soft, image, strength)) for strength in (0, 1, 2)]
+    assert 0 < losses[0] < losses[1] and losses[2] - losses[1] == pytest.approx(losses[1] - losses[0], rel=1e-4)
+
+
+def test_close_views_are_of_the_world_and_mostly_at_rims():
+    rng = np.random.default_rng(0)
+    views = [decoder.close(rng, SCENE) for _ in range(200)]
+    sides = [view.bottom - view.top for view in views]
+    assert all(view.top >= 0 and view.left >= 0 and view.bottom <= 1 and view.right <= 1 for view in views)
+    assert all(view.right - view.left == pytest.approx(side) and 0.25 <= side <= 1
+               for view, side in zip(views, sides, strict=True))
+    assert {0.25, 0.5, 1.0} < set(sides)
+    quarters = [view for view in views if view.bottom - view.top == 0.25]
+    assert 0.5 < np.mean([cut(SCENE, view) for view in quarters]) < 1
+
+
+def test_pictures_of_a_step_are_the_same_again_and_not_held_out(monkeypatch):
+    seen = []
+    monkeypatch.setattr(decoder, "held_out", lambda scene: seen.append(held_out(scene)) or seen[-1])
+    first = decoder.pictures(11)
+    assert first.shape == (1, 3, 384, 384) and decoder.pictures(12).shape == (2, 3, 256, 256)
+    assert torch.equal(first, decoder.pictures(11)) and not torch.equal(decoder.pictures(12), decoder.pictures(13))
+    assert -1 <= first.min() < first.max() <= 1
+    for step in range(20, 40):
+        decoder.pictures(step)
+    assert 0 < sum(seen) < len(seen) / 4
+
+
+def test_the_decoder_is_trained_alone_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(decoder, "SIDE", 64)
+    monkeypatch.setattr(decoder, "LARGE", 64)
+    monkeypatch.setattr(vae, "quality", lambda model: 30.0)
+
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+
+    def train(run: str) -> dict[str, torch.Tensor]:
+        monkeypatch.setattr("sys.argv", ["decoder", "--run", str(tmp_path / run), "--steps", "4", "--out",
+                                         str(tmp_path / "model")])
+        decoder.main()
+        return load(tmp_path / "model").vae.state_dict()
+
+    before, after = load(None).vae.state_dict(), train("whole")
+    changed = {name.partition(".")[0] for name, value in before.items() if not torch.equal(value, after[name])}
+    assert changed == {"decoder", "post_quant_conv"}
+
+    def stop_at_two(step: int) -> torch.Tensor:
+        if step == 2:
+            raise KeyboardInterrupt
+        return pictures(step)
+
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        pictures = decoder.pictures
+        context.setattr(decoder, "pictures", stop_at_two)
+        train("stopped")
+    assert all(torch.equal(value, after[name]) for name, value in train("stopped").items())
 
 
 def test_the_feed_gives_back_what_it_lent():
