@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from accdiff_lib.standalone.loading import Models, load
+from accdiff_lib.standalone.loading import load
 from testbed import vae
 from testbed.checkpoints import Average, Checkpoint, training
 from testbed.lettering import lettered
@@ -81,8 +81,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10_000, help="default: %(default)s")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long, to go on later")
     options = parser.parse_args()
-    models: Models = load(options.model, controlnet=options.model and options.model / "controlnet", device="cpu")
-    model: Any = models.vae.float().requires_grad_(False).to(memory_format=torch.channels_last)
+    models: Any = load(options.model, controlnet=options.model and options.model / "controlnet", device="cpu")
+    model = models.vae.float().requires_grad_(False).to(memory_format=torch.channels_last)
     trained = torch.nn.ModuleList([model.decoder, model.post_quant_conv]).requires_grad_(True)
     optimizer = torch.optim.AdamW(trained.parameters(), lr=RATE, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
     average = Average(trained, 0.998)

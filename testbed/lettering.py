@@ -116,9 +116,9 @@ def _plates(text: str) -> list[NDArray[np.float32]]:
     left, top, right, bottom = (round(side) for side in _type().getbbox(text))
     image = Image.new("L", (right - left, bottom - top))
     ImageDraw.Draw(image).text((-left, -top), text, 255, font=_type())
-    plates = [np.asarray(image, np.float32) / 255]
+    plates: list[NDArray[np.float32]] = [np.asarray(image, np.float32) / np.float32(255)]
     while min(plates[-1].shape) > 16:
         rows, columns = plates[-1].shape
         even = np.pad(plates[-1], ((0, rows % 2), (0, columns % 2)))
-        plates.append(np.asarray(cv2.resize(even, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)))
+        plates.append(np.asarray(cv2.resize(even, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA), np.float32))
     return plates
