@@ -10,7 +10,7 @@ from accdiff_lib.command import run as cli
 from accdiff_lib.standalone.loading import load
 from testbed import demo, vae
 from testbed.counting import find
-from testbed.gates import GATES, attention, edges, held_out_scenes, outcomes, shares
+from testbed.gates import GATES, attention, edges, held_out_scenes, outcomes, round_trip, shares
 from testbed.sampling import make_host
 
 
@@ -34,6 +34,12 @@ def test_the_controlnet_sees_its_edges(models):
 
 def test_the_vaes_gate(models):
     assert vae.quality(models.vae, count=8) >= GATES["vae"]
+    host, scenes = make_host(models), [scene for scene, _ in held_out_scenes(12)]
+    found = round_trip(host, scenes)
+    assert found.keys() == {"vae colour", "vae shape"}
+    assert all(value >= GATES[name] for name, value in found.items()), found
+    large = round_trip(host, scenes[:4], 2)
+    assert large["patches"] == 0 and large["detail"] >= 0.17, large
 
 
 def test_the_demonstration_has_the_things_of_its_prompt_and_no_others(tmp_path):
