@@ -16,11 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from accdiff_lib.standalone.loading import load
 from testbed import vae
 from testbed.checkpoints import Average, Checkpoint, training
 from testbed.lettering import lettered
-from testbed.saving import save
+from testbed.saving import restored, save
 from testbed.scenes import FULL, Scene, View, draw, held_out, render
 
 RATE = 1e-3
@@ -32,6 +31,12 @@ NOISE = 0.02
 LETTERED = 0.2
 #: Shares of the steps where the strength of fine detail begins to count, and where it counts in full.
 STRENGTH = (0.6, 0.75)
+#: How much more an error in a thing counts than one in ground and sky, when the decoder alone is trained.
+THINGS = 6.0
+#: How much the squared error of the finest octave counts beside the whole error.
+FINEST = 20.0
+#: Chroma (largest minus smallest RGB value, of 255) of a thing's pixels.
+_CHROMA = 66
 
 
 def close(rng: np.random.Generator, scene: Scene) -> View:
@@ -59,7 +64,47 @@ def pictures(step: int) -> Tensor:
         if not held_out(scene):
             scene = lettered(rng, scene) if rng.random() < LETTERED else scene
             found.append(render(scene, side, side, close(rng, scene)))
-    return torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return vae.levels(torch.from_numpy(np.stack(found)))
+
+
+def decoder_loss(decoded: Tensor, image: Tensor, strength: float = 1.0) -> Tensor:
+    """The loss of a decoder whose encoder stays as it is, of pictures [B, 3, H, W] in -1..1.
+
+    Things count more than what surrounds them, and colour counts beside brightness: small patches of a wrong colour are
+    things to a counter. The finest octave counts by itself, because in the whole error it is next to nothing. With
+    `strength` fine detail has to have the true amplitude, too, because by its errors alone a decoder learns to leave
+    out what it is not certain of.
+    """
+    chroma = image.amax(1, keepdim=True) - image.amin(1, keepdim=True)
+    inside = F.max_pool2d((chroma > _CHROMA / 127.5).float(), 7, 1, 3)  # with the rim
+    weight = 1 + (THINGS - 1) * inside
+    weight = weight / weight.mean()
+    wrong = decoded - image
+    colour = wrong - wrong.mean(1, keepdim=True)
+    sharp = sum(F.l1_loss(ours, true) for ours, true in zip(vae.edges(decoded), vae.edges(image), strict=True))
+    loss = (weight * (wrong.abs() + wrong.square() + colour.abs())).mean() + 0.25 * sharp
+    loss = loss + FINEST * finest(wrong).square().mean()
+    if strength:
+        loss = loss + strength * sum(F.l1_loss(ours, true) for ours, true in
+                                     zip(strengths(decoded), strengths(image), strict=True))
+    return loss
+
+
+def finest(image: Tensor) -> Tensor:
+    """What half the size does not hold of an image [B, C, H, W], of the same size."""
+    coarse = F.avg_pool2d(image, 2)
+    return image - F.interpolate(coarse, scale_factor=2, mode="bicubic", align_corners=False)
+
+
+def strengths(image: Tensor, octaves: int = 2, cells: int = 8) -> list[Tensor]:
+    """The local amplitude of each of the finest octaves of the brightness, in cells of so many of its pixels."""
+    grey, found = image.mean(1, keepdim=True), []
+    for _ in range(octaves):
+        coarse = F.avg_pool2d(grey, 2)
+        fine = grey - F.interpolate(coarse, scale_factor=2, mode="bilinear", align_corners=False)
+        found.append((F.avg_pool2d(fine.square(), cells, cells // 2) + 1e-5).sqrt())
+        grey = coarse
+    return found
 
 
 def loss_of(model: Any, image: Tensor, generator: torch.Generator, strength: float) -> tuple[Tensor, Tensor]:
@@ -69,7 +114,7 @@ def loss_of(model: Any, image: Tensor, generator: torch.Generator, strength: flo
             latents = model.encode(image).latent_dist.mean.float()
         noise = torch.randn(latents.shape, generator=generator)
         decoded = model.decode(latents + NOISE * noise.to(latents)).sample.float()
-    return vae.decoder_loss(decoded, image, strength), F.mse_loss(decoded, image).detach()
+    return decoder_loss(decoded, image, strength), F.mse_loss(decoded, image).detach()
 
 
 def main() -> None:
@@ -81,7 +126,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10_000, help="default: %(default)s")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long, to go on later")
     options = parser.parse_args()
-    models: Any = load(options.model, controlnet=options.model and options.model / "controlnet", device="cpu")
+    models: Any = restored(options.model)
     model = models.vae.float().requires_grad_(False).to(memory_format=torch.channels_last)
     trained = torch.nn.ModuleList([model.decoder, model.post_quant_conv]).requires_grad_(True)
     optimizer = torch.optim.AdamW(trained.parameters(), lr=RATE, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)

@@ -22,12 +22,12 @@ from accdiff_lib.engine.host import Conditioning
 from accdiff_lib.methods import OPTIONS
 from accdiff_lib.parts.structure import canny, hint
 from accdiff_lib.standalone.host import StandaloneHost
-from accdiff_lib.standalone.loading import load
 from testbed import vae
 from testbed.captions import caption, word_targets
 from testbed.counting import Found, find, match, wanted
 from testbed.quality.metrics import patches, true_detail
 from testbed.sampling import STEPS, Base, make_host, sample
+from testbed.saving import restored
 from testbed.scenes import FULL, Scene, draw, held_out, render
 
 #: What each gate asks for at least.
@@ -141,12 +141,12 @@ def round_trip(host: StandaloneHost, scenes: Sequence[Scene], scale: int = 1) ->
     right colour, and of the right colour and shape; with a scale also the patches and the true detail, per picture."""
     found: dict[str, list[float]] = {}
     for scene in scenes:
-        truth, base = render(scene, 256 * scale, 256 * scale), render(scene, 256, 256)
+        truth = render(scene, 256 * scale, 256 * scale)
         image = host.decode(host.encode_image(truth))
         matched = match(find(image), scene)
         values = {"vae colour": matched.colours / matched.wanted, "vae shape": matched.shapes / matched.wanted}
         if scale > 1:
-            values |= {"patches": float(patches(image, base, wanted(scene))),
+            values |= {"patches": float(patches(image, render(scene, 256, 256), wanted(scene))),
                        "detail": true_detail(image, truth, scale)}
         for name, value in values.items():
             found.setdefault(name, []).append(value)
@@ -176,12 +176,13 @@ def main() -> int:
                         help="sizes for which the VAE's detail is said as well (default: 2 4)")
     parser.add_argument("--sheet", type=Path, help="write the pictures into this file")
     options = parser.parse_args()
-    models = load(options.model, controlnet=options.model and options.model / "controlnet", device=options.device)
+    models = restored(options.model, options.device)
     host = make_host(models, steps=options.steps, device=options.device)
-    results = outcomes(host, held_out_scenes(options.pictures))
+    scenes = held_out_scenes(options.pictures)
+    results = outcomes(host, scenes)
     measured = {**shares(results), "attention": attention(host, results),
                 "edges": edges(host, held_out_scenes(32)), "vae": vae.quality(models.vae),
-                **round_trip(host, [scene for scene, _ in held_out_scenes(options.pictures)])}
+                **round_trip(host, [scene for scene, _ in scenes])}
     for name, least in GATES.items():
         print(f"{name:10} {measured[name]:6.3f}  at least {least:g}  {'ok' if measured[name] >= least else 'MISSED'}")
     for scale in options.scales:

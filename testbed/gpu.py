@@ -26,13 +26,15 @@ import torch
 from torch import Tensor, nn
 
 from accdiff_lib.parts.prompts import CONTEXT
-from accdiff_lib.standalone.loading import Models, alphas_cumprod, load
-from testbed import diffusion, vae
+from accdiff_lib.standalone.loading import Models, alphas_cumprod
+from testbed import diffusion
 from testbed.controlnet import DROPPED
 from testbed.dataset import CELLS, PIXELS
+from testbed.decoder import decoder_loss
 from testbed.diffusion import ATTENTION, Batch, Networks, attention_loss, loss_weight, mixed, mixed_precision
 from testbed.feed import Block, Feed
-from testbed.saving import save
+from testbed.saving import restored, save
+from testbed.vae import levels
 
 #: Largest learning rates; text encoders learn faster, because shape words are close together in them.
 DECODER_RATE, RATE, TEXT_RATE, CONTROL_RATE = 1.5e-3, 1e-3, 2e-3, 6e-4
@@ -103,11 +105,6 @@ class Store:
 def encode(encoder: Any, pictures: Tensor) -> Any:
     """The distribution of the latents of pictures uint8 [B, 256, 256, 3]."""
     return encoder.encode(levels(pictures).to(encoder.dtype)).latent_dist
-
-
-def levels(pictures: Tensor) -> Tensor:
-    """Pictures uint8 [B, H, W, 3] as the VAE takes them: [B, 3, H, W] in -1..1."""
-    return pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 class Sampler:
@@ -255,7 +252,7 @@ def decoder_trainer(model: Any, encoder: Any, store: Store, batch: int) -> Train
             latents = encoder.encode(image.to(encoder.dtype)).latent_dist.sample()
         with torch.autocast(device.type, torch.bfloat16):
             decoded = model.decode(latents.float()).sample
-        return {"loss": vae.decoder_loss(decoded.float(), image)}
+        return {"loss": decoder_loss(decoded.float(), image)}
 
     return Trainer([(part, DECODER_RATE) for part in parts], loss, 0.995)
 
@@ -389,7 +386,7 @@ def _train(options: argparse.Namespace, clock: Clock, feed: Feed) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(options.series)
     torch.backends.cudnn.benchmark = True
-    models: Any = load(options.model, controlnet=options.model and options.model / "controlnet", device=device)
+    models: Any = restored(options.model, device)
     for module in models.modules():
         module.to(device)
     encoder = copy.deepcopy(models.vae).requires_grad_(False)

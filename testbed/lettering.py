@@ -49,7 +49,7 @@ def write(picture: NDArray[np.float32], lettering: Lettering, view: View) -> Non
     """Writes on the picture [H, W, 3] of a view, in place."""
     height, width = picture.shape[:2]
     down, across = height / view.height, width / view.width
-    top, left, bottom, right = pixels(lettering, view, height, width)
+    top, left, bottom, right = view.pixels(lettering.box, height, width)
     rows, columns = bottom - top, right - left
     if rows <= 0 or columns <= 0:
         return
@@ -68,14 +68,6 @@ def write(picture: NDArray[np.float32], lettering: Lettering, view: View) -> Non
     cover = cv2.resize(fine, (columns, rows), interpolation=cv2.INTER_AREA)[..., None]
     box = picture[top:bottom, left:right]
     box += cover * (np.array(lettering.colour, np.float32) - box)
-
-
-def pixels(lettering: Lettering, view: View, height: int, width: int) -> tuple[int, int, int, int]:
-    """The box (top, left, bottom, right) of those pixels of a view that it covers; empty where it is not seen."""
-    top, left, bottom, right = lettering.box
-    down, across = height / view.height, width / view.width
-    return (max(0, math.floor((top - view.top) * down)), max(0, math.floor((left - view.left) * across)),
-            min(height, math.ceil((bottom - view.top) * down)), min(width, math.ceil((right - view.left) * across)))
 
 
 def lettered(rng: np.random.Generator, scene: Scene) -> Scene:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import CLIPTokenizer
 
-from accdiff_lib.standalone.loading import Models
+from accdiff_lib.standalone.loading import Models, load
 
 SCHEDULER = {
     "_class_name": "EulerDiscreteScheduler",
@@ -53,6 +53,11 @@ def save(models: Models, folder: Path, *, dtype: torch.dtype = torch.float32) ->
     index["scheduler"] = ["diffusers", SCHEDULER["_class_name"]]
     _write_json(folder / "scheduler" / "scheduler_config.json", {**SCHEDULER, "prediction_type": models.prediction})
     _write_json(folder / "model_index.json", index)
+
+
+def restored(folder: Path | None, device: torch.device | str = "cpu") -> Models:
+    """The model of a folder that `save` wrote with its ControlNet; None is the embedded one. Raises InputError."""
+    return load(folder, controlnet=folder and folder / "controlnet", device=device)
 
 
 def tokenizer_config(tokenizer: CLIPTokenizer) -> dict[str, Any]:

@@ -93,6 +93,14 @@ class View:
     def width(self) -> float:
         return self.right - self.left
 
+    def pixels(self, box: tuple[float, float, float, float], height: int, width: int) -> tuple[int, int, int, int]:
+        """The pixels (top, left, bottom, right) that a box of the world, in the same order, touches in a picture of the
+        view; empty where it is not seen."""
+        top, left, bottom, right = box
+        down, across = height / self.height, width / self.width
+        return (max(0, math.floor((top - self.top) * down)), max(0, math.floor((left - self.left) * across)),
+                min(height, math.ceil((bottom - self.top) * down)), min(width, math.ceil((right - self.left) * across)))
+
 
 FULL = View()
 
@@ -176,10 +184,8 @@ def _paint(picture: Array, scene: Scene, thing: Thing, view: View) -> None:
     """Paints a thing over the picture [H, W, 3] of a view, in place."""
     height, width = picture.shape[:2]
     down, across = height / view.height, width / view.width
-    top = max(0, math.floor((thing.y - thing.size - view.top) * down))
-    left = max(0, math.floor((thing.x - thing.size - view.left) * across))
-    bottom = min(height, math.ceil((thing.y + thing.size - view.top) * down))
-    right = min(width, math.ceil((thing.x + thing.size - view.left) * across))
+    top, left, bottom, right = view.pixels((thing.y - thing.size, thing.x - thing.size, thing.y + thing.size,
+                                            thing.x + thing.size), height, width)
     if top >= bottom or left >= right:
         return
     part, rows, columns = _part(view, height, width, top, left, bottom, right), bottom - top, right - left

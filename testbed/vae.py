@@ -33,12 +33,6 @@ CONFIG = {
 CROP = 128
 BATCH = 8
 KL = 1e-6
-#: How much more an error in a thing counts than one in ground and sky, when the decoder alone is trained.
-THINGS = 6.0
-#: How much the squared error of the finest octave counts beside the whole error.
-FINEST = 20.0
-#: Chroma (largest minus smallest RGB value, of 255) of a thing's pixels.
-_CHROMA = 66
 
 
 def crops(rng: np.random.Generator, count: int) -> Tensor:
@@ -49,7 +43,12 @@ def crops(rng: np.random.Generator, count: int) -> Tensor:
         for _ in range(2):
             top, left = rng.integers(0, 256 - CROP + 1, 2)
             found.append(image[top:top + CROP, left:left + CROP])
-    return torch.from_numpy(np.stack(found[:count])).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return levels(torch.from_numpy(np.stack(found[:count])))
+
+
+def levels(pictures: Tensor) -> Tensor:
+    """Pictures uint8 [B, H, W, 3] as the VAE takes them: [B, 3, H, W] in -1..1."""
+    return pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def edges(image: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,46 +65,6 @@ def loss_of(vae: Any, image: Tensor, generator: torch.Generator) -> tuple[Tensor
     return F.l1_loss(decoded, image) + error + 0.5 * sharp + KL * posterior.kl().mean(), error.detach()
 
 
-def decoder_loss(decoded: Tensor, image: Tensor, strength: float = 1.0) -> Tensor:
-    """The loss of a decoder whose encoder stays as it is, of pictures [B, 3, H, W] in -1..1.
-
-    Things count more than what surrounds them, and colour counts beside brightness: small patches of a wrong colour are
-    things to a counter. The finest octave counts by itself, because in the whole error it is next to nothing. With
-    `strength` fine detail has to have the true amplitude, too, because by its errors alone a decoder learns to leave
-    out what it is not certain of.
-    """
-    chroma = image.amax(1, keepdim=True) - image.amin(1, keepdim=True)
-    inside = F.max_pool2d((chroma > _CHROMA / 127.5).float(), 7, 1, 3)  # with the rim
-    weight = 1 + (THINGS - 1) * inside
-    weight = weight / weight.mean()
-    wrong = decoded - image
-    colour = wrong - wrong.mean(1, keepdim=True)
-    sharp = sum(F.l1_loss(ours, true) for ours, true in zip(edges(decoded), edges(image), strict=True))
-    loss = (weight * (wrong.abs() + wrong.square() + colour.abs())).mean() + 0.25 * sharp
-    loss = loss + FINEST * finest(wrong).square().mean()
-    if strength:
-        loss = loss + strength * sum(F.l1_loss(ours, true) for ours, true in
-                                     zip(strengths(decoded), strengths(image), strict=True))
-    return loss
-
-
-def finest(image: Tensor) -> Tensor:
-    """What half the size does not hold of an image [B, C, H, W], of the same size."""
-    coarse = F.avg_pool2d(image, 2)
-    return image - F.interpolate(coarse, scale_factor=2, mode="bicubic", align_corners=False)
-
-
-def strengths(image: Tensor, octaves: int = 2, cells: int = 8) -> list[Tensor]:
-    """The local amplitude of each of the finest octaves of the brightness, in cells of so many of its pixels."""
-    grey, found = image.mean(1, keepdim=True), []
-    for _ in range(octaves):
-        coarse = F.avg_pool2d(grey, 2)
-        fine = grey - F.interpolate(coarse, scale_factor=2, mode="bilinear", align_corners=False)
-        found.append((F.avg_pool2d(fine.square(), cells, cells // 2) + 1e-5).sqrt())
-        grey = coarse
-    return found
-
-
 def psnr(error: float) -> float:
     """Of a mean squared error of values in -1..1, in dB."""
     return 10 * math.log10(4 / error)
@@ -116,7 +75,7 @@ def latent_std(vae: Any, seed: int = 1, count: int = 64) -> float:
     """Standard deviation of the latents of whole scenes; its inverse is the scaling factor."""
     rng = np.random.default_rng(seed)
     images = [render(draw(rng), 256, 256) for _ in range(count)]
-    batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    batch = levels(torch.from_numpy(np.stack(images)))
     return float(torch.cat([vae.encode(part).latent_dist.mean for part in batch.split(8)]).std())
 
 
@@ -126,8 +85,7 @@ def quality(vae: Any, seed: int = 2, count: int = 32) -> float:
     rng = np.random.default_rng(seed)
     found = []
     for _ in range(count):
-        picture = torch.from_numpy(render(draw(rng), 256, 256)).to(vae.device)
-        image = picture.permute(2, 0, 1)[None].float() / 127.5 - 1
+        image = levels(torch.from_numpy(render(draw(rng), 256, 256)).to(vae.device)[None])
         decoded = vae.decode(vae.encode(image).latent_dist.mean).sample.clamp(-1, 1)
         found.append(psnr(float(F.mse_loss(decoded, image))))
     return float(np.mean(found))

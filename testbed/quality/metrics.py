@@ -18,7 +18,6 @@ from accdiff_lib.engine.plan import CELL
 from accdiff_lib.parts.windows import Window
 from accdiff_lib.quality import FINE, SIDE, cells, compare, lab, seams
 from testbed.counting import MIN_AREA, Found, find, iou, match, painted, wanted
-from testbed.lettering import pixels
 from testbed.quality import texture
 from testbed.quality.edges import edge_width
 from testbed.scenes import FULL, Scene
@@ -204,7 +203,7 @@ def lettering(image: Picture, truth: Picture, scene: Scene) -> float:
     """How alike the pictures are where the scene has a word (correlation of brightness, -1..1); nan without one."""
     if scene.lettering is None:
         return NAN
-    top, left, bottom, right = pixels(scene.lettering, FULL, *image.shape[:2])
+    top, left, bottom, right = FULL.pixels(scene.lettering.box, *image.shape[:2])
     ours, true = (cv2.cvtColor(each[top:bottom, left:right], cv2.COLOR_RGB2GRAY).ravel() for each in (image, truth))
     return float(np.corrcoef(ours, true)[0, 1]) if ours.std() and true.std() else 0.0
 

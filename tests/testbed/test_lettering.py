@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from testbed.counting import find, match
-from testbed.lettering import WORDS, Lettering, lettered, pixels, write
+from testbed.lettering import WORDS, Lettering, lettered, write
 from testbed.quality import metrics
 from testbed.quality.contenders import SUBJECT
 from testbed.quality.forms import SHORT, tasks
@@ -32,7 +32,7 @@ def drawn(lettering, height, width, view=FULL):
 def test_a_view_is_the_crop_of_a_larger_picture_and_a_small_one_its_mean(word):
     lettering = Lettering(word, 0.47, 0.61, 0.05)
     large = drawn(lettering, 1024, 1024)
-    top, left, bottom, right = pixels(lettering, FULL, 1024, 1024)
+    top, left, bottom, right = FULL.pixels(lettering.box, 1024, 1024)
     assert large.max() > 0.99 and large.sum() == pytest.approx(large[top:bottom, left:right].sum())
     assert np.abs(drawn(lettering, 512, 768, View(0.25, 0.125, 0.75, 0.875)) - large[256:768, 128:896]).max() < 0.02
     small = drawn(lettering, 256, 256)
@@ -71,7 +71,7 @@ def test_the_drawing_of_other_scenes_is_as_it_was():
 def test_lost_and_garbled_letters_are_measured():
     world = worlds(1)[0]
     truth = render(world, 512, 512)
-    top, left, bottom, right = pixels(world.lettering, FULL, 512, 512)
+    top, left, bottom, right = FULL.pixels(world.lettering.box, 512, 512)
     assert metrics.lettering(truth, truth, world) == pytest.approx(1)
     garbled = truth.copy()
     garbled[top:bottom, left:right] = garbled[top:bottom, left:right][:, ::-1]

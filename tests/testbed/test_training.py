@@ -11,9 +11,9 @@ from torch import nn
 from accdiff_lib.standalone.loading import load
 from testbed import decoder, gpu, vae
 from testbed.captions import caption
+from testbed.decoder import decoder_loss
 from testbed.feed import Feed
 from testbed.scenes import FULL, Scene, Thing, View, cut, held_out, render
-from testbed.vae import decoder_loss
 
 BALL = Thing("red", "ball", 0.5, 0.6, 0.15)
 SCENE = Scene((BALL,), "snow", "night", 0.5)
