@@ -63,7 +63,7 @@ CASES: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
     "padded": ({**SMALL, "window_prompts": False}, {
         "prompt": "a red ball and a blue box on snow BREAK the night sky, " + "a green tree, " * 25,
         "override_settings": {"pad_cond_uncond": True}}),
-    "demo": ({**SMALL, "scale": 3, "stage_steps": 12}, {
+    "demo": ({"preset": "balanced", "scale": 3, "window": WINDOW}, {
         "prompt": "a red ball and a blue star on snow, night sky", "seed": 51, "steps": 20})}
 #: Those with a ControlNet.
 CONTROLLED = ("controlnet", "demo")
