@@ -24,7 +24,7 @@ SEED = 51
 COMMON = ("--scale", "4", "--steps", "20", "--sampler", "DPM++ 2M", "--scheduler", "Karras", "--cfg", "5",
           "--seed", str(SEED), "--overwrite")
 RUNS = {"MultiDiffusion": ("--method", "multidiffusion", "--no-intermediate"),
-        "AccDiffusion v2": ("--method", "accdiffusion-v2", "--preset", "balanced", "--stage-steps", "14")}
+        "AccDiffusion v2": ("--method", "accdiffusion-v2", "--preset", "balanced")}
 #: Share of the picture that a thing covers at least; smaller are parts of a thing's rim in a colour of their own.
 SMALLEST = 0.001
 SIDE, MARGIN, TITLE = 768, 16, 40

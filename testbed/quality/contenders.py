@@ -117,12 +117,10 @@ _ALL = (
     Contender("demofusion", "main", "", {"method": "demofusion"}),
     Contender("accdiffusion-v1", "main", "this is v2 without the ControlNet", {"method": "accdiffusion-v1"}),
     Contender(SUBJECT, "main", ""),
-    Contender("best", "main", "the preset: the same as balanced, from 0.6 of the schedule on", {
-        "preset": "best", "stage_steps": 20}),
-    Contender("balanced", "main", "the preset: v2 held to the enlarged picture, windows by attention, 8 computed "
-              "steps", {"preset": "balanced", "stage_steps": 18}),
-    Contender("fast", "main", "the preset: the same with 4 computed steps", {
-        "preset": "fast", "stage_steps": 8}),
+    Contender("best", "main", "the preset: the same as balanced with more steps", {"preset": "best"}),
+    Contender("balanced", "main", "the preset: v2 held to the enlarged picture, windows by attention", {
+        "preset": "balanced"}),
+    Contender("fast", "main", "the preset: the same with fewer steps, from earlier on", {"preset": "fast"}),
     Contender("v2, structure guidance", "control", "the prediction's low band is held, from half the schedule on", {
         "skip_residual": False, "structure_guidance": 1.0, "start": 0.5}),
     Contender("v2, mixed reference", "control", "the same, and the reference's high band is the enlarged picture's", {
@@ -158,11 +156,12 @@ def find_contender(name: str) -> Contender:
 
 
 def settings_of(contender: Contender, scale: int, steps: int, native: int, changes: Mapping[str, Any]) -> Settings:
-    """The engine's settings for a contender, with so many steps a stage.
+    """The engine's settings for a contender, with so many steps a stage; a preset has its own.
 
     `native` is the side of the model's own latent in cells, `changes` what the user wants otherwise in AccDiffusion v2
     and its variations (where it doesn't contradict what makes the variation).
     """
     whole = {"window": native * scale} if contender.whole else {}
     changes = changes if contender.is_subject else {}
-    return make({"scale": scale, "stage_steps": steps, **changes, **contender.settings, **whole})
+    counted = {} if "preset" in contender.settings else {"stage_steps": steps}
+    return make({"scale": scale, **counted, **changes, **contender.settings, **whole})

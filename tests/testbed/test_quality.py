@@ -18,6 +18,7 @@ from accdiff_lib.methods.fused import grid_of
 from accdiff_lib.parts.prompts import lay_out, split_words
 from accdiff_lib.parts.window_prompts import window_prompts
 from accdiff_lib.parts.windows import Window
+from accdiff_lib.settings import PRESETS
 from accdiff_lib.standalone.loading import EMBEDDED, load_tokenizer
 from testbed.captions import plain_caption
 from testbed.counting import find, wanted
@@ -72,6 +73,15 @@ def test_changes_are_for_accdiffusion_v2_and_its_variations():
     assert settings_of(CONTENDERS["v2, true prompts"], 2, 5, 32, {"c": 0.1}).c == VISIBLE
     with pytest.raises(Exception, match="interaction"):
         settings_of(CONTENDERS[SUBJECT], 2, 5, 32, {"interaction": "perhaps"})
+
+
+def test_a_preset_is_compared_as_users_get_it():
+    named = {name for name, contender in CONTENDERS.items() if "preset" in contender.settings}
+    assert named == {"best", "balanced", "fast"} <= set(PRESETS)
+    for name in named:
+        settings = settings_of(CONTENDERS[name], 4, 5, 32, {})
+        assert settings == make({"preset": name, "scale": 4}) and settings.stage_steps == PRESETS[name]["stage_steps"]
+        assert settings_of(CONTENDERS[name], 4, 5, 32, {"start": 0.7}).start == 0.7
 
 
 @pytest.mark.parametrize("scale", [2, 4])
