@@ -10,9 +10,9 @@ that comes first in the panels; with it one URL is enough.
 Same seed, prompt, sampler and options; every pair is compared by its mean difference. They cannot agree to the bit:
 Forge and reForge round a noise level's timestep where A1111 and the command interpolate it, and sums are done in
 another order by other implementations of attention. Measured, with the embedded model in float32 on a CPU: .0003 of
-255 at most between Forge and reForge, .05 to .12 between A1111 and either, .0002 between A1111 and the command (.5
-where nothing is enlarged, as WebUIs cut off what the command rounds). CLOSE is four times as much, and APART says how
-little that is. Half precision, or another checkpoint on each host, is not meant.
+255 at most between Forge and reForge, .04 to .15 between A1111 and either, .002 between A1111 and the command (with a
+ControlNet .002 and .005; .5 where nothing is enlarged, as WebUIs cut off what the command rounds). CLOSE is three times
+as much, and APART says how little that is. Half precision, or another checkpoint on each host, is not meant.
 
 ACCDIFF_SHOTS, a folder, gets the pictures as HOST-CASE.png, the host by its address, and CASE.jpg with all of them side
 by side (docs/hosts.jpg is "demo").
