@@ -71,7 +71,7 @@ def test_kinds_of_controlnets(webui, options, large, kind, by):
     else:
         expected = webui.generate({**options, "controlnet_model": canny, "windows_by": by}).picture
         ours, without = (np.abs(each.picture.astype(float) - expected) for each in (steered, large))
-        # A control-LoRA is rounded otherwise (most in Forge Neo), of which a few pixels at sharp rims show more.
+        # A control-LoRA is rounded otherwise, of which a few pixels at sharp rims show more.
         assert ours.mean() < 0.5 and np.percentile(ours, 99.9) <= 15
         assert np.percentile(without, 99.9) > 60
     assert np.array_equal(webui.generate(options).picture, large.picture)
