@@ -103,7 +103,7 @@ def make_shard(vae: Any, number: int) -> Shard:
     pictures, tokens, regions, cells = zip(*(example(rng) for _ in range(SHARD)), strict=True)
     latents = []
     for part in np.array_split(np.stack(pictures), SHARD // 10):
-        image = torch.from_numpy(part).permute(0, 3, 1, 2).float() / 127.5 - 1
+        image = vae_training.levels(torch.from_numpy(part))
         latents.append(vae.encode(image.to(memory_format=torch.channels_last)).latent_dist.mean.half())
     return Shard(torch.cat(latents), torch.tensor(tokens), torch.tensor(regions, dtype=torch.uint8),
                  torch.from_numpy(np.stack(cells)))
